@@ -14,10 +14,10 @@ if importlib.util.find_spec("torch._six") is None and "torch._six" not in sys.mo
     _six.int_classes, _six.string_classes = (int,), (str, bytes)
     sys.modules["torch._six"] = _six
 
-from torchnlp.datasets import penn_treebank_dataset, wikitext_2_dataset  # noqa: E402
-from torchnlp.encoders import LabelEncoder  # noqa: E402
-from torchnlp.nn import LockedDropout  # noqa: E402
-from torchnlp.samplers import BPTTBatchSampler  # noqa: E402
+from torchnlp.datasets import penn_treebank_dataset, wikitext_2_dataset
+from torchnlp.encoders import LabelEncoder
+from torchnlp.nn import LockedDropout
+from torchnlp.samplers import BPTTBatchSampler
 
 __all__ = [
     "BPTTBatchSampler",

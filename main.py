@@ -1,0 +1,128 @@
+"""Train a language model on a folder of text, from scratch or from where an earlier run stopped.
+
+    python main.py --data data/penn --batch_size 20 --dropouti 0.4 --dropouth 0.25 --epochs 500 --save PTB.pt
+    python main.py --resume PTB.pt                               # go on with that run
+    python main.py --resume PTB.pt --epochs 0 --data data/other  # evaluate on other text, change nothing
+
+Method: Merity, Keskar, Socher, "Regularizing and Optimizing LSTM Language Models", arXiv 1708.02182.
+"""
+
+import os
+from typing import Any
+
+import torch
+
+import checkpoint
+import options
+import train
+from batches import check_length
+from data import read_corpus
+from run import Run
+from utils import JsonLog, UserError, check_writable, figures, pick_device, run_script
+
+
+def parse_args() -> dict[str, Any]:
+    """The flags given on the command line, and no others."""
+    parser = options.make_parser(__doc__)
+    options.add_run_flags(parser)
+    options.add_model_flags(parser)
+    options.add_training_flags(parser)
+    group = parser.add_argument_group("main.py alone")
+    options.flag(group, "--optimizer", choices=["sgd", "adam"], help="sgd: NT-ASGD, averaging once it stalls")
+    group.add_argument("--when", type=int, nargs="+", help="epochs after which the rate is divided by 10")
+    group.add_argument("--splits", type=int, nargs="*", help="first words of the split softmax's clusters")
+    options.flag(group, "--vocab_size", type=options.count, help="keep the N most frequent words; 0: all")
+    options.flag(group, "--min_count", type=options.count, help="keep words seen N times or more")
+    return vars(parser.parse_args())
+
+
+def main() -> int:
+    given = parse_args()
+    resume = given.get("resume", "")
+    state, saved = load_resumed(resume) if resume else (None, None)
+    stored = state or saved or {"args": {}, "vocab": None}
+    if resume:
+        checkpoint.check_architecture(given, stored["args"], resume)
+    args = options.settle(given, stored["args"])
+    if args["epochs"] > 0:
+        check_writable(args["save"], "--save")
+
+    torch.manual_seed(args["seed"])
+    device = pick_device(args["device"])
+
+    corpus = read_corpus(args["data"], stored["vocab"], args["vocab_size"], args["min_count"])
+    train_ids, valid_ids, test_ids = (ids.to(device) for ids in (corpus.train, corpus.valid, corpus.test))
+    check_length(train_ids, args["batch_size"], f"{args['data']}: training text")
+    check_length(valid_ids, train.EVAL_BATCH_SIZE, f"{args['data']}: validation text")
+    if args["epochs"] == 0:
+        return evaluate_only(saved, resume, valid_ids, test_ids, args["bptt"], device)
+
+    dropouts = {name: args[name] for name in checkpoint.DROPOUTS}
+    if saved and not state:
+        model, criterion = checkpoint.restore({**saved, "args": args}, **dropouts)
+    else:
+        model, criterion = checkpoint.build(args, corpus.vocab, **dropouts)
+    args["splits"] = criterion.splits
+    total = sum(p.numel() for p in model.parameters()) + sum(p.numel() for p in criterion.parameters())
+    print(f"Args: {args}")
+    print(f"Model total parameters: {total}")
+
+    run = Run(
+        model.to(device),
+        criterion.to(device),
+        args=args,
+        vocab=corpus.vocab,
+        save=args["save"],
+        fingerprint=[len(train_ids), int(corpus.train.sum(dtype=torch.int64))],
+    )
+    if state:
+        run.load_state(state, given)
+        print(f"| resumed {resume} at epoch {run.progress.epoch}, batch {run.progress.batch}")
+
+    reason = train.fit(
+        run,
+        train_ids,
+        valid_ids,
+        epochs=args["epochs"],
+        when=args["when"],
+        nonmono=args["nonmono"],
+        max_steps=args["max_steps"],
+        on_stall="average" if args["optimizer"] == "sgd" else "nothing",
+        **{name: args[name] for name in train.EPOCH_SETTINGS},
+    )
+    if reason == "SIGTERM":
+        return 143
+    if reason == "SIGINT":
+        print(f"| stopped; go on with: python main.py --resume {args['save']}")
+    train.test(args["save"], test_ids, args["bptt"], device, run.log)
+    return 0
+
+
+def load_resumed(path: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The state beside a model, if there is one, and the model, which may not have been written yet."""
+    state_path = checkpoint.state_path(path)
+    state = checkpoint.load_state(state_path, "--resume") if os.path.exists(state_path) else None
+    saved = checkpoint.load_model(path, "--resume") if os.path.exists(path) or state is None else None
+    return state, saved
+
+
+def evaluate_only(
+    saved: dict[str, Any] | None,
+    path: str,
+    valid: torch.Tensor,
+    test: torch.Tensor,
+    bptt: int,
+    device: torch.device,
+) -> int:
+    """`--epochs 0`: the saved model's figures on this text; nothing is trained, no file is written."""
+    if saved is None:
+        raise UserError(f"--epochs 0: there is no saved model to evaluate in {path!r}; give --resume MODEL")
+    model, criterion = (module.to(device) for module in checkpoint.restore(saved))
+    loss = train.evaluate(model, criterion, valid, bptt, train.EVAL_BATCH_SIZE)
+    print(f"| End of evaluation | {figures(loss, 'valid ')}")
+    train.test(path, test, bptt, device, JsonLog(None))
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,242 @@
+"""The language model: dropouts, recurrent layers, and the whole, in this order.
+
+Shapes: T time, B batch, E embedding (`emsize`), H hidden (`nhid`), V vocabulary (`ntoken`), N = T·B,
+G gates (4 in an LSTM, 3 in a GRU). Time comes first: a batch of words is (T, B), column b going on where
+column b of the batch before it ended.
+
+    words (T, B) -> embedding, word-type dropout, locked dropout        (T, B, E)
+                 -> layer 1, locked dropout -> ... -> layer L           (T, B, E when tied, else H)
+                 -> locked dropout -> output                            (N, E)
+    the decoder's weight (tied to the embedding) and bias belong to the model, but it is the criterion that
+    multiplies by them: a split softmax never needs all of the logits.
+
+Method: Merity, Keskar, Socher, arXiv 1708.02182 ("AWD"), section 4 for the dropouts.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compat import LockedDropout
+from qrnn import QRNNLayer
+
+# The state of one layer, each tensor (1, B, ·): (h, c) LSTM, (h,) GRU, (c, last input) or (c,) QRNN.
+State = tuple[Tensor, ...]
+
+
+class DropWeight(torch.autograd.Function):
+    """DropConnect on the CPU: `weight` with each element zeroed with probability p, the rest over 1-p.
+
+    The mask comes from raw random bits, 16 an element, compared with a threshold (p exact to 2^-16): a draw
+    of `Tensor.bernoulli_` an element costs more than ten times as much, 8 % of a whole step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, p: float) -> Tensor:
+        n = weight.numel()
+        bits = torch.empty((n + 3) // 4, dtype=torch.int64).random_(-(2**63), None)  # all 64 bits random
+        threshold = min(round(p * 2**16), 2**16 - 1) - 2**15  # an int16 lies below it with probability p
+        keep = bits.view(torch.int16)[:n].view_as(weight) >= threshold
+        ctx.save_for_backward(keep)
+        ctx.scale = 1 / (1 - p)
+        return keep.to(weight.dtype).mul_(weight).mul_(ctx.scale)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (keep,) = ctx.saved_tensors
+        return keep.to(grad.dtype).mul_(grad).mul_(ctx.scale), None
+
+
+def drop_weight(raw: Tensor, p: float, training: bool) -> Tensor:
+    """Weight drop (AWD, section 2): one mask a batch over a weight matrix; `raw` itself in evaluation."""
+    if not training or p == 0:
+        return raw
+    if raw.device.type != "cpu":
+        return F.dropout(raw, p)
+    return DropWeight.apply(raw, p)
+
+
+class WeightDropLinear(nn.Linear):
+    """A linear layer whose whole weight is dropped: the parameter is `weight_raw`, (out, in)."""
+
+    def __init__(self, in_features: int, out_features: int, wdrop: float) -> None:
+        super().__init__(in_features, out_features)
+        self.wdrop = wdrop
+        self.weight_raw = self.weight
+        del self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, drop_weight(self.weight_raw, self.wdrop, self.training), self.bias)
+
+
+class RecurrentLayer(nn.Module):
+    """One LSTM or GRU layer with weight drop on its hidden-to-hidden matrix (AWD, section 2).
+
+    torch's own kernels (oneDNN, cuDNN) do the work; the parameters lie in this module so that the recurrent
+    matrix can be handed over dropped, as a plain tensor, while its raw form is what is trained and saved.
+
+    Parameters: weight_ih_l0 (G·H, E), weight_hh_l0_raw (G·H, H) (weight_hh_l0 when `wdrop` is 0),
+    bias_ih_l0, bias_hh_l0 (G·H,).
+    """
+
+    def __init__(self, rnn_type: str, input_size: int, hidden_size: int, wdrop: float) -> None:
+        super().__init__()
+        self.rnn_type, self.hidden_size, self.wdrop = rnn_type, hidden_size, wdrop
+        gates = {"LSTM": 4, "GRU": 3}[rnn_type] * hidden_size
+        self.weight_ih_l0 = nn.Parameter(torch.empty(gates, input_size))
+        recurrent = nn.Parameter(torch.empty(gates, hidden_size))
+        self.register_parameter("weight_hh_l0_raw" if wdrop else "weight_hh_l0", recurrent)
+        self.bias_ih_l0 = nn.Parameter(torch.empty(gates))
+        self.bias_hh_l0 = nn.Parameter(torch.empty(gates))
+
+    def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """(T, B, E), the state of the batch before -> (T, B, H), the state to carry."""
+        raw = self.weight_hh_l0_raw if self.wdrop else self.weight_hh_l0
+        weight_hh = drop_weight(raw, self.wdrop, self.training)
+        weights = [self.weight_ih_l0, weight_hh, self.bias_ih_l0, self.bias_hh_l0]
+        settings = (True, 1, 0.0, self.training, False, False)  # biases, 1 layer, no dropout, one direction
+        if self.rnn_type == "LSTM":
+            out, h, c = torch.lstm(x, state, weights, *settings)
+            return out, (h, c)
+        out, h = torch.gru(x, state[0], weights, *settings)
+        return out, (h,)
+
+    def init_state(self, batch_size: int) -> State:
+        """Zeros: (h, c) for an LSTM, (h,) for a GRU, each (1, B, H)."""
+        zeros = self.bias_hh_l0.new_zeros(1, batch_size, self.hidden_size)
+        return (zeros, zeros.clone()) if self.rnn_type == "LSTM" else (zeros,)
+
+
+class Decoder(nn.Module):
+    """Weight (V, E) and bias (V,) of the output layer; a tied weight is the embedding's, and saved there."""
+
+    def __init__(self, encoder: nn.Embedding, nhid: int, tie_weights: bool) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.empty(encoder.num_embeddings))
+        if tie_weights:
+            self.tied_to = (encoder,)  # in a tuple, so that it is no submodule: one parameter, one name
+        else:
+            self.weight = nn.Parameter(torch.empty(encoder.num_embeddings, nhid))
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and "tied_to" in self.__dict__:
+            return self.tied_to[0].weight
+        return super().__getattr__(name)
+
+    def forward(self, output: Tensor) -> Tensor:
+        """(N, E) -> logits (N, V): for those who want them all, without a split softmax."""
+        return F.linear(output, self.weight, self.bias)
+
+
+def embedded_dropout(encoder: nn.Embedding, words: Tensor, p: float, training: bool) -> Tensor:
+    """Embedding with dropout of whole word types (AWD, section 4.3): (T, B) -> (T, B, E).
+
+    One draw a type a batch, scaled by 1/(1-p), looked up by the words of the batch: multiplying the mask
+    into the (V, E) matrix would pass over all of it, forward and backward.
+    """
+    embedded = encoder(words)
+    if not training or p == 0:
+        return embedded
+    keep = encoder.weight.new_empty(encoder.num_embeddings, 1).bernoulli_(1 - p).div_(1 - p)  # (V, 1)
+    return embedded * keep[words]  # (T, B, E) * (T, B, 1)
+
+
+class RNNModel(nn.Module):
+    """Embedding, `nlayers` recurrent layers, decoder, and the dropouts between them.
+
+    Args:
+        rnn_type: "LSTM", "GRU" or "QRNN".
+        ntoken, ninp, nhid, nlayers: V, E, H and the number of layers.
+        dropout, dropouth, dropouti: locked dropout after the last layer, between layers, on the embedding.
+        dropoute: dropout of whole word types.  wdrop: weight drop.
+        tie_weights: the decoder's weight is the embedding's; the last layer is then E wide.
+    """
+
+    def __init__(
+        self,
+        rnn_type: str,
+        ntoken: int,
+        ninp: int,
+        nhid: int,
+        nlayers: int,
+        dropout: float = 0.4,
+        dropouth: float = 0.3,
+        dropouti: float = 0.65,
+        dropoute: float = 0.1,
+        wdrop: float = 0.5,
+        tie_weights: bool = True,
+    ) -> None:
+        super().__init__()
+        if rnn_type not in ("LSTM", "GRU", "QRNN"):
+            raise ValueError(f"rnn_type {rnn_type!r}: use 'LSTM', 'GRU' or 'QRNN'")
+        self.dropoute = dropoute
+        self.locki, self.lockh, self.locko = map(LockedDropout, (dropouti, dropouth, dropout))
+        self.encoder = nn.Embedding(ntoken, ninp, _weight=torch.empty(ntoken, ninp))
+        sizes = [ninp, *[nhid] * (nlayers - 1), ninp if tie_weights else nhid]
+        self.rnns = nn.ModuleList(
+            self.make_layer(rnn_type, sizes[i], sizes[i + 1], wdrop, first=i == 0) for i in range(nlayers)
+        )
+        self.decoder = Decoder(self.encoder, sizes[-1], tie_weights)
+        self.init_weights()
+
+    @staticmethod
+    def make_layer(
+        rnn_type: str, input_size: int, hidden_size: int, wdrop: float, first: bool
+    ) -> RecurrentLayer | QRNNLayer:
+        if rnn_type != "QRNN":
+            return RecurrentLayer(rnn_type, input_size, hidden_size, wdrop)
+        layer = QRNNLayer(input_size, hidden_size, window=2 if first else 1)
+        if wdrop:
+            layer.linear = WeightDropLinear(layer.linear.in_features, layer.linear.out_features, wdrop)
+        return layer
+
+    def init_weights(self) -> None:
+        """All initialisation: uniform ±0.1 for the embedding, ±1/sqrt(H) for an LSTM or GRU of H features,
+        ±1/sqrt(inputs) for a QRNN's linear layer (torch's own defaults); the decoder's bias zero."""
+        nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
+        nn.init.zeros_(self.decoder.bias)
+        if self.decoder.weight is not self.encoder.weight:
+            nn.init.uniform_(self.decoder.weight, -0.1, 0.1)
+        for layer in self.rnns:
+            is_qrnn = isinstance(layer, QRNNLayer)
+            bound = (layer.linear.in_features if is_qrnn else layer.hidden_size) ** -0.5
+            for parameter in layer.parameters():
+                nn.init.uniform_(parameter, -bound, bound)
+
+    def forward(
+        self, words: Tensor, hidden: list[State], return_h: bool = False
+    ) -> tuple[Tensor, list[State]] | tuple[Tensor, list[State], list[Tensor], list[Tensor]]:
+        """Runs over a batch.
+
+        Args:
+            words: (T, B), integers in [0, V).
+            hidden: a state a layer, from `init_hidden` or from the batch before.
+            return_h: also return what the regularisation and the cache pointer look at.
+
+        Returns:
+            output: (N, E), what the criterion (or the decoder) takes.
+            hidden: the states to carry, attached to the graph: `detach` them.
+            raw: with `return_h`, every layer's output, (T, B, ·); dropped: the same after its dropout.
+        """
+        x = self.locki(embedded_dropout(self.encoder, words, self.dropoute, self.training))  # (T, B, E)
+        new_hidden, raw, dropped = [], [], []
+        for i, (layer, state) in enumerate(zip(self.rnns, hidden, strict=True)):
+            x, state = layer(x, state)  # (T, B, H)
+            raw.append(x)
+            x = self.lockh(x) if i < len(self.rnns) - 1 else self.locko(x)
+            dropped.append(x)
+            new_hidden.append(state)
+        output = x.flatten(0, 1)  # (N, E)
+        return (output, new_hidden, raw, dropped) if return_h else (output, new_hidden)
+
+    def init_hidden(self, batch_size: int) -> list[State]:
+        """A state of zeros a layer."""
+        return [layer.init_state(batch_size) for layer in self.rnns]
+
+
+def detach(hidden: list[State]) -> list[State]:
+    """The states, cut from the graph that made them: backpropagation is truncated here."""
+    return [tuple(tensor.detach() for tensor in state) for state in hidden]

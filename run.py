@@ -1,0 +1,178 @@
+"""A run: what training changes, how it is written down, and how it is told to stop.
+
+`Run.state()` holds everything that an exact resume needs; the class itself knows nothing of files but names.
+"""
+
+import signal
+from dataclasses import asdict, dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
+
+import checkpoint
+from model import RNNModel, State, detach
+from splitcross import SplitCrossEntropyLoss
+from utils import JsonLog, UserError, ppl
+
+
+class Stop(Exception):  # noqa: N818 - it ends a run, it is no error
+    """Training ends here, between two steps: `reason` is "SIGINT", "SIGTERM" or the flag that said so."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class StopSignals:
+    """While entered, Ctrl-C and SIGTERM are noted, and `check` raises Stop at the next safe place.
+
+    A second Ctrl-C interrupts at once.
+    """
+
+    def __enter__(self) -> "StopSignals":
+        self.reason = ""
+        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        if self.reason == "SIGINT" and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.reason = signal.Signals(number).name
+
+    def check(self) -> None:
+        if self.reason:
+            raise Stop(self.reason)
+
+
+@dataclass
+class Progress:
+    """Where a run stands: plain numbers, saved with its state."""
+
+    lr: float  # the base rate, before the scaling by batch length
+    epoch: int = 1
+    row: int = 0  # of the batched text: where the next batch starts
+    batch: int = 0  # of this epoch
+    step: int = 0  # optimizer steps of the whole run
+    loss_sum: float = 0.0  # over the batches since the last log line
+    loss_count: int = 0
+    epoch_s: float = 0.0  # spent in this epoch by earlier processes
+    best_loss: float | None = None  # validation, nats a token, of the saved model
+    history: list[float] = field(default_factory=list)  # validation loss of every epoch
+
+
+class Run:
+    """What a training step changes, and with `state()` everything that an exact resume needs.
+
+    Args:
+        args: the script's settings, plain data; they travel in the model.
+        vocab: index -> word.
+        save: where the model goes; the state goes to `save` + ".state".
+        fingerprint: of the training text, to refuse a resume on another one.
+    """
+
+    def __init__(
+        self,
+        model: RNNModel,
+        criterion: SplitCrossEntropyLoss,
+        *,
+        args: dict[str, Any],
+        vocab: list[str],
+        save: str,
+        fingerprint: list[int],
+    ) -> None:
+        self.model, self.criterion = model, criterion
+        self.args, self.vocab, self.save, self.fingerprint = args, vocab, save, fingerprint
+        self.weights = nn.ModuleDict({"model": model, "criterion": criterion})  # all that is trained
+        self.parameters = list(self.weights.parameters())
+        self.optimizer = make_optimizer(self.parameters, args["optimizer"], args["lr"], args["wdecay"])
+        self.average: AveragedModel | None = None
+        self.hidden: list[State] = model.init_hidden(args["batch_size"])
+        self.lengths = torch.Generator().manual_seed(args["seed"])  # batch lengths, apart from the masks
+        self.progress = Progress(lr=args["lr"])
+        self.log = JsonLog(f"{save}.log.jsonl")
+
+    @property
+    def averaging(self) -> bool:
+        return self.average is not None
+
+    def start_averaging(self) -> None:
+        """From the next step on the weights enter a running mean; the descent goes on with the raw ones."""
+        self.average = AveragedModel(self.weights, multi_avg_fn=get_swa_multi_avg_fn())
+
+    def evaluated(self) -> tuple[RNNModel, SplitCrossEntropyLoss]:
+        """The weights to evaluate with: the mean once it holds any, else the raw ones."""
+        weights = self.average.module if self.average and self.average.n_averaged > 0 else self.weights
+        return weights["model"], weights["criterion"]
+
+    def save_model(self, loss: float) -> None:
+        metrics = {
+            "valid_loss": loss,
+            "valid_ppl": ppl(loss),
+            "epoch": self.progress.epoch,
+            "step": self.progress.step,
+            "averaged": self.averaging,
+        }
+        checkpoint.save_model(self.save, self.args, self.vocab, *self.evaluated(), metrics)
+
+    def save_state(self) -> None:
+        checkpoint.save(checkpoint.state_path(self.save), self.state())
+
+    def state(self) -> dict[str, Any]:
+        """Plain data and tensors."""
+        device = self.parameters[0].device
+        generators = {"cpu": torch.get_rng_state(), "lengths": self.lengths.get_state()}
+        if device.type == "cuda":
+            generators["cuda"] = torch.cuda.get_rng_state(device)
+        return {
+            "format": checkpoint.STATE_FORMAT,
+            "args": self.args,
+            "vocab": self.vocab,
+            "fingerprint": self.fingerprint,
+            "weights": self.weights.state_dict(),
+            "average": self.average.state_dict() if self.average else None,
+            "optimizer": self.optimizer.state_dict(),
+            "generators": generators,
+            "hidden": detach(self.hidden),
+            "progress": asdict(self.progress),
+        }
+
+    def load_state(self, state: dict[str, Any], given: dict[str, Any]) -> None:
+        """Goes on from `state`; the flags `given` on the command line win over what it says."""
+        if state["fingerprint"] != self.fingerprint:
+            raise UserError(
+                f"--data {self.args['data']}: is not the text that {self.save}.state was made on; give that "
+                "text, or remove the .state for a warm start from the model alone"
+            )
+        self.weights.load_state_dict(state["weights"])
+        if state["average"] is not None:
+            self.start_averaging()
+            self.average.load_state_dict(state["average"])
+        if state["args"]["optimizer"] == self.args["optimizer"]:
+            self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = self.args["wdecay"]
+        self.progress = Progress(**state["progress"])
+        if "lr" in given:
+            self.progress.lr = given["lr"]
+        if state["hidden"][0][0].size(1) == self.hidden[0][0].size(1):
+            device = self.parameters[0].device
+            self.hidden = [tuple(tensor.to(device) for tensor in layer) for layer in state["hidden"]]
+        else:  # another --batch_size: the columns of the text are others, this epoch starts again
+            self.progress.row = self.progress.batch = 0
+        torch.set_rng_state(state["generators"]["cpu"])
+        self.lengths.set_state(state["generators"]["lengths"])
+        if "cuda" in state["generators"] and self.parameters[0].device.type == "cuda":
+            torch.cuda.set_rng_state(state["generators"]["cuda"], self.parameters[0].device)
+
+
+def make_optimizer(parameters: list[Tensor], name: str, lr: float, wdecay: float) -> torch.optim.Optimizer:
+    """SGD (NT-ASGD's descent) or Adam, with weight decay, over model and criterion alike."""
+    kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[name]
+    return kind(parameters, lr=lr, weight_decay=wdecay)

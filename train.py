@@ -1,0 +1,304 @@
+"""Training and evaluation, shared by main.py and finetune.py: the step, the epoch, the epochs.
+
+Losses are nats a token and leave the regularisation out. Method: Merity, Keskar, Socher, arXiv 1708.02182
+("AWD"): section 3 for NT-ASGD, 4.6 for the regularisation of activations (AR, TAR), 5 for batch lengths.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import checkpoint
+from batches import VariableLengthSampler, eval_batches, get_batch
+from model import RNNModel, detach
+from run import Progress, Run, Stop, StopSignals
+from splitcross import SplitCrossEntropyLoss
+from utils import JsonLog, RunError, figures, write_whole
+
+EVAL_BATCH_SIZE, TEST_BATCH_SIZE = 10, 1  # as published
+# The settings of `train_epoch`, by name.
+EPOCH_SETTINGS = (
+    "batch_size",
+    "bptt",
+    "max_seq_len",
+    "alpha",
+    "beta",
+    "clip",
+    "log_interval",
+    "checkpoint_every",
+)
+
+
+def train_step(
+    run: Run, ids: Tensor, slices: list[slice], bptt: int, alpha: float, beta: float, clip: float
+) -> Tensor:
+    """One optimizer step over one batch; returns its loss (a scalar, still on the device, nats a token)."""
+    source, target = get_batch(ids, slices)  # (T, B) each
+
+    # Longer batches take longer steps (AWD, section 5), under every optimizer.
+    for group in run.optimizer.param_groups:
+        group["lr"] = run.progress.lr * len(source) / bptt
+
+    output, run.hidden, raw, dropped = run.model(source, detach(run.hidden), return_h=True)
+    loss = run.criterion(run.model.decoder.weight, run.model.decoder.bias, output, target)
+
+    objective = loss
+    if alpha:  # AR (AWD, section 4.6): small activations
+        objective = objective + alpha * dropped[-1].pow(2).mean()
+    if beta and len(source) > 1:  # TAR: small changes from one time step to the next
+        objective = objective + beta * (raw[-1][1:] - raw[-1][:-1]).pow(2).mean()
+
+    run.optimizer.zero_grad(set_to_none=True)
+    objective.backward()
+    if clip:
+        nn.utils.clip_grad_norm_(run.parameters, clip)
+    run.optimizer.step()
+    if run.average:
+        run.average.update_parameters(run.weights)
+    return loss.detach()
+
+
+def train_epoch(
+    run: Run,
+    ids: Tensor,
+    *,
+    batch_size: int,
+    bptt: int,
+    max_seq_len: int,
+    alpha: float,
+    beta: float,
+    clip: float,
+    log_interval: int,
+    checkpoint_every: int,
+    check_stop: Callable[[], None],
+) -> None:
+    """Trains from where the run stands to the end of the epoch.
+
+    Raises:
+        Stop: between two steps, when `check_stop` does.
+        RunError: a loss is not finite; neither model nor state is written again.
+    """
+    progress = run.progress
+    sampler = VariableLengthSampler(ids, bptt, batch_size, run.lengths, progress.row, max_seq_len)
+    batches = sampler.rows // bptt
+    # On a CUDA device reading a loss waits for the device, so losses are read at the log interval only.
+    read_every = 1 if ids.device.type == "cpu" else log_interval
+    unread: list[Tensor] = []
+    start, start_batch = time.perf_counter(), progress.batch
+
+    run.model.train()
+    if progress.row == 0:
+        run.hidden = run.model.init_hidden(batch_size)
+        check_stop()
+    for slices in sampler:
+        unread.append(train_step(run, ids, slices, bptt, alpha, beta, clip))
+        progress.row += slices[0].stop - slices[0].start
+        progress.batch, progress.step = progress.batch + 1, progress.step + 1
+
+        at_log = progress.batch % log_interval == 0
+        at_checkpoint = checkpoint_every and progress.step % checkpoint_every == 0
+        at_end = progress.row == sampler.rows - 1
+        if len(unread) >= read_every or at_log or at_checkpoint or at_end:
+            read_losses(progress, unread)
+        if at_log:
+            now = time.perf_counter()
+            log_interval_figures(run, batches, (now - start) * 1000 / (progress.batch - start_batch))
+            start, start_batch = now, progress.batch
+        if at_checkpoint:
+            run.save_state()
+        if not at_end:
+            check_stop()
+
+
+def read_losses(progress: Progress, unread: list[Tensor]) -> None:
+    """Adds the losses of the last steps up and empties the list: a synchronisation on CUDA.
+
+    Raises:
+        RunError: one of them is not finite.
+    """
+    if not unread:
+        return
+    for i, loss in enumerate(torch.stack(unread).tolist(), start=1):
+        if not math.isfinite(loss):
+            raise RunError(
+                f"the loss is {loss} at epoch {progress.epoch}, step {progress.step - len(unread) + i}, rate "
+                f"{progress.lr:g}; the saved model is as it was: try a lower --lr or --clip"
+            )
+        progress.loss_sum, progress.loss_count = progress.loss_sum + loss, progress.loss_count + 1
+    unread.clear()
+
+
+def log_interval_figures(run: Run, batches: int, ms_per_batch: float) -> None:
+    """Prints and logs the mean loss since the last line."""
+    progress = run.progress
+    loss = progress.loss_sum / progress.loss_count
+    progress.loss_sum, progress.loss_count = 0.0, 0
+    print(
+        f"| epoch {progress.epoch:3d} | {progress.batch:5d}/{batches:5d} batches | lr {progress.lr:05.5f} "
+        f"| ms/batch {ms_per_batch:5.2f} | {figures(loss)}",
+        flush=True,
+    )
+    run.log.write(
+        "train",
+        loss,
+        epoch=progress.epoch,
+        batch=progress.batch,
+        batches=batches,
+        step=progress.step,
+        lr=progress.lr,
+        ms_per_batch=ms_per_batch,
+    )
+
+
+@torch.no_grad()
+def evaluate(
+    model: RNNModel,
+    criterion: SplitCrossEntropyLoss,
+    ids: Tensor,
+    bptt: int,
+    batch_size: int,
+    check_stop: Callable[[], None] = lambda: None,
+) -> float:
+    """Mean negative log-likelihood over the predicted tokens, in nats, each counted once.
+
+    Nothing is dropped; the state carries over from segment to segment, so `bptt` changes no figure. A text
+    of n rows predicts n - 1 of them: the first one is only read.
+    """
+    model.eval()
+    hidden = model.init_hidden(batch_size)
+    total, count = 0.0, 0
+    for source, target in eval_batches(ids, bptt, batch_size):
+        check_stop()
+        output, hidden = model(source, hidden)
+        total += criterion(
+            model.decoder.weight, model.decoder.bias, output, target, reduction="sum"
+        ).item()  # a synchronisation, but of a whole segment; summed in float64
+        count += target.numel()
+    return total / count
+
+
+def fit(
+    run: Run,
+    train: Tensor,
+    valid: Tensor,
+    *,
+    epochs: int,
+    when: list[int],
+    nonmono: int,
+    max_steps: int,
+    on_stall: str,
+    **settings: Any,
+) -> str:
+    """Trains up to epoch `epochs`: after each one validates, saves the best model and the run's state.
+
+    The validation loss has stalled when it is above the best one older than `nonmono` epochs (AWD,
+    algorithm 1). `on_stall` says what happens then: "average" (SGD starts to average its weights), "stop",
+    or "nothing". The other settings are those of `train_epoch`.
+
+    Returns:
+        Why it ended: "epochs", "stall", or the reason of a Stop ("--max_steps", "SIGINT", "SIGTERM").
+    """
+    progress = run.progress
+    with StopSignals() as signals:
+
+        def check_stop() -> None:
+            signals.check()
+            if max_steps and progress.step >= max_steps:
+                raise Stop("--max_steps")
+
+        try:
+            while progress.epoch <= epochs:
+                epoch_start = time.perf_counter()
+                try:
+                    train_epoch(run, train, check_stop=check_stop, **settings)
+                    loss = validate(run, valid, settings["bptt"], epoch_start, signals.check)
+                except Stop:
+                    progress.epoch_s += time.perf_counter() - epoch_start
+                    raise
+                stalled = has_stalled(progress.history, loss, nonmono)
+                if stalled and on_stall == "average" and not run.averaging:
+                    print("| switching to averaging (NT-ASGD)", flush=True)
+                    run.start_averaging()
+                if progress.epoch in when:
+                    keep_copy(run.save, progress.epoch)
+                    progress.lr /= 10
+                progress.history.append(loss)
+                progress.epoch, progress.row, progress.batch, progress.epoch_s = progress.epoch + 1, 0, 0, 0.0
+                progress.loss_sum, progress.loss_count = 0.0, 0
+                run.save_state()
+                if stalled and on_stall == "stop":
+                    return "stall"
+        except Stop as stop:
+            run.save_state()
+            # Without a model of its own yet (or by --max_steps), the run ends with the weights it has.
+            if (
+                stop.reason != "SIGTERM"
+                and progress.row
+                and (progress.best_loss is None or stop.reason == "--max_steps")
+            ):
+                validate(run, valid, settings["bptt"], time.perf_counter(), lambda: None)
+            return stop.reason
+    return "epochs"
+
+
+def validate(run: Run, valid: Tensor, bptt: int, epoch_start: float, check_stop: Callable[[], None]) -> float:
+    """Evaluates the weights that count, prints and logs the figures, saves the model when it is the best.
+
+    Raises:
+        Stop: when `check_stop` does.
+        RunError: the loss is not finite.
+    """
+    progress = run.progress
+    loss = evaluate(*run.evaluated(), valid, bptt, EVAL_BATCH_SIZE, check_stop)
+    epoch_s = progress.epoch_s + time.perf_counter() - epoch_start
+    print("-" * 89)
+    print(
+        f"| end of epoch {progress.epoch:3d} | time: {epoch_s:5.2f}s | {figures(loss, 'valid ')}", flush=True
+    )
+    print("-" * 89)
+    if not math.isfinite(loss):
+        raise RunError(
+            f"the validation loss is {loss} after epoch {progress.epoch}, step {progress.step}, rate "
+            f"{progress.lr:g}; the saved model is as it was: try a lower --lr or --clip"
+        )
+    run.log.write(
+        "valid",
+        loss,
+        epoch=progress.epoch,
+        step=progress.step,
+        lr=progress.lr,
+        epoch_s=epoch_s,
+        averaged=run.averaging,
+    )
+    if progress.best_loss is None or loss < progress.best_loss:
+        run.save_model(loss)
+        progress.best_loss = loss
+    return loss
+
+
+def has_stalled(history: list[float], loss: float, nonmono: int) -> bool:
+    """Whether `loss` is above the best one older than `nonmono` epochs (AWD, algorithm 1)."""
+    older = history[: max(0, len(history) - nonmono)]
+    return bool(older) and loss > min(older)
+
+
+def keep_copy(save: str, epoch: int) -> None:
+    """Keeps the best model of the rate that ends with `epoch` as SAVE.eN."""
+    contents = Path(save).read_bytes()
+    write_whole(f"{save}.e{epoch}", lambda file: file.write(contents))
+
+
+def test(save: str, ids: Tensor, bptt: int, device: torch.device, log: JsonLog) -> float:
+    """Evaluates the saved model on the test text at batch size 1 and prints the last line of a run."""
+    model, criterion = checkpoint.restore(checkpoint.load_model(save, "--save"))
+    loss = evaluate(model.to(device), criterion.to(device), ids, bptt, TEST_BATCH_SIZE)
+    print("=" * 89)
+    print(f"| End of training | {figures(loss, 'test ')}", flush=True)
+    print("=" * 89)
+    log.write("test", loss)
+    return loss

@@ -1,0 +1,173 @@
+"""What every script needs and no method depends on: errors, whole files, the device, the run's log."""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+
+class UserError(Exception):
+    """Usage or data that cannot be worked with: one line on stderr, exit status 2."""
+
+    status = 2
+
+
+class RunError(UserError):
+    """A run that began well and failed: one line on stderr, exit status 1."""
+
+    status = 1
+
+
+def run_script(main: Callable[[], int | None]) -> None:
+    """Calls `main()` and exits with its status; what a user can cause becomes one line, never a traceback."""
+    name = Path(sys.argv[0]).name
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # until training has something to save
+    try:
+        status = main() or 0
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        status = error.status
+    except torch.OutOfMemoryError as error:
+        reason = str(error).split(". ")[0]
+        print(f"{name}: error: {reason}; try a smaller --batch_size or --bptt", file=sys.stderr)
+        status = 1
+    except BrokenPipeError:  # `... | head`: nobody reads on; keep Python from complaining at its own exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"{name}: error: {where}{error.strerror or error}", file=sys.stderr)
+        status = 1
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        status = 130
+    sys.exit(status)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's own parser, with the usage left out of error messages: one line says it."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def number(
+    kind: type[int] | type[float], least: float, most: float = math.inf, below: float = math.inf
+) -> Callable[[str], Any]:
+    """An argparse type: an int or float in `[least, most]`, smaller than `below`, and finite."""
+
+    def parse(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of type {kind.__name__}") from None
+        if not (least <= value <= most and value < below and math.isfinite(value)):
+            limit = f" and below {below:g}" if below < math.inf else f" and at most {most:g}"
+            limit = "" if below == most == math.inf else limit
+            raise argparse.ArgumentTypeError(f"{text} is out of range; give at least {least:g}{limit}")
+        return value
+
+    return parse
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+
+    Raises:
+        UserError: the device is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(
+            f"--device {name}: there is no such device here; use --device auto or --device cpu"
+        ) from None
+    return device
+
+
+def write_whole(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
+    """Writes a file whole or not at all: a temporary file beside it, fsync, rename, fsync of the folder.
+
+    Raises:
+        OSError: the disk is full, the folder read-only, ...; `path` is then as it was before.
+    """
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~current_umask())  # mkstemp gives 0600; a model is for sharing
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself has to survive a power loss
+    finally:
+        os.close(folder)
+
+
+def current_umask() -> int:
+    """The process's umask, which the operating system only tells by setting it."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def check_writable(path: str | Path, flag: str) -> None:
+    """Raises UserError when no file can be made beside `path`: better now than after the first epoch."""
+    folder = Path(path).parent
+    if Path(path).is_dir():
+        raise UserError(f"{flag} {path}: is a folder; give the name of a file")
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".write-test.", suffix=".tmp"):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag} {path}: {error.strerror}; choose a folder that can be written to") from None
+
+
+class JsonLog:
+    """A log beside the model, one JSON object a line; losses in nats a token, times in seconds.
+
+    A line that cannot be written (a full disk) is dropped: the log is not worth the run.
+    """
+
+    def __init__(self, path: str | Path | None) -> None:
+        self.path = path
+
+    def write(self, kind: str, loss: float, **more: Any) -> None:
+        if self.path is None:
+            return
+        line = {"kind": kind, **more, "loss": loss, "ppl": ppl(loss), "bpc": loss / math.log(2)}
+        with contextlib.suppress(OSError), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def ppl(loss: float) -> float:
+    """Perplexity of a loss in nats a token; infinite rather than an overflow."""
+    return math.exp(loss) if loss < 709 else math.inf
+
+
+def figures(loss: float, prefix: str = "", bpc: bool = True) -> str:
+    """The part of a printed line that scripts around the toolkit parse: loss, ppl and bpc (bits a token)."""
+    text = f"{prefix}loss {loss:5.2f} | {prefix}ppl {ppl(loss):8.2f}"
+    return f"{text} | {prefix}bpc {loss / math.log(2):8.3f}" if bpc else text
