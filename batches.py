@@ -12,12 +12,16 @@ A batch after it goes on where it ended, so that the hidden state carries over, 
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from compat import BPTTBatchSampler
+from data import read_corpus
 from utils import UserError
+
+EVAL_BATCH_SIZE, TEST_BATCH_SIZE = 10, 1  # as published
 
 
 class VariableLengthSampler(BPTTBatchSampler):
@@ -75,6 +79,35 @@ def eval_batches(ids: Tensor, bptt: int, batch_size: int) -> Iterator[tuple[Tens
     """
     sampler = BPTTBatchSampler(ids, max(bptt, 1024 // batch_size), batch_size, drop_last=True)
     return (get_batch(ids, slices) for slices in sampler)
+
+
+@dataclass
+class Texts:
+    """The three splits as 1-D integers on the device, and the vocabulary they are encoded with."""
+
+    vocab: list[str]
+    train: Tensor
+    valid: Tensor
+    test: Tensor
+
+
+def load_texts(
+    data: str,
+    vocab: list[str] | None,
+    device: torch.device,
+    batch_size: int,
+    vocab_size: int = 0,
+    min_count: int = 0,
+) -> Texts:
+    """Reads a corpus (see `data.read_corpus`) onto the device and checks that each split fills a batch.
+
+    Raises:
+        UserError: the corpus cannot be read, or is too short.
+    """
+    corpus = read_corpus(data, vocab, vocab_size, min_count)
+    check_length(corpus.train, batch_size, f"{data}: training text")
+    check_length(corpus.valid, EVAL_BATCH_SIZE, f"{data}: validation text")
+    return Texts(corpus.vocab, *(ids.to(device) for ids in (corpus.train, corpus.valid, corpus.test)))
 
 
 def check_length(ids: Tensor, batch_size: int, name: str) -> None:

@@ -25,7 +25,7 @@ FORMAT = "awd-lm model 1"
 STATE_FORMAT = "awd-lm state 1"
 MODEL_KEYS = {"format": str, "args": dict, "vocab": list, "model": dict, "criterion": dict, "metrics": dict}
 STATE_KEYS = (
-    *("args", "vocab", "fingerprint", "weights", "average"),
+    *("script", "args", "vocab", "fingerprint", "weights", "average"),
     *("optimizer", "generators", "hidden", "progress"),
 )
 ARCHITECTURE = ("model", "emsize", "nhid", "nlayers", "tied")  # what a saved model answers by itself
@@ -121,17 +121,20 @@ def load_model(path: str | Path, flag: str) -> dict[str, Any]:
     return saved
 
 
-def load_state(path: str | Path, flag: str) -> dict[str, Any]:
-    """Reads the state of a run; its parts are checked when `Run.load_state` takes them.
+def load_state(path: str | Path, flag: str, script: str) -> dict[str, Any]:
+    """Reads the state of a run of `script`; its parts are checked when `Run.load_state` takes them.
 
     Raises:
-        UserError: see `load`; or a part is missing.
+        UserError: see `load`; or a part is missing, or another script made it.
     """
     state = load(path, flag, STATE_FORMAT)
     missing = [key for key in STATE_KEYS if key not in state]
     if missing:
+        raise UserError(f"{flag} {path}: lacks {', '.join(missing)}; remove it to warm-start from the model")
+    if state["script"] != script:
         raise UserError(
-            f"{flag} {path}: lacks {', '.join(missing)}; remove it for a warm start from the model"
+            f"{flag} {path}: is the state of {state['script']}, which can go on with it; remove it to "
+            "warm-start from the model"
         )
     return state
 

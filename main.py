@@ -15,10 +15,11 @@ import torch
 import checkpoint
 import options
 import train
-from batches import check_length
-from data import read_corpus
-from run import Run
+from batches import EVAL_BATCH_SIZE, Texts, load_texts
+from run import start_run
 from utils import JsonLog, UserError, check_writable, figures, pick_device, run_script
+
+SCRIPT = "main.py"
 
 
 def parse_args() -> dict[str, Any]:
@@ -39,7 +40,7 @@ def parse_args() -> dict[str, Any]:
 def main() -> int:
     given = parse_args()
     resume = given.get("resume", "")
-    state, saved = load_resumed(resume) if resume else (None, None)
+    state, saved = load_resumed(resume, with_state=given.get("epochs") != 0) if resume else (None, None)
     stored = state or saved or {"args": {}, "vocab": None}
     if resume:
         checkpoint.check_architecture(given, stored["args"], resume)
@@ -50,77 +51,45 @@ def main() -> int:
     torch.manual_seed(args["seed"])
     device = pick_device(args["device"])
 
-    corpus = read_corpus(args["data"], stored["vocab"], args["vocab_size"], args["min_count"])
-    train_ids, valid_ids, test_ids = (ids.to(device) for ids in (corpus.train, corpus.valid, corpus.test))
-    check_length(train_ids, args["batch_size"], f"{args['data']}: training text")
-    check_length(valid_ids, train.EVAL_BATCH_SIZE, f"{args['data']}: validation text")
-    if args["epochs"] == 0:
-        return evaluate_only(saved, resume, valid_ids, test_ids, args["bptt"], device)
-
-    dropouts = {name: args[name] for name in checkpoint.DROPOUTS}
-    if saved and not state:
-        model, criterion = checkpoint.restore({**saved, "args": args}, **dropouts)
-    else:
-        model, criterion = checkpoint.build(args, corpus.vocab, **dropouts)
-    args["splits"] = criterion.splits
-    total = sum(p.numel() for p in model.parameters()) + sum(p.numel() for p in criterion.parameters())
-    print(f"Args: {args}")
-    print(f"Model total parameters: {total}")
-
-    run = Run(
-        model.to(device),
-        criterion.to(device),
-        args=args,
-        vocab=corpus.vocab,
-        save=args["save"],
-        fingerprint=[len(train_ids), int(corpus.train.sum(dtype=torch.int64))],
+    texts = load_texts(
+        args["data"], stored["vocab"], device, args["batch_size"], args["vocab_size"], args["min_count"]
     )
+    if args["epochs"] == 0:
+        return evaluate_only(saved, resume, texts, args["bptt"], device)
+
+    run = start_run(SCRIPT, args, texts, device, warm_start=None if state else saved)
     if state:
         run.load_state(state, given)
-        print(f"| resumed {resume} at epoch {run.progress.epoch}, batch {run.progress.batch}")
 
     reason = train.fit(
         run,
-        train_ids,
-        valid_ids,
-        epochs=args["epochs"],
-        when=args["when"],
-        nonmono=args["nonmono"],
-        max_steps=args["max_steps"],
+        texts.train,
+        texts.valid,
         on_stall="average" if args["optimizer"] == "sgd" else "nothing",
-        **{name: args[name] for name in train.EPOCH_SETTINGS},
+        **{name: args[name] for name in train.FIT_SETTINGS},
     )
-    if reason == "SIGTERM":
-        return 143
-    if reason == "SIGINT":
-        print(f"| stopped; go on with: python main.py --resume {args['save']}")
-    train.test(args["save"], test_ids, args["bptt"], device, run.log)
-    return 0
+    return train.finish(run, reason, texts.test, args["bptt"])
 
 
-def load_resumed(path: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+def load_resumed(path: str, with_state: bool) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """The state beside a model, if there is one, and the model, which may not have been written yet."""
     state_path = checkpoint.state_path(path)
-    state = checkpoint.load_state(state_path, "--resume") if os.path.exists(state_path) else None
+    has_state = with_state and os.path.exists(state_path)
+    state = checkpoint.load_state(state_path, "--resume", SCRIPT) if has_state else None
     saved = checkpoint.load_model(path, "--resume") if os.path.exists(path) or state is None else None
     return state, saved
 
 
 def evaluate_only(
-    saved: dict[str, Any] | None,
-    path: str,
-    valid: torch.Tensor,
-    test: torch.Tensor,
-    bptt: int,
-    device: torch.device,
+    saved: dict[str, Any] | None, path: str, texts: Texts, bptt: int, device: torch.device
 ) -> int:
     """`--epochs 0`: the saved model's figures on this text; nothing is trained, no file is written."""
     if saved is None:
         raise UserError(f"--epochs 0: there is no saved model to evaluate in {path!r}; give --resume MODEL")
     model, criterion = (module.to(device) for module in checkpoint.restore(saved))
-    loss = train.evaluate(model, criterion, valid, bptt, train.EVAL_BATCH_SIZE)
+    loss = train.evaluate(model, criterion, texts.valid, bptt, EVAL_BATCH_SIZE)
     print(f"| End of evaluation | {figures(loss, 'valid ')}")
-    train.test(path, test, bptt, device, JsonLog(None))
+    train.test(path, texts.test, bptt, JsonLog(None))
     return 0
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
 import checkpoint
+from batches import Texts
 from model import RNNModel, State, detach
 from splitcross import SplitCrossEntropyLoss
 from utils import JsonLog, UserError, ppl
@@ -71,6 +72,7 @@ class Run:
     """What a training step changes, and with `state()` everything that an exact resume needs.
 
     Args:
+        script: who trains, main.py or finetune.py; only the same one can resume.
         args: the script's settings, plain data; they travel in the model.
         vocab: index -> word.
         save: where the model goes; the state goes to `save` + ".state".
@@ -79,6 +81,7 @@ class Run:
 
     def __init__(
         self,
+        script: str,
         model: RNNModel,
         criterion: SplitCrossEntropyLoss,
         *,
@@ -87,7 +90,7 @@ class Run:
         save: str,
         fingerprint: list[int],
     ) -> None:
-        self.model, self.criterion = model, criterion
+        self.script, self.model, self.criterion = script, model, criterion
         self.args, self.vocab, self.save, self.fingerprint = args, vocab, save, fingerprint
         self.weights = nn.ModuleDict({"model": model, "criterion": criterion})  # all that is trained
         self.parameters = list(self.weights.parameters())
@@ -132,6 +135,7 @@ class Run:
             generators["cuda"] = torch.cuda.get_rng_state(device)
         return {
             "format": checkpoint.STATE_FORMAT,
+            "script": self.script,
             "args": self.args,
             "vocab": self.vocab,
             "fingerprint": self.fingerprint,
@@ -170,9 +174,34 @@ class Run:
         self.lengths.set_state(state["generators"]["lengths"])
         if "cuda" in state["generators"] and self.parameters[0].device.type == "cuda":
             torch.cuda.set_rng_state(state["generators"]["cuda"], self.parameters[0].device)
+        print(f"| resumed at epoch {self.progress.epoch}, batch {self.progress.batch}", flush=True)
 
 
 def make_optimizer(parameters: list[Tensor], name: str, lr: float, wdecay: float) -> torch.optim.Optimizer:
     """SGD (NT-ASGD's descent) or Adam, with weight decay, over model and criterion alike."""
     kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[name]
     return kind(parameters, lr=lr, weight_decay=wdecay)
+
+
+def start_run(
+    script: str, args: dict[str, Any], texts: Texts, device: torch.device, warm_start: dict[str, Any] | None
+) -> Run:
+    """A run at its first step, from fresh weights or from those of a saved model."""
+    dropouts = {name: args[name] for name in checkpoint.DROPOUTS}
+    if warm_start:
+        model, criterion = checkpoint.restore(warm_start, **dropouts)
+    else:
+        model, criterion = checkpoint.build(args, texts.vocab, **dropouts)
+    args["splits"] = criterion.splits
+    run = Run(
+        script,
+        model.to(device),
+        criterion.to(device),
+        args=args,
+        vocab=texts.vocab,
+        save=args["save"],
+        fingerprint=[len(texts.train), int(texts.train.sum(dtype=torch.int64))],
+    )
+    print(f"Args: {args}")
+    print(f"Model total parameters: {sum(p.numel() for p in run.parameters)}", flush=True)
+    return run

@@ -14,23 +14,16 @@ import torch
 from torch import Tensor, nn
 
 import checkpoint
-from batches import VariableLengthSampler, eval_batches, get_batch
+from batches import EVAL_BATCH_SIZE, TEST_BATCH_SIZE, VariableLengthSampler, eval_batches, get_batch
 from model import RNNModel, detach
 from run import Progress, Run, Stop, StopSignals
 from splitcross import SplitCrossEntropyLoss
 from utils import JsonLog, RunError, figures, write_whole
 
-EVAL_BATCH_SIZE, TEST_BATCH_SIZE = 10, 1  # as published
-# The settings of `train_epoch`, by name.
-EPOCH_SETTINGS = (
-    "batch_size",
-    "bptt",
-    "max_seq_len",
-    "alpha",
-    "beta",
-    "clip",
-    "log_interval",
-    "checkpoint_every",
+# The settings of `fit`, by name, those of `train_epoch` among them.
+FIT_SETTINGS = (
+    *("epochs", "when", "nonmono", "max_steps"),
+    *("batch_size", "bptt", "max_seq_len", "alpha", "beta", "clip", "log_interval", "checkpoint_every"),
 )
 
 
@@ -213,6 +206,8 @@ def fit(
 
         try:
             while progress.epoch <= epochs:
+                if on_stall == "stop" and has_stalled(progress.history, nonmono):
+                    return "stall"
                 epoch_start = time.perf_counter()
                 try:
                     train_epoch(run, train, check_stop=check_stop, **settings)
@@ -220,27 +215,21 @@ def fit(
                 except Stop:
                     progress.epoch_s += time.perf_counter() - epoch_start
                     raise
-                stalled = has_stalled(progress.history, loss, nonmono)
-                if stalled and on_stall == "average" and not run.averaging:
+                progress.history.append(loss)
+                if on_stall == "average" and not run.averaging and has_stalled(progress.history, nonmono):
                     print("| switching to averaging (NT-ASGD)", flush=True)
                     run.start_averaging()
                 if progress.epoch in when:
                     keep_copy(run.save, progress.epoch)
                     progress.lr /= 10
-                progress.history.append(loss)
                 progress.epoch, progress.row, progress.batch, progress.epoch_s = progress.epoch + 1, 0, 0, 0.0
                 progress.loss_sum, progress.loss_count = 0.0, 0
                 run.save_state()
-                if stalled and on_stall == "stop":
-                    return "stall"
         except Stop as stop:
             run.save_state()
             # Without a model of its own yet (or by --max_steps), the run ends with the weights it has.
-            if (
-                stop.reason != "SIGTERM"
-                and progress.row
-                and (progress.best_loss is None or stop.reason == "--max_steps")
-            ):
+            has_new = progress.best_loss is None or (stop.reason == "--max_steps" and progress.row)
+            if has_new and stop.reason != "SIGTERM":
                 validate(run, valid, settings["bptt"], time.perf_counter(), lambda: None)
             return stop.reason
     return "epochs"
@@ -281,10 +270,10 @@ def validate(run: Run, valid: Tensor, bptt: int, epoch_start: float, check_stop:
     return loss
 
 
-def has_stalled(history: list[float], loss: float, nonmono: int) -> bool:
-    """Whether `loss` is above the best one older than `nonmono` epochs (AWD, algorithm 1)."""
-    older = history[: max(0, len(history) - nonmono)]
-    return bool(older) and loss > min(older)
+def has_stalled(history: list[float], nonmono: int) -> bool:
+    """Whether the last loss is above the best one older than `nonmono` epochs (AWD, algorithm 1)."""
+    older = history[: max(0, len(history) - 1 - nonmono)]
+    return bool(older) and history[-1] > min(older)
 
 
 def keep_copy(save: str, epoch: int) -> None:
@@ -293,12 +282,22 @@ def keep_copy(save: str, epoch: int) -> None:
     write_whole(f"{save}.e{epoch}", lambda file: file.write(contents))
 
 
-def test(save: str, ids: Tensor, bptt: int, device: torch.device, log: JsonLog) -> float:
+def test(save: str, ids: Tensor, bptt: int, log: JsonLog) -> float:
     """Evaluates the saved model on the test text at batch size 1 and prints the last line of a run."""
     model, criterion = checkpoint.restore(checkpoint.load_model(save, "--save"))
-    loss = evaluate(model.to(device), criterion.to(device), ids, bptt, TEST_BATCH_SIZE)
+    loss = evaluate(model.to(ids.device), criterion.to(ids.device), ids, bptt, TEST_BATCH_SIZE)
     print("=" * 89)
     print(f"| End of training | {figures(loss, 'test ')}", flush=True)
     print("=" * 89)
     log.write("test", loss)
     return loss
+
+
+def finish(run: Run, reason: str, ids: Tensor, bptt: int) -> int:
+    """After `fit`: tests the best model, unless SIGTERM leaves no time for it; returns the exit status."""
+    if reason in ("SIGTERM", "SIGINT"):
+        print(f"| stopped; go on with: python {run.script} --resume {run.save}", flush=True)
+    if reason == "SIGTERM":
+        return 143
+    test(run.save, ids, bptt, run.log)
+    return 0

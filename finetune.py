@@ -1,0 +1,70 @@
+"""Fine-tune a saved model: averaged SGD from the first step, until the validation loss stops falling.
+
+    python finetune.py --batch_size 20 --data data/penn --dropouti 0.4 --dropouth 0.25 --save PTB.pt
+    python finetune.py --data data/penn --save PTB.pt --output PTB.ft.pt  # leave PTB.pt as it is
+    python finetune.py --resume PTB.ft.pt                                 # go on with a stopped run
+
+The file is replaced only by a better model, whole or not at all. The architecture and every setting that is
+not given come from the file. Method: Merity, Keskar, Socher, arXiv 1708.02182, section 5.
+"""
+
+from typing import Any
+
+import torch
+
+import checkpoint
+import options
+import train
+from batches import EVAL_BATCH_SIZE, load_texts
+from run import start_run
+from utils import check_writable, figures, pick_device, run_script
+
+SCRIPT = "finetune.py"
+# A new fine-tuning starts its own course: these do not come from the training that made the model.
+OWN = ("epochs", "optimizer", "lr", "when", "nonmono")
+
+
+def parse_args() -> dict[str, Any]:
+    """The flags given on the command line, and no others."""
+    parser = options.make_parser(__doc__)
+    options.add_run_flags(parser)
+    options.add_model_flags(parser)
+    options.add_training_flags(parser)
+    parser.add_argument("--output", help="write the better model here and leave --save as it is")
+    return vars(parser.parse_args())
+
+
+def main() -> int:
+    given = parse_args()
+    resume = given.get("resume", "")
+    path = resume or given.get("save", "PTB.pt")
+    state = checkpoint.load_state(checkpoint.state_path(path), "--resume", SCRIPT) if resume else None
+    saved = state or checkpoint.load_model(path, "--save")
+    checkpoint.check_architecture(given, saved["args"], path)
+    stored = saved["args"] if resume else {k: v for k, v in saved["args"].items() if k not in OWN}
+    args = {**options.settle(given, stored), "save": given.get("output", path)}
+    check_writable(args["save"], "--output" if "output" in given else "--save")
+
+    torch.manual_seed(args["seed"])
+    device = pick_device(args["device"])
+    texts = load_texts(args["data"], saved["vocab"], device, args["batch_size"])
+
+    run = start_run(SCRIPT, args, texts, device, warm_start=None if resume else saved)
+    if resume:
+        run.load_state(state, given)
+    else:
+        loss = train.evaluate(run.model, run.criterion, texts.valid, args["bptt"], EVAL_BATCH_SIZE)
+        print(f"| before fine-tuning | {figures(loss, 'valid ')}", flush=True)
+        if args["save"] != path:
+            run.save_model(loss)
+        run.progress.best_loss = loss  # only a better model replaces the file
+        run.start_averaging()
+
+    reason = train.fit(
+        run, texts.train, texts.valid, on_stall="stop", **{name: args[name] for name in train.FIT_SETTINGS}
+    )
+    return train.finish(run, reason, texts.test, args["bptt"])
+
+
+if __name__ == "__main__":
+    run_script(main)
