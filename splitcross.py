@@ -52,17 +52,17 @@ class SplitCrossEntropyLoss(nn.Module):
     def forward(
         self, weight: Tensor, bias: Tensor | None, hiddens: Tensor, targets: Tensor, reduction: str = "mean"
     ) -> Tensor:
-        """The loss of `targets`, a scalar in nats.
+        """The loss of `targets` in nats: a scalar, or (N,) without a reduction.
 
         Args:
             weight, bias: the decoder's, (V, H) and (V,) or None.
             hiddens: (N, H), or (T, B, H).
             targets: (N,), or (T, B), of integers in [0, V).
-            reduction: "mean" over the N positions, or "sum".
+            reduction: "mean" over the N positions, "sum", or "none": one loss a position.
         """
         hiddens, targets = hiddens.flatten(0, -2), targets.reshape(-1)  # (N, H), (N,)
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction {reduction!r}: use 'mean' or 'sum'")
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction {reduction!r}: use 'mean', 'sum' or 'none'")
         if not self.splits:
             return linear_cross_entropy(hiddens, weight, bias, targets, reduction)
 
@@ -71,13 +71,13 @@ class SplitCrossEntropyLoss(nn.Module):
         cluster = torch.bucketize(targets, edges, right=True)  # (N,): 0 in the head, else 1 .. K
         # In the head a word of cluster k is its tombstone, entry s_1 + k - 1.
         head_targets = torch.where(cluster == 0, targets, self.splits[0] + cluster - 1)
-        total = linear_cross_entropy(hiddens, *self.head(weights[0], biases[0]), head_targets, "sum")
+        part = "none" if reduction == "none" else "sum"
+        total = linear_cross_entropy(hiddens, *self.head(weights[0], biases[0]), head_targets, part)
         for k, first in enumerate(self.splits, start=1):
             hit = (cluster == k).nonzero().squeeze(1)  # a synchronisation on CUDA: the sizes decide the work
             if hit.numel():
-                total = total + linear_cross_entropy(
-                    hiddens[hit], weights[k], biases[k], targets[hit] - first, "sum"
-                )
+                loss = linear_cross_entropy(hiddens[hit], weights[k], biases[k], targets[hit] - first, part)
+                total = total.index_add(0, hit, loss) if part == "none" else total + loss
         return total / targets.numel() if reduction == "mean" else total
 
     def logprob(self, weight: Tensor, bias: Tensor | None, hiddens: Tensor) -> Tensor:
@@ -117,5 +117,5 @@ class SplitCrossEntropyLoss(nn.Module):
 def linear_cross_entropy(
     hiddens: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, reduction: str
 ) -> Tensor:
-    """Projection and loss: (N, H), (V, H), (V,), (N,) -> a scalar, in nats."""
+    """Projection and loss: (N, H), (V, H), (V,), (N,) -> a scalar, or (N,) by "none", in nats."""
     return F.cross_entropy(F.linear(hiddens, weight, bias), targets, reduction=reduction)
