@@ -205,10 +205,9 @@ def _dtype(vocab: list[str]) -> type[np.signedinteger]:
 
 
 def _corpus(entry: Entry) -> Corpus:
-    encoder = compat.LabelEncoder(entry.vocab, reserved_labels=[], unknown_index=None)
-    encoder.unknown_index = encoder.token_to_index.get(
-        UNK
-    )  # LabelEncoder would have it among reserved labels
+    unknown = entry.vocab.index(UNK) if UNK in entry.vocab else None
+    # all labels reserved: they keep their order, and 267,735 of them take 0.05 s where a sample takes 0.6
+    encoder = compat.LabelEncoder([], reserved_labels=entry.vocab, unknown_index=unknown)
     splits = torch.from_numpy(entry.ids).split(entry.sizes)
     return Corpus(entry.vocab, *splits, encoder)
 
@@ -256,7 +255,9 @@ def _in_memory(texts: dict[str, Iterable[list[str]]], rule: VocabRule) -> Entry:
 def _progress(data: str, files: list[Path]) -> tqdm:
     """A bar over the bytes of text, shown when they take more than two seconds."""
     size = sum(path.stat().st_size for path in files)
-    return tqdm(total=size, unit="B", unit_scale=True, desc=f"reading {data}", delay=2, leave=False)
+    return tqdm(
+        total=size, unit="B", unit_scale=True, desc=f"reading {data}", delay=2, mininterval=0.5, leave=False
+    )
 
 
 def _check_folder(data: str) -> list[Path]:
