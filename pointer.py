@@ -1,0 +1,214 @@
+"""Evaluate a saved model with the continuous cache pointer, or search the pointer's settings on validation.
+
+    python pointer.py --data data/penn --save PTB.pt --lambdasm 0.1 --theta 1.0 --window 500 --bptt 5000
+    python pointer.py --data data/penn --save PTB.pt --search --search_windows 500 2000
+
+Shapes: P pairs of state and next word carried over from the text before, T positions after them, H hidden,
+S, L, W the numbers of θ, λ and windows that are tried. The text runs in one column (batch size 1).
+
+Method: Grave, Joulin, Usunier, "Improving Neural Language Models with a Continuous Cache",
+arXiv 1612.04426 ("Cache"), section 3; the window is used from its first pair on, not only once it is full.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import checkpoint
+import options
+from batches import eval_batches
+from data import read_corpus
+from model import RNNModel
+from splitcross import SplitCrossEntropyLoss
+from utils import JsonLog, RunError, figures, number, pick_device, ppl, run_script
+
+BLOCK = 128  # positions at once: their scores of a window of 4,000 (2 MB) stay in a core's cache
+LOGITS = 1024  # positions whose (·, V) logits exist at once
+
+
+def pointer_prob(
+    states: Tensor, words: Tensor, past: int, thetas: Sequence[float], windows: Sequence[int]
+) -> Tensor:
+    """The probability that the cache alone gives to each word (Cache, section 3.1).
+
+    Position i sees the pairs (state j, word j) with i - window <= j < i, as many as there are, and points at
+    their words by softmax_j(θ · state_i · state_j). Only the pairs whose word is the target's count, so
+    nothing is as large as the vocabulary: memory is BLOCK × (window + BLOCK).
+
+    Args:
+        states: (P + T, H), the last layer's raw output.
+        words: (P + T,), the word that came after each state, the target of that position.
+        past: P; at least the widest window, or all pairs since the text began.
+        thetas, windows: S and W settings.
+
+    Returns:
+        (S, W, T), for the positions from P on; nan where there is no pair yet.
+    """
+    prob = states.new_full((len(thetas), len(windows), len(states) - past), torch.nan)
+    position = torch.arange(len(states), device=states.device)
+    for first in range(past, len(states), BLOCK):
+        last = min(first + BLOCK, len(states))
+        row = position[first:last, None]  # (block, 1)
+        begin = max(0, first - max(windows))
+        scores = states[first:last] @ states[begin : last - 1].T  # (block, window + block - 1)
+        for w, window in enumerate(windows):
+            start = max(0, first - window)  # of the pairs that any position of the block sees
+            column = position[start : last - 1]
+            # The pairs whose word is the target's: some 1 % of all. A synchronisation on CUDA.
+            hit, pair = (words[start : last - 1] == words[first:last, None]).nonzero(as_tuple=True)
+            full = max(0, last - 1 - window - start)  # from this column on no pair is too old for any row
+            too_old, too_new = column[:full] < row - window, column[first - start :] >= row
+            for s, theta in enumerate(thetas):
+                logits = theta * scores[:, start - begin :]
+                logits[:, :full].masked_fill_(too_old, -torch.inf)
+                logits[:, first - start :].masked_fill_(too_new, -torch.inf)
+                attention = (logits[hit, pair] - logits.logsumexp(1)[hit]).exp()
+                here = prob[s, w, first - past : last - past]
+                here.zero_().index_add_(0, hit, attention)
+    prob[:, [window == 0 for window in windows]] = torch.nan
+    if past == 0:
+        prob[..., :1] = torch.nan
+    return prob
+
+
+def mixture_logprob(prob: Tensor, log_vocab: Tensor, lambdasm: Tensor) -> Tensor:
+    """log(λ·p_cache + (1-λ)·p_vocab), and log p_vocab alone where there is no pair yet (nan in `prob`).
+
+    With λ = 0 it is `log_vocab` to the last bit. All float64: prob (..., T), log_vocab (T,), lambdasm ().
+    """
+    mixed = torch.logaddexp(lambdasm.log() + prob.log(), torch.log1p(-lambdasm) + log_vocab)
+    return torch.where(prob.isnan(), log_vocab, mixed)
+
+
+@torch.no_grad()
+def pointer_loss(
+    model: RNNModel,
+    criterion: SplitCrossEntropyLoss,
+    ids: Tensor,
+    bptt: int,
+    thetas: Sequence[float],
+    lambdas: Sequence[float],
+    windows: Sequence[int],
+) -> Tensor:
+    """Mean negative log-likelihood with the pointer under every combination of settings.
+
+    One pass over the text: the model's forward and the products of states are shared by all settings, the
+    softmax over them by all λ. State and pairs carry over from segment to segment: `bptt` changes no figure.
+
+    Args:
+        ids: (n,), the text; its first token is only read.
+
+    Returns:
+        (S, L, W), float64, in nats a predicted token.
+    """
+    model.eval()
+    windows = [min(window, len(ids)) for window in windows]  # no more pairs than that
+    weight, bias = model.decoder.weight, model.decoder.bias
+    hidden = model.init_hidden(1)
+    states, words = weight.new_empty(0, weight.size(1)), ids.new_empty(0, dtype=torch.long)
+    total = torch.zeros(len(thetas), len(lambdas), len(windows), dtype=torch.float64)
+    for source, target in eval_batches(ids, bptt, 1):
+        output, hidden, raw, _ = model(source, hidden, return_h=True)
+        losses = [
+            criterion(weight, bias, h, w, reduction="none")
+            for h, w in zip(output.split(LOGITS), target.squeeze(1).split(LOGITS), strict=True)
+        ]
+        log_vocab = -torch.cat(losses).cpu().double()  # (T,); not every device has float64
+
+        past = min(len(states), max(windows))
+        states = torch.cat([states[len(states) - past :], raw[-1].squeeze(1)])  # (P + T, H)
+        words = torch.cat([words[len(words) - past :], target.squeeze(1)])
+        prob = pointer_prob(states, words, past, thetas, windows).cpu().double()  # (S, W, T)
+        for i, lambdasm in enumerate(lambdas):
+            logprob = mixture_logprob(prob, log_vocab, torch.tensor(lambdasm, dtype=torch.float64))
+            total[:, i] -= logprob.sum(-1)
+    return total / (len(ids) - 1)
+
+
+def search(
+    loss: Tensor, thetas: Sequence[float], lambdas: Sequence[float], windows: Sequence[int]
+) -> tuple[float, float, int]:
+    """Prints the grid of losses (S, L, W) as a table of perplexities; returns the best θ, λ and window."""
+    for w, window in enumerate(windows):
+        print(f"| window {window} | val ppl, a row per theta, a column per lambdasm")
+        print(f"| {'theta':>8} |" + "".join(f"{lambdasm:9g}" for lambdasm in lambdas))
+        for theta, row in zip(thetas, loss[:, :, w].tolist(), strict=True):
+            print(f"| {theta:8g} |" + "".join(f"{ppl(value):9.2f}" for value in row))
+    best = list(itertools.product(thetas, lambdas, windows))[int(loss.argmin())]
+    print(f"| best on val: --theta {best[0]:g} --lambdasm {best[1]:g} --window {best[2]}", flush=True)
+    return best
+
+
+def parse_args() -> dict[str, Any]:
+    """All settings; what the saved model already answers only where it was given."""
+    parser = options.make_parser(__doc__)
+    options.add_model_flags(parser)
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--data", help="folder with train.txt, valid.txt, test.txt (default: the model's own)")
+    group.add_argument("--save", required=True, help="the saved model; its .log.jsonl gets the figures too")
+    group.add_argument(
+        "--bptt",
+        type=options.positive,
+        default=2000,
+        help="tokens at once; no figure changes (default: 2000)",
+    )
+    options.flag(group, "--device", help="auto, cpu, cuda, cuda:N or mps")
+    group.add_argument("--cuda", dest="device", action="store_const", const="auto", help="as --device auto")
+    group = parser.add_argument_group("pointer (the defaults are for the Penn Treebank)")
+    theta, share = number(float, 0, most=1000), number(float, 0, most=1)
+    group.add_argument("--theta", type=theta, default=1.0, help="sharpness of the attention, θ (default: 1)")
+    group.add_argument("--lambdasm", type=share, default=0.1, help="share of the pointer, λ (default: 0.1)")
+    group.add_argument("--window", type=options.count, default=500, help="pairs it sees (default: 500)")
+    group = parser.add_argument_group("search")
+    group.add_argument(
+        "--search", action="store_true", default=False, help="find theta, lambdasm and window on validation"
+    )
+    grid = [0.1, 0.2, 0.3, 0.45, 0.7, 1.0, 1.4]
+    group.add_argument("--search_thetas", type=theta, nargs="+", default=grid, help=f"default: {grid}")
+    grid = [0.03, 0.05, 0.08, 0.1, 0.13, 0.16, 0.2, 0.25]
+    group.add_argument("--search_lambdas", type=share, nargs="+", default=grid, help=f"default: {grid}")
+    group.add_argument("--search_windows", type=options.count, nargs="+", help="default: that of --window")
+    return vars(parser.parse_args())
+
+
+def main() -> None:
+    args = parse_args()
+    saved = checkpoint.load_model(args["save"], "--save")
+    checkpoint.check_architecture(args, saved["args"], args["save"])
+    device = pick_device(args.get("device", "auto"))
+    model, criterion = (module.to(device) for module in checkpoint.restore(saved))
+    data = args.get("data") or saved["args"].get("data") or options.DEFAULTS["data"]
+    corpus = read_corpus(data, saved["vocab"])
+    log = JsonLog(f"{args['save']}.log.jsonl")
+
+    def evaluate(ids: Tensor, grid: tuple[Sequence[float], Sequence[float], Sequence[int]]) -> Tensor:
+        return pointer_loss(model, criterion, ids.to(device), args["bptt"], *grid)
+
+    best = args["theta"], args["lambdasm"], args["window"]
+    grid = [best[0]], [best[1]], [best[2]]
+    if args["search"]:
+        grid = args["search_thetas"], args["search_lambdas"], args.get("search_windows", [args["window"]])
+    valid = evaluate(corpus.valid, grid)
+    if args["search"]:
+        best = search(valid, *grid)
+    report("val", valid.min().item(), best, log)
+    report("test", evaluate(corpus.test, tuple([value] for value in best)).item(), best, log)
+
+
+def report(split: str, loss: float, settings: tuple[float, float, int], log: JsonLog) -> None:
+    """Prints and logs the figures of one split."""
+    if math.isnan(loss):
+        raise RunError(f"the {split} loss is {loss}: the model's weights are not finite; use another model")
+    print("=" * 89)
+    print(f"| End of pointer | {figures(loss, f'{split} ', bpc=False)}")
+    print("=" * 89, flush=True)
+    theta, lambdasm, window = settings
+    log.write("pointer", loss, split=split, theta=theta, lambdasm=lambdasm, window=window)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,82 @@
+"""What the tests of the scripts share: toy models and corpora, and a script called as from a shell."""
+
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import checkpoint
+from model import RNNModel
+from splitcross import SplitCrossEntropyLoss
+from utils import run_script
+
+ROOT = Path(__file__).parent.parent
+WORDS = ["<eos>", "<unk>", *(f"w{i}" for i in range(48))]
+
+
+def make_model(
+    rnn_type: str = "LSTM", splits: tuple[int, ...] = (), vocab: list[str] = WORDS, seed: int = 0
+) -> tuple[dict[str, Any], RNNModel, SplitCrossEntropyLoss]:
+    """The args, model and criterion (evaluation mode, float32) of two layers of random weights."""
+    torch.manual_seed(seed)
+    args = {"model": rnn_type, "emsize": 12, "nhid": 16, "nlayers": 2, "tied": True, "splits": list(splits)}
+    model, criterion = checkpoint.build(args, vocab, **dict.fromkeys(checkpoint.DROPOUTS, 0.0))
+    for parameter in [*model.parameters(), *criterion.parameters()]:
+        torch.nn.init.normal_(parameter, std=0.5)
+    return args, model.eval(), criterion.eval()
+
+
+def save_model(
+    path: Path, rnn_type: str = "LSTM", splits: tuple[int, ...] = (), vocab: list[str] = WORDS
+) -> Path:
+    args, model, criterion = make_model(rnn_type, splits, vocab)
+    checkpoint.save_model(path, args, vocab, model, criterion, {})
+    return path
+
+
+def make_text(tokens: int, seed: int = 0, vocab_size: int = len(WORDS)) -> Tensor:
+    """Frequent and rare words, and stretches that come again, as a cache likes it: (tokens,) int64."""
+    generator = torch.Generator().manual_seed(seed)
+    odds = 1 / torch.arange(1.0, vocab_size + 1)
+    ids = torch.multinomial(odds, tokens, replacement=True, generator=generator)
+    for start in range(60, tokens, 90):
+        again = ids[start - 50 : start - 50 + min(25, tokens - start)]
+        ids[start : start + len(again)] = again.clone()
+    return ids
+
+
+def write_corpus(folder: Path, tokens: int = 400, seed: int = 0, vocab: list[str] = WORDS) -> Path:
+    """Three splits of text in a folder, lines of eight words."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, split in enumerate(("train", "valid", "test")):
+        words = [vocab[2 + k % (len(vocab) - 2)] for k in make_text(tokens, seed + i).tolist()]
+        lines = (" ".join(words[k : k + 8]) for k in range(0, tokens, 8))
+        (folder / f"{split}.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def call(script: Any, *argv: object) -> int:
+    """Runs a script's main within this process, as its own `__main__` does; returns the exit status.
+
+    What would be a traceback is an exception here, and fails the test.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, argv)])
+            run_script(script.main)
+    except SystemExit as end:
+        return end.code
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """The single line on stderr of a call that went wrong."""
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
