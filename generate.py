@@ -1,0 +1,250 @@
+"""Text from a saved model, the scores of sentences under it, or the next words it expects.
+
+    python generate.py --save PTB.pt --prompt "the company said" --words 200 --temperature 0.8 --top_k 50
+    python generate.py --save PTB.pt --score sentences.txt           # a line of figures for each of its lines
+    python generate.py --save PTB.pt --prompt "the company" --next 10
+
+Every text begins after an `<eos>`, the end of the line before: its first word is predicted from that.
+Where all words but those in <...> are single characters, prompt and text are plain text, with `_` in the
+vocabulary for the space (the Penn Treebank's characters). Where they are numbers from 0 to 255, more than 100
+of them, they are the bytes of UTF-8 (enwik8).
+
+Shapes: T time, B batch, V vocabulary.
+"""
+
+import codecs
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import checkpoint
+import options
+from compat import LabelEncoder
+from model import RNNModel, State
+from score import encode, score
+from splitcross import SplitCrossEntropyLoss
+from utils import RunError, UserError, check_writable, number, pick_device, run_script, write_whole
+from words import EOS, UNK
+
+
+class Text:
+    """Words of the vocabulary to running text, and back, by what the vocabulary looks like."""
+
+    def __init__(self, vocab: list[str]) -> None:
+        plain = [word for word in vocab if not (len(word) > 2 and word[0] == "<" and word[-1] == ">")]
+        self.bytes = len(plain) > 100 and all(word.isdecimal() and int(word) < 256 for word in plain)
+        self.characters = not self.bytes and all(len(word) == 1 for word in plain)
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.line_start = True
+
+    def piece(self, word: str) -> str:
+        """What the next word adds to the text: a newline for `<eos>`, nothing for part of a character."""
+        if self.bytes:
+            byte = b"\n" if word == EOS else bytes([int(word)]) if word.isdecimal() else b"\xff"
+            piece = self.decoder.decode(byte)  # 0xff, in no UTF-8 text, becomes the replacement character
+        elif word == EOS:
+            piece = "\n"
+        elif self.characters:
+            piece = " " if word == "_" else word
+        else:
+            piece = word if self.line_start else f" {word}"
+        self.line_start = piece.endswith("\n") if piece else self.line_start
+        return piece
+
+    def end(self) -> str:
+        """What is left at the end of the text: a character cut short, and the last newline."""
+        rest = self.decoder.decode(b"", final=True)
+        return rest if self.line_start and not rest else rest + "\n"
+
+    def words(self, line: str) -> str:
+        """A line of plain text as the corpus has it, words apart by spaces."""
+        if self.bytes:
+            return " ".join(map(str, line.encode("utf-8", "surrogateescape")))
+        return " ".join("_" if c == " " else c for c in line) if self.characters else line
+
+
+class Output:
+    """Standard output, flushed as it goes, and a copy for `--outf`, written whole when all of it is there."""
+
+    def __init__(self, path: str | None) -> None:
+        self.path, self.pieces = path, []
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack some of the model's characters
+        if path:
+            check_writable(path, "--outf")
+
+    def write(self, piece: str) -> None:
+        print(piece, end="", flush=True)
+        if self.path:
+            self.pieces.append(piece)
+
+    def close(self) -> None:
+        if not self.path:
+            return
+        try:
+            write_whole(self.path, lambda file: file.write("".join(self.pieces).encode("utf-8", "replace")))
+        except OSError as error:
+            raise RunError(
+                f"--outf {self.path}: cannot be written ({error.strerror}), what was there is kept; "
+                "free some space or give another file"
+            ) from error
+
+
+def make_encoder(vocab: list[str]) -> LabelEncoder:
+    """The encoder of exactly this vocabulary, which `encode_line` takes."""
+    encoder = LabelEncoder(vocab, reserved_labels=[], unknown_index=None)
+    encoder.unknown_index = encoder.token_to_index.get(UNK)
+    return encoder
+
+
+def next_word_prob(logprob: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """The distribution to draw from, in float64.
+
+    Args:
+        logprob: (V,), the model's log-probabilities.
+        temperature: they are divided by it: below 1 sharpens, above 1 flattens.
+        top_k: only the k most probable words stay; 0: all.
+        top_p: of those, the fewest most probable ones that hold this share of the probability (Holtzman et
+            al., arXiv 1904.09751, section 3.1), one at least; 1: all.
+
+    Returns:
+        (V,), summing to 1.
+    """
+    logits = logprob.double() / temperature
+    if 0 < top_k < len(logits):
+        kept = logits.topk(top_k)
+        logits = torch.full_like(logits, -torch.inf).scatter_(0, kept.indices, kept.values)
+    prob = logits.softmax(0)
+    if top_p < 1:
+        ranked, words = prob.sort(descending=True, stable=True)
+        enough = ranked.cumsum(0) - ranked >= top_p  # the words before it already hold the share
+        prob[words[1:][enough[1:]]] = 0
+        prob /= prob.sum()
+    return prob
+
+
+@torch.no_grad()
+def next_logprob(
+    model: RNNModel, criterion: SplitCrossEntropyLoss, words: list[int], hidden: list[State]
+) -> tuple[Tensor, list[State]]:
+    """Reads `words` on from `hidden`; the log-probabilities of the word after them, (V,) on the CPU."""
+    source = torch.tensor(words, device=model.encoder.weight.device)[:, None]  # (T, 1)
+    output, hidden = model(source, hidden)
+    logprob = criterion.logprob(model.decoder.weight, model.decoder.bias, output[-1:])  # (1, V)
+    return logprob[0].cpu(), hidden
+
+
+def generate(
+    model: RNNModel,
+    criterion: SplitCrossEntropyLoss,
+    prompt: list[int],
+    n: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    generator: torch.Generator,
+) -> Iterator[int]:
+    """Draws `n` words, one after the other, that go on from `prompt`."""
+    words, hidden = prompt, model.init_hidden(1)
+    for _ in range(n):
+        logprob, hidden = next_logprob(model, criterion, words, hidden)
+        prob = next_word_prob(logprob, temperature, top_k, top_p)
+        words = [int(torch.multinomial(prob, 1, generator=generator))]
+        yield words[0]
+
+
+def encode_prompt(prompt: str, encoder: LabelEncoder, text: Text) -> list[int]:
+    """The ids of a prompt, after the `<eos>` that every text begins with; newlines are `<eos>`, too."""
+    ids = []
+    for line in prompt.split("\n"):
+        ids += [encoder.token_to_index[EOS], *encode(text.words(line), encoder, f"--prompt {prompt!r}")]
+    return ids
+
+
+def parse_args() -> dict[str, Any]:
+    parser = options.make_parser(__doc__)
+    options.add_model_flags(parser)
+    parser.add_argument("--save", "--checkpoint", required=True, help="the saved model")
+    parser.add_argument("--prompt", default="", help="the text to go on from; newlines end its lines")
+    parser.add_argument("--outf", default=None, help="also write all that is printed to this file")
+    options.flag(parser, "--device", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument("--cuda", dest="device", action="store_const", const="auto", help="as --device auto")
+    parser.add_argument("--data", help="not needed and not read: the saved model has its vocabulary")
+    group = parser.add_argument_group("generation")
+    group.add_argument(
+        "--words",
+        type=options.positive,
+        default=1000,
+        help="words to draw, newlines included (default: 1000)",
+    )
+    group.add_argument(
+        "--temperature",
+        type=number(float, 0.001),
+        default=1.0,
+        help="divides the logits: below 1 is safer, above 1 wilder (default: 1)",
+    )
+    group.add_argument("--top_k", type=options.count, default=0, help="draw from the K most probable; 0: all")
+    group.add_argument(
+        "--top_p", type=number(float, 0, most=1), default=1.0, help="draw from the most probable P; 1: all"
+    )
+    options.flag(group, "--seed", type=options.count, help="of the draws")
+    group = parser.add_argument_group("instead of generating")
+    group.add_argument(
+        "--score",
+        metavar="FILE",
+        help="print for each line of FILE (words as in a corpus) and in total: tokens (the words and the "
+        "<eos> that ends the line), how many are unknown, log-probability in nats, perplexity, the unknown "
+        "words; the first word is scored after an <eos>",
+    )
+    group.add_argument(
+        "--carry", action="store_true", default=False, help="carry the state from line to line (else reset)"
+    )
+    group.add_argument(
+        "--next",
+        type=options.positive,
+        metavar="K",
+        help="print the K most probable words after the prompt, with the model's own probabilities",
+    )
+    args = vars(parser.parse_args())
+    if "score" in args and "next" in args:
+        parser.error("--next: not together with --score; give one of them")
+    if args["carry"] and "score" not in args:
+        parser.error("--carry: goes with --score FILE only; add that or leave it out")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    saved = checkpoint.load_model(args["save"], "--save")
+    checkpoint.check_architecture(args, saved["args"], args["save"])
+    vocab = saved["vocab"]
+    if EOS not in vocab:
+        raise UserError(f"--save {args['save']}: has no {EOS} in its vocabulary; use a model of main.py's")
+    device = pick_device(args.get("device", "auto"))
+    model, criterion = (module.to(device).eval() for module in checkpoint.restore(saved))
+    encoder, text, output = make_encoder(vocab), Text(vocab), Output(args["outf"])
+
+    if "score" in args:
+        for line in score(model, criterion, args["score"], encoder, args["carry"]):
+            output.write(line)
+    else:
+        prompt = encode_prompt(args["prompt"], encoder, text)
+        if "next" in args:
+            logprob, _ = next_logprob(model, criterion, prompt, model.init_hidden(1))
+            best = logprob.double().exp().topk(min(args["next"], len(vocab)))
+            for prob, word in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+                output.write(f"{prob:.6f}\t{vocab[word]}\n")
+        else:
+            generator = torch.Generator().manual_seed(args.get("seed", options.DEFAULTS["seed"]))
+            how = (args[name] for name in ("words", "temperature", "top_k", "top_p"))
+            output.write("".join(text.piece(vocab[word]) for word in prompt[1:]))
+            for word in generate(model, criterion, prompt, *how, generator):
+                output.write(text.piece(vocab[word]))
+            output.write(text.end())
+    output.close()
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,306 @@
+"""Text, sentence scores and next words from a saved model, against one word at a time in float64."""
+
+import math
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from toys import ROOT, WORDS, call, error_line, make_model, save_model
+
+import generate
+import score
+import train
+from generate import Text, next_word_prob
+
+LOGPROB = torch.randn(40, generator=torch.Generator().manual_seed(3)).mul(2).log_softmax(0)
+CHARACTERS = ["_", "<eos>", "e", "t", "a", "N", "<unk>"]
+BYTES = ["<eos>", *(str(i) for i in range(256) if i != 10)]
+
+
+@torch.no_grad()
+def one_by_one(model, criterion, ids: list[int]) -> torch.Tensor:
+    """Log-probabilities of the word after each of `ids`, (T, V) float64, read a word at a time."""
+    hidden, rows = model.init_hidden(1), []
+    for word in ids:
+        output, hidden = model(torch.tensor([[word]]), hidden)
+        rows.append(criterion.logprob(model.decoder.weight, model.decoder.bias, output)[0])
+    return torch.stack(rows)
+
+
+def reference(rnn_type: str = "LSTM", splits: tuple[int, ...] = (), vocab: list[str] = WORDS):
+    """The toy model that `save_model` saves, in float64."""
+    _, model, criterion = make_model(rnn_type, splits, vocab)
+    return model.double(), criterion.double()
+
+
+# The distribution that words are drawn from
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+def test_temperature_is_a_power_of_the_probabilities(temperature):
+    """p^(1/t), normalised."""
+    power = LOGPROB.double().exp() ** (1 / temperature)
+    torch.testing.assert_close(next_word_prob(LOGPROB, temperature, 0, 1.0), power / power.sum())
+
+
+@pytest.mark.parametrize("k", [1, 3, 39, 40, 1000])
+def test_top_k_keeps_the_k_most_probable(k):
+    """The others get nothing, the kept ones keep their ratios."""
+    kept = sorted(range(40), key=lambda i: -LOGPROB[i])[:k]
+    expected = torch.zeros(40, dtype=torch.float64)
+    expected[kept] = LOGPROB.double().exp()[kept]
+    torch.testing.assert_close(next_word_prob(LOGPROB, 1.0, k, 1.0), expected / expected.sum())
+
+
+@pytest.mark.parametrize("top_p", [0.0, 0.01, 0.3, 0.9, 0.999])
+def test_top_p_keeps_the_fewest_words_that_hold_the_share(top_p):
+    """Words from the most probable one on until they hold P; always at least one."""
+    prob = LOGPROB.double().exp()
+    expected, held = torch.zeros(40, dtype=torch.float64), 0.0
+    for i in sorted(range(40), key=lambda i: -prob[i]):
+        expected[i] = prob[i]
+        held += prob[i].item()
+        if held >= top_p:
+            break
+    torch.testing.assert_close(next_word_prob(LOGPROB, 1.0, 0, top_p), expected / expected.sum())
+
+
+def test_top_p_counts_after_temperature_and_top_k():
+    """The share is of what temperature and top_k leave."""
+    left = next_word_prob(LOGPROB, 0.7, 5, 1.0)
+    expected = next_word_prob(left.log(), 1.0, 0, 0.8)
+    torch.testing.assert_close(next_word_prob(LOGPROB, 0.7, 5, 0.8), expected)
+    assert (expected > 0).sum() < 5
+
+
+def draw(n: int, seed: int = 1, **settings) -> list[int]:
+    _, model, criterion = make_model()
+    how = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **settings}
+    generator = torch.Generator().manual_seed(seed)
+    return list(generate.generate(model, criterion, [0, 5, 9], n, generator=generator, **how))
+
+
+def test_the_seed_decides_the_text():
+    """The same seed draws the same words, another one others."""
+    assert draw(40, seed=7) == draw(40, seed=7)
+    assert draw(40, seed=7) != draw(40, seed=8)
+
+
+def test_first_words_are_drawn_in_proportion():
+    """Over 3,000 seeds the first word's frequencies lie within 5 standard errors of its probabilities."""
+    _, model, criterion = make_model()
+    logprob, _ = generate.next_logprob(model, criterion, [0, 5, 9], model.init_hidden(1))
+    prob = next_word_prob(logprob, 1.5, 8, 1.0)
+    counts, generator, n = Counter(), torch.Generator().manual_seed(1), 3000
+    for _ in range(n):
+        (word,) = generate.generate(model, criterion, [0, 5, 9], 1, 1.5, 8, 1.0, generator)
+        counts[word] += 1
+    for word, p in enumerate(prob.tolist()):
+        assert abs(counts[word] - n * p) <= 5 * math.sqrt(n * p * (1 - p))
+
+
+@pytest.mark.parametrize("rnn_type", ["LSTM", "GRU", "QRNN"])
+@pytest.mark.parametrize("splits", [(), (7, 20)])
+def test_top_1_is_the_argmax_of_everything_before(rnn_type, splits):
+    """Greedy text = at each step the argmax after the whole text so far, read again from the start."""
+    model, criterion = reference(rnn_type, splits)
+    ids = [0, 5, 9]
+    for _ in range(12):
+        ids.append(int(one_by_one(model, criterion, ids)[-1].argmax()))
+    assert list(generate.generate(model, criterion, [0, 5, 9], 12, 1.0, 1, 1.0, torch.Generator())) == ids[3:]
+
+
+# Words to text
+
+
+def test_words_are_apart_by_spaces_and_eos_is_a_newline():
+    """No `<eos>` in the text, no space at a line's start, a newline at the end."""
+    text = Text(WORDS)
+    pieces = [text.piece(word) for word in ("w1", "<unk>", "<eos>", "<eos>", "w3", "w4")]
+    assert "".join(pieces) + text.end() == "w1 <unk>\n\nw3 w4\n"
+
+
+def test_characters_are_joined():
+    """Symbols joined, `_` a space; and plain text back to symbols."""
+    text = Text(CHARACTERS)
+    pieces = [text.piece(symbol) for symbol in ("t", "e", "_", "a", "<eos>", "_", "N", "<eos>")]
+    assert "".join(pieces) + text.end() == "te a\n N\n"
+    assert text.words("te  a") == "t e _ _ a"
+    assert not Text([*CHARACTERS, "the"]).characters
+
+
+def test_bytes_are_utf_8():
+    """A character appears once its last byte is there; what is no UTF-8, or cut short, is replaced."""
+    text = Text(BYTES)
+    assert [text.piece(str(byte)) for byte in "aé€".encode()] == ["a", "", "é", "", "", "€"]
+    assert text.piece("<eos>") == "\n"
+    assert text.piece("255") == "\ufffd"
+    assert text.piece("195") + text.end() == "\ufffd\n"
+    assert text.words("aé") == "97 195 169"
+    assert not Text(["<eos>", *map(str, range(50))]).bytes  # figures in a small vocabulary are words
+
+
+# Scores
+
+
+SENTENCES = ["w1 w2 w3", "", "w4 nobody knows w5 <unk>", *[f"w{i} w{2 * i} " * i for i in range(1, 20)]]
+
+
+def scored(out: str) -> list[list[str]]:
+    head, *rows = [line.split("\t") for line in out.splitlines()]
+    assert head == ["line", "tokens", "unknown", "logprob", "ppl", "unknown words"]
+    return rows
+
+
+@pytest.mark.parametrize("rnn_type", ["LSTM", "GRU", "QRNN"])
+@pytest.mark.parametrize("carry", [False, True])
+def test_scores_are_those_of_one_word_at_a_time(tmp_path, capsys, monkeypatch, rnn_type, carry):
+    """Each line's figures, and the total's, for state reset and carried, in batches and cut in pieces."""
+    monkeypatch.setattr(score, "ROWS", 64)
+    splits = (7, 20) if rnn_type == "QRNN" else ()
+    save, file = save_model(tmp_path / "toy.pt", rnn_type, splits), tmp_path / "sentences.txt"
+    file.write_text("\n".join(SENTENCES))
+    assert call(generate, "--save", save, "--score", file, *["--carry"] * carry) == 0
+    *rows, total = scored(capsys.readouterr().out)
+
+    model, criterion = reference(rnn_type, splits)
+    index, before, logprobs, tokens = {word: i for i, word in enumerate(WORDS)}, [], 0.0, 0
+    for number, (row, sentence) in enumerate(zip(rows, SENTENCES, strict=True), start=1):
+        ids = [0, *(index.get(word, 1) for word in sentence.split()), 0]
+        source = [*before, *ids[:-1]]
+        logprob = one_by_one(model, criterion, source)[len(before) :].gather(
+            1, torch.tensor(ids[1:])[:, None]
+        )
+        before = source if carry else []
+        unknown = [word for word in sentence.split() if word not in index]
+        n, value = len(ids) - 1, logprob.sum().item()
+        assert row[:3] + row[5:] == [str(number), str(n), str(len(unknown)), " ".join(unknown)]
+        assert float(row[3]) == pytest.approx(value, abs=1e-3)
+        assert float(row[4]) == pytest.approx(math.exp(-value / n), rel=1e-3, abs=0.005)
+        logprobs, tokens = logprobs + value, tokens + n
+    assert total[:3] == ["total", str(tokens), "2"]
+    assert float(total[3]) == pytest.approx(logprobs, abs=1e-2)
+    assert float(total[4]) == pytest.approx(math.exp(-logprobs / tokens), rel=1e-3)
+
+
+def test_carried_scores_are_the_test_loss(tmp_path, capsys):
+    """With --carry the total is the perplexity of the text as one stream, after an `<eos>`."""
+    save, file = save_model(tmp_path / "toy.pt"), tmp_path / "text.txt"
+    text = "w1 w2 w3\nw7 w5\nw2\n" * 30
+    file.write_text(text)
+    assert call(generate, "--save", save, "--score", file, "--carry") == 0
+    ppl = float(scored(capsys.readouterr().out)[-1][4])
+    stream = [0, *(WORDS.index(word) for word in text.replace("\n", " <eos> ").split())]
+    loss = train.evaluate(*reference(), torch.tensor(stream), 70, 1)
+    assert ppl == pytest.approx(math.exp(loss), rel=1e-4)
+
+
+def test_next_words_are_the_most_probable_with_their_probabilities(tmp_path, capsys):
+    """K rows, the most probable first; more than there are words gives all, and they sum to 1."""
+    save = save_model(tmp_path / "toy.pt", splits=(7, 20))
+    logprob = one_by_one(*reference(splits=(7, 20)), [0, WORDS.index("w3"), 1])[-1]
+    best = sorted(range(len(WORDS)), key=lambda i: -logprob[i])
+    for k in (1, 5, 1000):
+        assert call(generate, "--save", save, "--prompt", "w3 nobody", "--next", k) == 0
+        rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+        assert [word for _, word in rows] == [WORDS[i] for i in best[:k]]
+        for (prob, _), i in zip(rows, best, strict=False):
+            assert float(prob) == pytest.approx(logprob[i].exp().item(), abs=2e-6)
+    assert sum(float(prob) for prob, _ in rows) == pytest.approx(1, abs=1e-4)
+
+
+# The script
+
+
+def text_of(capsys, *argv) -> str:
+    assert call(generate, *argv) == 0
+    return capsys.readouterr().out
+
+
+def test_the_script_writes_the_prompt_and_goes_on(tmp_path, capsys):
+    """The prompt as the model reads it, then --words words; the same for a seed; --outf has a copy of it."""
+    save, outf = save_model(tmp_path / "toy.pt"), tmp_path / "out.txt"
+    argv = ["--checkpoint", save, "--prompt", "w1 nobody\nw2", "--words", 30, "--model", "LSTM", "--cuda"]
+    text = text_of(capsys, *argv, "--seed", 5, "--outf", outf)
+    assert text.startswith("w1 <unk>\nw2")
+    assert text.endswith("\n")
+    assert "<eos>" not in text
+    assert outf.read_text() == text
+    assert text_of(capsys, *argv, "--seed", 5) == text
+    assert text_of(capsys, *argv, "--seed", 6) != text
+    words = len(text.removeprefix("w1 <unk>\nw2").replace("\n", " \n ").split())
+    newlines = text.count("\n") - 1
+    assert words + newlines in (30, 31)  # 31 when the end of the text added the last newline
+
+
+def test_character_and_byte_models_read_and_write_plain_text(tmp_path, capsys):
+    """A prompt of plain text comes out as it went in, with no space between the symbols drawn after it."""
+    save = save_model(tmp_path / "characters.pt", vocab=CHARACTERS)
+    text = text_of(capsys, "--save", save, "--prompt", "tea Nat", "--words", 50, "--top_k", 3)
+    assert text.startswith("tea Nat")
+    save = save_model(tmp_path / "bytes.pt", vocab=BYTES)
+    text = text_of(capsys, "--save", save, "--prompt", "né\nà", "--words", 50)
+    assert text.startswith("né\nà")
+
+
+def test_text_streams_and_a_reader_may_leave(tmp_path):
+    """The first words are there long before the last; a closed pipe ends it without a word on stderr."""
+    save = save_model(tmp_path / "toy.pt")
+    command = [sys.executable, ROOT / "generate.py", "--save", save, "--words", 10**9]
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        assert run.stdout.read(100)
+        assert run.poll() is None
+        run.stdout.close()
+        assert run.stderr.read() == b""
+    assert run.returncode == 1
+
+
+def test_bad_input_is_one_line_and_status_2(tmp_path, capsys):
+    """Models, prompts, files and flags that cannot be worked with; a file at --outf stays as it was."""
+    save, outf = save_model(tmp_path / "toy.pt"), tmp_path / "out.txt"
+    no_unk = save_model(tmp_path / "no_unk.pt", vocab=["<eos>", "w1", "w2"])
+    no_eos = save_model(tmp_path / "no_eos.pt", vocab=["w1", "w2"])
+    cut, latin, empty = (tmp_path / name for name in ("cut.pt", "latin.txt", "empty.txt"))
+    cut.write_bytes(save.read_bytes()[:900])
+    latin.write_bytes("w1\ncaf\xe9\n".encode("latin-1"))
+    empty.write_bytes(b"")
+    sentences = tmp_path / "sentences.txt"
+    sentences.write_text("w1 w2\nw2 w1\nw1 zebra w2\n")
+    outf.write_text("what was there")
+    for flags, names in (
+        (["--save", tmp_path / "none.pt"], "none.pt"),
+        (["--save", cut], "cut.pt"),
+        (["--save", latin], "latin.txt"),
+        (["--save", no_eos], "<eos>"),
+        (["--save", save, "--emsize", 99], "--emsize 99"),
+        (["--save", save, "--top_p", 2], "--top_p"),
+        (["--save", save, "--temperature", 0], "--temperature"),
+        (["--save", save, "--top_k", -1], "--top_k"),
+        (["--save", save, "--words", 0], "--words"),
+        (["--save", save, "--next", 0], "--next"),
+        (["--save", save, "--device", "cuda:99"], "cuda:99"),
+        (["--save", save, "--carry"], "--carry"),
+        (["--save", save, "--score", sentences, "--next", 3], "--next"),
+        (["--save", save, "--score", tmp_path / "none.txt"], "none.txt"),
+        (["--save", save, "--score", tmp_path], str(tmp_path)),
+        (["--save", save, "--score", latin], "latin.txt: not UTF-8 in line 2"),
+        (["--save", save, "--score", empty], "empty.txt"),
+        (["--save", no_unk, "--score", sentences], "line 3"),
+        (["--save", no_unk, "--prompt", "w1 zebra lion"], "'zebra'"),
+        (["--save", save, "--outf", tmp_path / "nowhere" / "out.txt"], "nowhere"),
+        ([], "--save"),
+    ):
+        assert call(generate, "--outf", outf, *flags) == 2
+        assert names in error_line(capsys)
+    assert outf.read_text() == "what was there"
+
+
+def test_a_script_that_fails_says_one_line(tmp_path):
+    """From a shell, too: one line on stderr, status 2, nothing on stdout."""
+    command = [sys.executable, str(Path(ROOT, "generate.py")), "--save", str(tmp_path / "none.pt")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1)
+    assert "Traceback" not in run.stderr
