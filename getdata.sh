@@ -53,6 +53,7 @@ fetch() {
     url=${url:-$1}
     [ ! -f "$file" ] || return 0
     say "fetching $url"
+    anew=no
     for try in 1 2 3 4 5 6 7 8 9; do
         had=$(size "$file.part")
         status=0
@@ -61,10 +62,10 @@ fetch() {
         if [ $status = 0 ]; then
             mv "$file.part" "$file" && return 0
         elif [ "$has" -gt "$had" ]; then
-            say "the connection broke after $has bytes; going on from there"
+            say "the connection broke after $has bytes; going on from there (try $try of 9)"
             sleep 1
-        elif [ "$had" -gt 0 ] && [ $try = 1 ] && refused_range $status; then
-            rm -f "$file.part" # from the start, then
+        elif [ "$had" -gt 0 ] && [ $anew = no ] && refused_range $status; then
+            rm -f "$file.part" && anew=yes
         else
             break
         fi
@@ -160,7 +161,7 @@ trap 'say "interrupted; the same command goes on from here"; exit 130' INT
 trap 'say "stopped; the same command goes on from here"; exit 143' TERM
 failed=0
 for corpus in ${names:-penn wikitext-2}; do
-    if [ $corpus = pennchar ] && ! there pennchar; then get penn || { failed=1 && continue; }; fi
-    get $corpus || failed=1
+    if [ "$corpus" = pennchar ] && ! there pennchar; then get penn || { failed=1 && continue; }; fi
+    get "$corpus" || failed=1
 done
 exit $failed
