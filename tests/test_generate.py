@@ -1,5 +1,6 @@
 """Text, sentence scores and next words from a saved model, against one word at a time in float64."""
 
+import io
 import math
 import subprocess
 import sys
@@ -244,6 +245,21 @@ def test_character_and_byte_models_read_and_write_plain_text(tmp_path, capsys):
     save = save_model(tmp_path / "bytes.pt", vocab=BYTES)
     text = text_of(capsys, "--save", save, "--prompt", "né\nà", "--words", 50)
     assert text.startswith("né\nà")
+
+
+def test_every_piece_is_flushed(monkeypatch):
+    """Nothing that was written waits in a buffer."""
+
+    class Screen(io.TextIOWrapper):
+        seen = property(lambda self: self.buffer.getvalue())
+
+    screen = Screen(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", screen)
+    output = generate.Output(None)
+    output.write("caf")
+    assert screen.seen == b"caf"
+    output.write("\N{LATIN SMALL LETTER E WITH ACUTE}")  # a character that the screen lacks
+    assert screen.seen == b"caf?"
 
 
 def test_text_streams_and_a_reader_may_leave(tmp_path):
