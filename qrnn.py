@@ -36,7 +36,7 @@ def pick_kernels(x: Tensor) -> ModuleType | None:
         return None
     import qrnn_cuda  # only here: on the CPU nothing of it is loaded
 
-    return qrnn_cuda if qrnn_cuda.available() else None
+    return qrnn_cuda if qrnn_cuda.available(x.device.index) else None
 
 
 def scan_forward(f: Tensor, z: Tensor, c0: Tensor | None) -> Tensor:
