@@ -250,7 +250,7 @@ def sentences(text: str) -> Iterator[list[str]]:
         prose = " ".join(lines)
         if any(line.startswith((">>>", "...")) for line in lines) or "::=" in prose:
             continue
-        if sum(c.isalpha() or c == " " for c in prose) < 0.85 * len(prose):
+        if len(re.sub(r"[^\W\d_]| ", "", prose)) > 0.15 * len(prose):
             continue
         for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z\"'(*])", prose):
             words = re.findall(r"\d[\w.]*\b|\w+(?:'\w+)?|[^\w\s]", sentence)

@@ -54,7 +54,7 @@ def _decoded(path: str | Path, seen: Callable[[bytes], None]) -> Iterator[str]:
             seen(block)
             if pending.startswith(codecs.BOM_UTF8):
                 start, pending = len(codecs.BOM_UTF8), pending.removeprefix(codecs.BOM_UTF8)
-            while pending:
+            while block or pending:
                 text, used = codecs.utf_8_decode(pending, "strict", not block)
                 if text:
                     yield text
