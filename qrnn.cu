@@ -1,0 +1,179 @@
+// The recurrence of the QRNN on a GPU: ForgetMult by itself, and fused with all that is pointwise in a layer.
+// Bradbury et al., arXiv 1611.01576, section 2; formulas at the top of qrnn.py, launches in qrnn_cuda.py.
+//
+// One thread walks one lane, a (batch, feature) pair, over time. Neighbouring threads have neighbouring
+// features, so the loads and stores of a warp are coalesced; the state stays in a register. Any T, B and H, any
+// grid and block: a thread goes on with the next lane that no other thread has.
+//
+// S is the type in memory (float, double, half, bfloat16), A the type of the arithmetic and of the carried
+// state (double for double, else float). c0 may be null: zeros.
+//
+// What these kernels cost is memory traffic. Numbers of S read and written a step and lane:
+//
+//                   apart                                              fused
+//     forward       tanh 2, sigmoids 4, ForgetMult 3, o*c 3    = 12    read z f o, write out c             = 5
+//     backward      o*c 5, ForgetMult 6, activations 9,        = 26    read g z f o c, write dz df do      = 8
+//                   joining dz, df, do to dY 6
+//     both          38, in float 152 bytes                             13, in float 52 bytes: 2.9 times less
+//
+// The fused backward calculates the activations again instead of reading them. No header is included: NVRTC
+// then needs none, and a C++ compiler can build this text against a shim (tests/cuda_shim.h).
+
+typedef long long i64;
+
+struct half_t { unsigned short bits; };
+struct bfloat16_t { unsigned short bits; };
+
+#ifdef __CUDACC__  // a C++ compiler's shim brings its own
+__device__ inline float half_to_float(unsigned short bits) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+  return x;
+}
+__device__ inline unsigned short float_to_half(float x) {
+  unsigned short bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
+}
+#endif
+
+__device__ inline float load(float x) { return x; }
+__device__ inline double load(double x) { return x; }
+__device__ inline float load(half_t x) { return half_to_float(x.bits); }
+__device__ inline float load(bfloat16_t x) { return __uint_as_float((unsigned)x.bits << 16); }
+
+__device__ inline void store(float* to, float x) { *to = x; }
+__device__ inline void store(double* to, double x) { *to = x; }
+__device__ inline void store(half_t* to, float x) { to->bits = float_to_half(x); }
+__device__ inline void store(bfloat16_t* to, float x) {
+  unsigned bits = __float_as_uint(x);
+  bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  // to the nearest, ties to even, as torch rounds; the addition would carry a NaN over into infinity or zero
+  to->bits = (unsigned short)(is_nan ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+template <typename A>
+__device__ inline A sigmoid(A x) { return A(1) / (A(1) + exp(-x)); }
+// Within 2e-7 of tanh in float, as in qrnn.py, and without tanh's branch: loads are moved up over it.
+template <typename A>
+__device__ inline A tanh_of(A x) { return A(2) * sigmoid(A(2) * x) - A(1); }
+
+#define FOR_EACH_LANE(lane, lanes)                                                            \
+  for (i64 lane = (i64)blockIdx.x * blockDim.x + threadIdx.x; lane < (lanes);                 \
+       lane += (i64)gridDim.x * blockDim.x)
+
+// f, z, c (T, lanes); c0 (lanes,).
+template <typename S, typename A>
+__device__ inline void forget_mult_forward(const S* f, const S* z,
+                                           const A* c0, S* c, i64 T, i64 lanes) {
+  FOR_EACH_LANE(lane, lanes) {
+    A state = c0 ? c0[lane] : A(0);
+#pragma unroll 4  // loads of later steps do not wait for the state: several in flight hide the memory's latency
+    for (i64 t = 0; t < T; ++t) {
+      const i64 i = t * lanes + lane;
+      const A f_t = load(f[i]);
+      state = f_t * load(z[i]) + (A(1) - f_t) * state;
+      store(&c[i], state);
+    }
+  }
+}
+
+// g (the gradient of c), f, z, c -> df, dz (T, lanes); c0 -> dc0 (lanes,).
+template <typename S, typename A>
+__device__ inline void forget_mult_backward(const S* g, const S* f,
+                                            const S* z, const S* c,
+                                            const A* c0, S* df,
+                                            S* dz, A* dc0, i64 T, i64 lanes) {
+  FOR_EACH_LANE(lane, lanes) {
+    A dc = 0;  // the gradient of c_t, by way of all later steps too
+    auto step = [&](i64 t, A before) {
+      const i64 i = t * lanes + lane;
+      const A f_t = load(f[i]);
+      dc += load(g[i]);
+      store(&df[i], dc * (load(z[i]) - before));
+      store(&dz[i], dc * f_t);
+      dc *= A(1) - f_t;
+    };
+#pragma unroll 4
+    for (i64 t = T - 1; t > 0; --t) step(t, load(c[(t - 1) * lanes + lane]));
+    step(0, c0 ? c0[lane] : A(0));  // out of the loop, which then has no branch to hold up its loads
+    dc0[lane] = dc;
+  }
+}
+
+// y (T, B, 3H), z, f, o side by side -> out, c (T, B, H); c0 -> c_last (B, H).
+template <typename S, typename A>
+__device__ inline void gates_forward(const S* y, const A* c0, S* out,
+                                     S* c, A* c_last, i64 T, i64 B, i64 H) {
+  const i64 lanes = B * H;
+  FOR_EACH_LANE(lane, lanes) {
+    const S* from = y + lane / H * 3 * H + lane % H;  // y_z of this lane at step 0; y_f is H further
+    A state = c0 ? c0[lane] : A(0);
+#pragma unroll 4
+    for (i64 t = 0; t < T; ++t) {
+      const i64 i = t * lanes + lane, j = t * 3 * lanes;
+      const A z = tanh_of(load(from[j])), f = sigmoid(load(from[j + H])), o = sigmoid(load(from[j + 2 * H]));
+      state = f * z + (A(1) - f) * state;
+      store(&c[i], state);
+      store(&out[i], o * state);
+    }
+    c_last[lane] = state;
+  }
+}
+
+// g_out (T, B, H), g_last (B, H): the gradients of out and c_last; y, c, c0 as above -> dy (T, B, 3H), dc0 (B, H).
+template <typename S, typename A>
+__device__ inline void gates_backward(const S* g_out, const A* g_last,
+                                      const S* y, const S* c,
+                                      const A* c0, S* dy, A* dc0,
+                                      i64 T, i64 B, i64 H) {
+  const i64 lanes = B * H;
+  FOR_EACH_LANE(lane, lanes) {
+    const i64 first = lane / H * 3 * H + lane % H;
+    A dc = g_last[lane];
+    A c_t = load(c[(T - 1) * lanes + lane]);
+    auto step = [&](i64 t, A before) {
+      const i64 i = t * lanes + lane, j = first + t * 3 * lanes;
+      const A z = tanh_of(load(y[j])), f = sigmoid(load(y[j + H])), o = sigmoid(load(y[j + 2 * H]));
+      const A g = load(g_out[i]);
+      dc += g * o;
+      store(&dy[j], dc * f * (A(1) - z * z));
+      store(&dy[j + H], dc * (z - before) * f * (A(1) - f));
+      store(&dy[j + 2 * H], g * c_t * o * (A(1) - o));
+      dc *= A(1) - f;
+      c_t = before;
+    };
+#pragma unroll 4
+    for (i64 t = T - 1; t > 0; --t) step(t, load(c[(t - 1) * lanes + lane]));
+    step(0, c0 ? c0[lane] : A(0));
+    dc0[lane] = dc;
+  }
+}
+
+// The kernels by name and type: forget_mult_forward_float, ..., gates_backward_bfloat16. `__restrict__` here,
+// on the kernel's own parameters, is what lets the compiler move a step's loads above earlier stores.
+#define IN(type, name) const type *__restrict__ name
+#define OUT(type, name) type *__restrict__ name
+#define KERNELS(NAME, S, A)                                                                                  \
+  extern "C" __global__ void forget_mult_forward_##NAME(IN(S, f), IN(S, z), IN(A, c0), OUT(S, c), i64 T,     \
+                                                        i64 lanes) {                                         \
+    forget_mult_forward<S, A>(f, z, c0, c, T, lanes);                                                        \
+  }                                                                                                          \
+  extern "C" __global__ void forget_mult_backward_##NAME(IN(S, g), IN(S, f), IN(S, z), IN(S, c), IN(A, c0),  \
+                                                         OUT(S, df), OUT(S, dz), OUT(A, dc0), i64 T,         \
+                                                         i64 lanes) {                                        \
+    forget_mult_backward<S, A>(g, f, z, c, c0, df, dz, dc0, T, lanes);                                       \
+  }                                                                                                          \
+  extern "C" __global__ void gates_forward_##NAME(IN(S, y), IN(A, c0), OUT(S, out), OUT(S, c),               \
+                                                  OUT(A, c_last), i64 T, i64 B, i64 H) {                     \
+    gates_forward<S, A>(y, c0, out, c, c_last, T, B, H);                                                     \
+  }                                                                                                          \
+  extern "C" __global__ void gates_backward_##NAME(IN(S, g_out), IN(A, g_last), IN(S, y), IN(S, c),          \
+                                                   IN(A, c0), OUT(S, dy), OUT(A, dc0), i64 T, i64 B, i64 H) {\
+    gates_backward<S, A>(g_out, g_last, y, c, c0, dy, dc0, T, B, H);                                         \
+  }
+
+KERNELS(float, float, float)
+KERNELS(double, double, double)
+KERNELS(half, half_t, float)
+KERNELS(bfloat16, bfloat16_t, float)

@@ -1,0 +1,476 @@
+"""The QRNN's CUDA kernels: what can be proved of them without a GPU, and what `-m cuda` checks with one.
+
+Without: the text, built by g++ behind `cuda_shim.h`, runs on the CPU through the very launch code, in which a
+stand-in takes the place of CuPy; and NVRTC, nvcc and ptxas compile it for the architectures in use.
+"""
+
+import contextlib
+import copy
+import ctypes
+import functools
+import itertools
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import qrnn_reference as reference
+import torch
+from torch import nn
+
+import qrnn
+import qrnn_cuda
+
+HERE = Path(__file__).parent
+KERNELS = [
+    f"{kernel}_{dtype}"
+    for kernel in ("forget_mult_forward", "forget_mult_backward", "gates_forward", "gates_backward")
+    for dtype in qrnn_cuda.NAMES.values()
+]
+ARCHITECTURES = [75, 80, 86, 89, 90, 100, 120]
+OURS = {"forget_mult": qrnn.forget_mult, "gates": qrnn.qrnn_gates}
+REFERENCE = {"forget_mult": reference.forget_mult, "gates": reference.gates}
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+each_function = pytest.mark.parametrize("name", ["forget_mult", "gates"])
+each_dtype = pytest.mark.parametrize("dtype", list(TOLERANCE))
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory) -> ctypes.CDLL:
+    """qrnn.cu, built by g++ for the CPU."""
+    if shutil.which("g++") is None:
+        pytest.fail("these tests build qrnn.cu with g++ (12 or newer); install it: apt-get install g++")
+    folder = tmp_path_factory.mktemp("shim")
+    lines = [f'#include "{HERE / "cuda_shim.h"}"', f'#include "{qrnn_cuda.SOURCE}"']
+    (folder / "all.cpp").write_text("\n".join([*lines, *(f"EXPORT({name})" for name in KERNELS), ""]))
+    command = [
+        "g++",
+        "-std=c++17",
+        "-O2",
+        "-shared",
+        "-fPIC",
+        "-Wno-unknown-pragmas",
+        "all.cpp",
+        "-o",
+        "all.so",
+    ]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        pytest.fail(f"g++ does not build qrnn.cu: {done.stderr[:2000]}")
+    return ctypes.CDLL(str(folder / "all.so"))
+
+
+class StandIn:
+    """In the place of CuPy and of torch's CUDA state: records launches, and executes them on the CPU.
+
+    Attributes:
+        launches: (kernel, grid, block, stream, device that was current) of each.
+        geometry: a grid and a block to run with instead of the launch's own; None for its own.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library, self.launches, self.geometry, self.current = library, [], None, "no guard"
+        self.loaded = []
+        self.cupy = SimpleNamespace(
+            cuda=SimpleNamespace(
+                Device=lambda index: contextlib.nullcontext(),
+                Stream=SimpleNamespace(from_external=lambda stream: f"cupy of {stream}"),
+                function=SimpleNamespace(Module=lambda: self),
+            )
+        )
+
+    def load(self, ptx: bytes) -> None:
+        assert isinstance(ptx, bytes)
+        self.loaded.append((ptx, self.current))
+
+    def get_function(self, name: str):
+        return functools.partial(self.call, name)
+
+    def call(self, name, grid, block, args, shared_mem=0, stream=None):
+        """As cupy.cuda.function.Function: grid and block tuples of int, arguments numpy scalars by value."""
+        assert all(type(n) is int for n in (*grid, *block, shared_mem))
+        assert len(grid) == len(block) == 1
+        self.launches.append((name, grid, block, stream, self.current))
+        letters = ctypes.create_string_buffer(32)
+        count = getattr(self.library, f"describe_{name}")(letters)
+        given = "".join({np.uintp: "p", np.int64: "i"}.get(type(x), "?") for x in args)
+        assert given == letters.raw[:count].decode(), f"{name}: arguments do not fit its parameters"
+        values = [np.array(x) for x in args]
+        addresses = (ctypes.c_void_p * count)(*(x.ctypes.data for x in values))
+        grid, block = self.geometry or (grid[0], block[0])
+        launch = getattr(self.library, f"launch_{name}")
+        launch(ctypes.c_longlong(grid), ctypes.c_longlong(block), addresses)
+
+    @contextlib.contextmanager
+    def device(self, index):
+        """torch.cuda.device."""
+        before, self.current = self.current, index
+        yield
+        self.current = before
+
+
+@pytest.fixture
+def stand_in(library, monkeypatch) -> StandIn:
+    """The launch code at work on CPU tensors; each test starts with nothing loaded or cached."""
+    stand_in = StandIn(library)
+    monkeypatch.setitem(sys.modules, "cupy", stand_in.cupy)
+    monkeypatch.setattr(torch.cuda, "device", stand_in.device)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: f"torch's stream of {index}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(qrnn_cuda, "compile_ptx", lambda architecture: architecture.encode())
+    monkeypatch.setattr(qrnn, "pick_kernels", lambda x: qrnn_cuda)
+    forget_caches()
+    yield stand_in
+    forget_caches()
+
+
+def forget_caches() -> None:
+    for cached in (qrnn_cuda.load_module, qrnn_cuda.available, qrnn_cuda.warn_once):
+        cached.cache_clear()
+
+
+@each_function
+@each_dtype
+@pytest.mark.parametrize("with_c0", [False, True])
+@pytest.mark.parametrize("size", [(1, 1, 1), (1, 3, 5), (2, 1, 7), (9, 4, 3), (70, 2, 131)])
+@pytest.mark.parametrize("geometry", [None, (1, 1), (1, 32), (3, 7), (50, 16)])
+def test_kernels_match_the_reference(stand_in, name, dtype, with_c0, size, geometry):
+    """Outputs and every gradient of the CUDA text, for odd sizes, all dtypes and any grid and block."""
+    stand_in.geometry = geometry
+    inputs = reference.random_inputs(name, *size, with_c0)
+    ours = reference.results(OURS[name], inputs, dtype)
+    assert [launch[0] for launch in stand_in.launches] == [
+        f"{name}_forward_{qrnn_cuda.NAMES[dtype]}",
+        f"{name}_backward_{qrnn_cuda.NAMES[dtype]}",
+    ]
+    theirs = reference.results(REFERENCE[name], inputs, torch.float64)
+    for x, expected in zip(ours, theirs, strict=True):
+        assert x.shape == expected.shape
+        torch.testing.assert_close(x.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@each_function
+@pytest.mark.parametrize("with_c0", [False, True])
+def test_kernels_gradcheck(stand_in, name, with_c0):
+    """The float64 kernels' gradients are the numerical ones."""
+    inputs = [x for x in reference.random_inputs(name, 5, 2, 3, with_c0) if x is not None]
+    assert torch.autograd.gradcheck(OURS[name], [x.requires_grad_() for x in inputs])
+    assert stand_in.launches
+
+
+def test_kernels_agree_with_the_scan_on_extremes(stand_in, monkeypatch):
+    """Saturated activations, ±1e4 before them, give no NaN, and what the scan gives."""
+    y = torch.tensor([-1e4, -100.0, -20.0, 0.0, 20.0, 100.0, 1e4])
+    y = torch.cartesian_prod(y, y, y).T.reshape(3, 49, 7).permute(1, 0, 2).reshape(7, 7, 21)
+    kernel = reference.results(qrnn.qrnn_gates, [y, None], torch.float32)
+    assert len(stand_in.launches) == 2
+    monkeypatch.setattr(qrnn, "pick_kernels", lambda x: None)
+    scan = reference.results(qrnn.qrnn_gates, [y, None], torch.float32)
+    for x, expected in zip(kernel, scan, strict=True):
+        torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_is_rounded_as_torch_rounds(stand_in):
+    """To the nearest, ties to even; infinities and NaNs survive. With f = 0 the float32 c0 is what is stored."""
+    patterns = [
+        0x3F808000,
+        0x3F818000,
+        0x3F808001,
+        0x7F800000,
+        0xFF800000,
+        0x7FFFFFFF,
+        0x7F7FFFFF,
+        0x80000001,
+    ]
+    c0 = torch.tensor(patterns, dtype=torch.int64).to(torch.int32).view(torch.float32)[None]
+    f, z = torch.zeros(2, 1, 1, 8, dtype=torch.bfloat16)
+    expected = c0.to(torch.bfloat16)
+    torch.testing.assert_close(qrnn.forget_mult(f, z, c0)[0], expected, rtol=0, atol=0, equal_nan=True)
+    assert stand_in.launches
+
+
+def test_strided_inputs_are_made_contiguous(stand_in):
+    """Transposed, sliced and expanded inputs give what contiguous ones give."""
+    y, c0 = reference.random_inputs("gates", 5, 4, 3, True)
+    expected = reference.gates(y, c0)
+    wide = torch.zeros(4, 5, 18).double()
+    wide[..., ::2] = y.transpose(0, 1)
+    out, c = qrnn.qrnn_gates(wide[..., ::2].transpose(0, 1), c0.T.contiguous().T)
+    torch.testing.assert_close((out, c), expected, rtol=0, atol=1e-13)
+    y.requires_grad_()
+    ours = torch.autograd.grad(qrnn.qrnn_gates(y, c0)[0].sum(), y)  # sum() sends an expanded gradient
+    theirs = torch.autograd.grad(reference.gates(y, c0)[0].sum(), y)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
+    assert len(stand_in.launches) == 3
+
+
+def test_the_state_of_a_half_model_is_float32_inside_the_kernel(stand_in):
+    """A bfloat16 c0 is widened, c_last comes back as bfloat16, the gradient too."""
+    y, c0 = (x.bfloat16().requires_grad_() for x in reference.random_inputs("gates", 5, 4, 3, True))
+    out, c = qrnn.qrnn_gates(y, c0)
+    (out.sum() + c.sum()).backward()
+    assert {x.dtype for x in (out, c, y.grad, c0.grad)} == {torch.bfloat16}
+
+
+def test_double_backward_through_the_kernels_is_an_error(stand_in):
+    """A second derivative is refused, not silently wrong."""
+    y = torch.randn(3, 2, 6, requires_grad=True)
+    (gradient,) = torch.autograd.grad(qrnn.qrnn_gates(y)[0].square().sum(), y, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize(("lanes", "blocks"), [(1, 1), (128, 1), (129, 2), (31_000, 243), (2**40, 2**33)])
+def test_a_launch_covers_all_lanes_on_torchs_stream_and_device(stand_in, monkeypatch, lanes, blocks):
+    """Grid, block, stream, and the device of the tensor current while launching, for a second GPU as well."""
+    monkeypatch.setattr(
+        stand_in, "call", lambda name, *a, stream: seen.append((name, *a, stream, stand_in.current))
+    )
+    for index in (0, 1):
+        seen = []
+        like = SimpleNamespace(device=torch.device("cuda", index), dtype=torch.float16)
+        qrnn_cuda.launch("gates_forward", like, lanes, None, 7)
+        (name, grid, block, values, stream, current) = seen[0]
+        assert (name, grid, block) == ("gates_forward_half", (blocks,), (128,))
+        assert values == (0, 7)
+        assert [type(x) for x in values] == [np.uintp, np.int64]
+        assert stream == f"cupy of torch's stream of {index}"
+        assert current == index
+    assert stand_in.current == "no guard"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        lambda y, c, T, B, H: (y, c, None, c, c, T, B),
+        lambda y, c, T, B, H: (y, c, c, c, T, c, B, H),
+        lambda y, c, T, B, H: (y, c, c, c, c, T, B, H, H),
+    ],
+    ids=["one too few", "out of order", "one too many"],
+)
+def test_the_stand_in_notices_wrong_arguments(stand_in, arguments):
+    """The check that guards the launch code does fail when the arguments do not fit the kernel."""
+    y, c = torch.zeros(1, 1, 3), torch.zeros(1, 1, 1)
+    with pytest.raises(AssertionError, match="do not fit"):
+        qrnn_cuda.launch("gates_forward", y, 1, *arguments(y, c, 1, 1, 1))
+
+
+def test_a_module_a_device_and_a_compilation_an_architecture(stand_in, monkeypatch):
+    """Three GPUs, two of a kind: three modules, each loaded on its device, two compilations."""
+    compiled = []
+    compile_ptx = functools.cache(lambda architecture: compiled.append(architecture) or architecture.encode())
+    monkeypatch.setattr(qrnn_cuda, "compile_ptx", compile_ptx)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(8, 0), (12, 0), (8, 0)][index])
+    for index in (0, 1, 2, 0, 1, 2):
+        assert qrnn_cuda.available(index)
+    assert stand_in.loaded == [(b"compute_80", 0), (b"compute_120", 1), (b"compute_80", 2)]
+    assert compiled == ["compute_80", "compute_120"]
+
+
+@pytest.mark.parametrize("missing", ["cupy", "pynvrtc.compiler", "cuda.pathfinder"])
+def test_without_the_packages_one_warning_names_the_command(monkeypatch, missing):
+    """A CUDA tensor then takes the scan; the warning comes once a process, two devices or not."""
+    forget_caches()
+    qrnn_cuda.compile_ptx.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, missing, None)  # importing it raises ImportError
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for index in (0, 1, 0):
+            assert qrnn.pick_kernels(SimpleNamespace(device=torch.device("cuda", index))) is None
+    forget_caches()
+    (warning,) = caught
+    assert "python -m pip install -r requirements-cuda.txt" in str(warning.message)
+    assert missing.split(".")[0] in str(warning.message)
+    assert (HERE.parent / "requirements-cuda.txt").exists()
+
+
+def test_a_driver_that_fails_leaves_the_scan(stand_in, monkeypatch):
+    """Whatever NVRTC or the driver raises becomes the warning's reason."""
+    monkeypatch.setattr(qrnn_cuda, "compile_ptx", lambda architecture: 1 / 0)
+    with pytest.warns(RuntimeWarning, match="division by zero"):
+        assert not qrnn_cuda.available(0)
+
+
+def ptxas() -> str:
+    """The ptxas of the package nvidia-cuda-nvcc, else the one on the PATH."""
+    packaged = Path(sysconfig.get_path("purelib"), "nvidia", "cu13", "bin", "ptxas")
+    found = packaged if packaged.exists() else shutil.which("ptxas")
+    if not found:
+        pytest.fail("there is no ptxas here; python -m pip install -r tests/requirements.txt brings it")
+    return str(found)
+
+
+def check_ptx(ptx: bytes, architecture: int, folder: Path) -> None:
+    """All kernels are there, for this architecture, and ptxas needs no stack, no spills, at most 128 registers:
+    four blocks of 128 threads fit a processor, and B·H = 31,000 lanes bring two or three to each of a hundred."""
+    assert f".target sm_{architecture}".encode() in ptx
+    (folder / "qrnn.ptx").write_bytes(ptx.rstrip(b"\0"))
+    command = [ptxas(), "-v", f"-arch=sm_{architecture}", "qrnn.ptx", "-o", "qrnn.cubin"]
+    report = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stderr
+    entries = re.findall(
+        r"entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers",
+        report,
+        re.DOTALL,
+    )
+    assert sorted(name for name, *_ in entries) == sorted(KERNELS)
+    for name, *memory, registers in entries:
+        assert memory == ["0", "0", "0"], name
+        assert int(registers) <= 128, name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_nvrtc_compiles_the_kernels(architecture, tmp_path):
+    """NVRTC through pynvrtc, as at run time, for the architectures in use."""
+    check_ptx(qrnn_cuda.compile_ptx(f"compute_{architecture}"), architecture, tmp_path)
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc on the PATH (NVRTC compiles the same text)")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_nvcc_compiles_the_kernels(architecture, tmp_path):
+    """nvcc on the same text with the same options."""
+    command = ["nvcc", "-ptx", f"-arch=compute_{architecture}", *qrnn_cuda.OPTIONS, str(qrnn_cuda.SOURCE)]
+    subprocess.run([*command, "-o", str(tmp_path / "nvcc.ptx")], check=True, capture_output=True)
+    check_ptx((tmp_path / "nvcc.ptx").read_bytes(), architecture, tmp_path)
+
+
+def cuda_test(function):
+    """Marks a test that needs a GPU; without one it is reported as skipped, with the reason."""
+    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+    return pytest.mark.cuda(skip(function))
+
+
+def require_kernels(index: int = 0) -> None:
+    assert qrnn_cuda.available(index), "the kernels do not load: the warning says why"
+
+
+@cuda_test
+@each_function
+@each_dtype
+@pytest.mark.parametrize("with_c0", [False, True])
+@pytest.mark.parametrize("size", [(1, 1, 1), (9, 4, 3), (70, 20, 1550)])
+def test_on_a_gpu_the_kernels_match_the_scan(name, dtype, with_c0, size, monkeypatch):
+    """Outputs and all gradients, and that it was the kernels that gave them."""
+    require_kernels()
+    inputs = [None if x is None else x.cuda() for x in reference.random_inputs(name, *size, with_c0)]
+    with monkeypatch.context() as patch:
+        patch.setattr(qrnn, "scan_forward", None)
+        patch.setattr(qrnn, "gates_forward", None)
+        ours = reference.results(OURS[name], inputs, dtype)
+    monkeypatch.setattr(qrnn, "pick_kernels", lambda x: None)
+    theirs = reference.results(OURS[name], inputs, dtype)
+    for x, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x, expected, rtol=2 * TOLERANCE[dtype], atol=2 * TOLERANCE[dtype])
+
+
+@cuda_test
+@each_function
+def test_on_a_gpu_gradcheck(name):
+    """Analytic gradients are the numerical ones."""
+    require_kernels()
+    inputs = [x.cuda().requires_grad_() for x in reference.random_inputs(name, 5, 2, 3, True)]
+    assert torch.autograd.gradcheck(OURS[name], inputs)
+
+
+@cuda_test
+def test_on_a_gpu_work_is_ordered_by_torchs_current_stream():
+    """On a side stream the kernel waits for what was queued there before it, and nothing else does."""
+    require_kernels()
+    y, c0 = (x.cuda() for x in reference.random_inputs("gates", 50, 8, 64, True))
+    expected = qrnn.qrnn_gates(y, c0)[0]
+    late, side = torch.zeros_like(y), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(200_000_000)  # about 0.1 s of clock cycles
+        late.copy_(y)
+        out = qrnn.qrnn_gates(late, c0)[0]
+    side.synchronize()
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+
+
+@cuda_test
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+def test_on_two_gpus_each_runs_its_own():
+    """Tensors of the second GPU while the first is current, forward and backward."""
+    for index in (0, 1):
+        require_kernels(index)
+    inputs = reference.random_inputs("gates", 9, 4, 33, True)
+    first, second = (
+        reference.results(qrnn.qrnn_gates, [x.cuda(index) for x in inputs], torch.float32) for index in (0, 1)
+    )
+    for x, expected in zip(second, first, strict=True):
+        assert x.device.index == 1
+        torch.testing.assert_close(x.cpu(), expected.cpu())
+
+
+@cuda_test
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_on_a_gpu_autocast_and_deepcopy(dtype):
+    """Half precision in memory, the state float32, gradients finite; a deep copy gives the same."""
+    require_kernels()
+    torch.manual_seed(0)
+    layer = qrnn.QRNNLayer(32, 48, 2).cuda()
+    x = torch.randn(70, 4, 32, device="cuda")
+    exact = layer(x, layer.init_state(4))[0]
+    with torch.autocast("cuda", dtype):
+        out, state = layer(x, layer.init_state(4))
+        again, _ = copy.deepcopy(layer)(x, layer.init_state(4))
+    out.float().sum().backward()
+    assert (out.dtype, state[0].dtype) == (dtype, torch.float32)
+    assert torch.equal(out, again)
+    assert torch.isfinite(layer.linear.weight.grad).all()
+    torch.testing.assert_close(out.float(), exact, rtol=2e-2, atol=2e-2)
+
+
+@cuda_test
+def test_on_a_gpu_the_time_of_lstm_and_qrnn_steps(capsys, monkeypatch):
+    """Prints milliseconds of forward and backward, side by side, at the sizes of the PTB commands."""
+    require_kernels()
+    T, B = 70, 20
+
+    def milliseconds(run) -> float:
+        for _ in range(5):
+            run()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(20):
+            run()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) * 50
+
+    def stack(layers, states):
+        x = torch.randn(T, B, 400, device="cuda", requires_grad=True)
+
+        def run() -> None:
+            out = x
+            for layer, state in zip(layers, states, strict=True):
+                out, _ = layer(out, state)
+            out.sum().backward()
+
+        return run
+
+    sizes = [400, 1150, 1150, 400]
+    lstm = [nn.LSTM(a, b).cuda() for a, b in itertools.pairwise(sizes)]
+    sizes = [400, 1550, 1550, 1550, 400]
+    layers = enumerate(itertools.pairwise(sizes))
+    layers = [qrnn.QRNNLayer(a, b, 2 if i == 0 else 1).cuda() for i, (a, b) in layers]
+    states = [layer.init_state(B) for layer in layers]
+    times = {"LSTM (cuDNN) 1150 x 3": milliseconds(stack(lstm, [None] * 3))}
+    times["QRNN (kernels) 1550 x 4"] = milliseconds(stack(layers, states))
+    monkeypatch.setattr(qrnn, "pick_kernels", lambda x: None)
+    times["QRNN (scan) 1550 x 4"] = milliseconds(stack(layers, states))
+    with capsys.disabled():
+        print(f"\n{torch.cuda.get_device_name()}: forward and backward, bptt {T}, batch {B}")
+        for name, value in times.items():
+            print(f"  {name:24} {value:8.2f} ms")
+    assert times["QRNN (kernels) 1550 x 4"] < times["QRNN (scan) 1550 x 4"]
