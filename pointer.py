@@ -169,7 +169,7 @@ def parse_args() -> dict[str, Any]:
     )
     grid = [0.1, 0.2, 0.3, 0.45, 0.7, 1.0, 1.4]
     group.add_argument("--search_thetas", type=theta, nargs="+", default=grid, help=f"default: {grid}")
-    grid = [0.03, 0.05, 0.08, 0.1, 0.13, 0.16, 0.2, 0.25]
+    grid = [0.03, 0.05, 0.08, 0.1, 0.13, 0.16, 0.2, 0.25, 0.35]
     group.add_argument("--search_lambdas", type=share, nargs="+", default=grid, help=f"default: {grid}")
     group.add_argument("--search_windows", type=options.count, nargs="+", help="default: that of --window")
     return vars(parser.parse_args())
