@@ -157,6 +157,16 @@ def test_kernels_match_the_reference(stand_in, name, dtype, with_c0, size, geome
         torch.testing.assert_close(x.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("geometry", [(1, 1), (3, 7), (50, 16)])
+def test_each_lane_is_walked_once(stand_in, geometry):
+    """Threads share the lanes without doing any twice: three exponentials a step and lane, no more."""
+    stand_in.geometry = geometry
+    count = ctypes.c_longlong.in_dll(stand_in.library, "exp_calls")
+    count.value = 0
+    qrnn.qrnn_gates(torch.randn(5, 4, 3 * 33))
+    assert count.value == 3 * 5 * 4 * 33
+
+
 @each_function
 @pytest.mark.parametrize("with_c0", [False, True])
 def test_kernels_gradcheck(stand_in, name, with_c0):
@@ -179,7 +189,7 @@ def test_kernels_agree_with_the_scan_on_extremes(stand_in, monkeypatch):
 
 
 def test_bfloat16_is_rounded_as_torch_rounds(stand_in):
-    """To the nearest, ties to even; infinities and NaNs survive. With f = 0 the float32 c0 is what is stored."""
+    """To the nearest, ties to even; infinities and NaNs survive. With f = 0 the float32 c0 is stored."""
     patterns = [
         0x3F808000,
         0x3F818000,
@@ -311,8 +321,10 @@ def ptxas() -> str:
 
 
 def check_ptx(ptx: bytes, architecture: int, folder: Path) -> None:
-    """All kernels are there, for this architecture, and ptxas needs no stack, no spills, at most 128 registers:
-    four blocks of 128 threads fit a processor, and B·H = 31,000 lanes bring two or three to each of a hundred."""
+    """All kernels are there, for this architecture; ptxas needs no stack, no spills, at most 128 registers.
+
+    Four blocks of 128 threads then fit a processor; B·H = 31,000 lanes bring two or three to each of 100.
+    """
     assert f".target sm_{architecture}".encode() in ptx
     (folder / "qrnn.ptx").write_bytes(ptx.rstrip(b"\0"))
     command = [ptxas(), "-v", f"-arch=sm_{architecture}", "qrnn.ptx", "-o", "qrnn.cubin"]
