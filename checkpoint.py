@@ -26,7 +26,7 @@ STATE_FORMAT = "awd-lm state 1"
 MODEL_KEYS = {"format": str, "args": dict, "vocab": list, "model": dict, "criterion": dict, "metrics": dict}
 STATE_KEYS = (
     *("script", "args", "vocab", "fingerprint", "weights", "average"),
-    *("optimizer", "generators", "hidden", "progress"),
+    *("optimizer", "scaler", "generators", "hidden", "progress"),
 )
 ARCHITECTURE = ("model", "emsize", "nhid", "nlayers", "tied")  # what a saved model answers by itself
 DROPOUTS = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")

@@ -59,6 +59,19 @@ def drop_weight(raw: Tensor, p: float, training: bool) -> Tensor:
     return DropWeight.apply(raw, p)
 
 
+class WriteInto(torch.autograd.Function):
+    """Copies `value` into `slot`, memory that somebody else laid out, and is the identity for gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, slot: Tensor) -> Tensor:
+        ctx.mark_dirty(slot)
+        return slot.copy_(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
 class WeightDropLinear(nn.Linear):
     """A linear layer whose whole weight is dropped: the parameter is `weight_raw`, (out, in)."""
 
@@ -91,18 +104,51 @@ class RecurrentLayer(nn.Module):
         self.register_parameter("weight_hh_l0_raw" if wdrop else "weight_hh_l0", recurrent)
         self.bias_ih_l0 = nn.Parameter(torch.empty(gates))
         self.bias_hh_l0 = nn.Parameter(torch.empty(gates))
+        self.slot: Tensor | None = None  # the recurrent matrix's place in cuDNN's flat buffer
+
+    def flat(self, weight_hh: Tensor) -> Tensor:
+        """The recurrent matrix in its place between the other weights, which then lie in one flat buffer.
+
+        cuDNN takes its weights from one buffer. Scattered ones, as weight drop makes them, torch copies into
+        a new buffer at every call, and warns. So the buffer is laid out once, the parameters are moved into
+        it as `nn.LSTM.flatten_parameters` would, and the dropped matrix is written to its place a batch.
+        """
+        others = [self.weight_ih_l0, self.bias_ih_l0, self.bias_hh_l0]
+        buffers = {p.untyped_storage().data_ptr() for p in others}
+        if self.slot is None or buffers != {self.slot.untyped_storage().data_ptr()}:  # new, or moved by .to()
+            self.slot = torch.empty_like(weight_hh)
+            modes = {"LSTM": 2, "GRU": 3}  # cuDNN's own numbers
+            with torch.no_grad():
+                torch._cudnn_rnn_flatten_weight(
+                    [self.weight_ih_l0, self.slot, self.bias_ih_l0, self.bias_hh_l0],
+                    4,  # tensors a layer
+                    self.weight_ih_l0.size(1),
+                    modes[self.rnn_type],
+                    self.hidden_size,
+                    0,  # no projection
+                    1,  # layer
+                    False,  # batch first
+                    False,  # bidirectional
+                )
+        return WriteInto.apply(weight_hh, self.slot.detach())
 
     def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """(T, B, E), the state of the batch before -> (T, B, H), the state to carry."""
         raw = self.weight_hh_l0_raw if self.wdrop else self.weight_hh_l0
         weight_hh = drop_weight(raw, self.wdrop, self.training)
+        if x.device.type == "cuda" and torch.backends.cudnn.is_acceptable(raw):
+            weight_hh = self.flat(weight_hh)
         weights = [self.weight_ih_l0, weight_hh, self.bias_ih_l0, self.bias_hh_l0]
         settings = (True, 1, 0.0, self.training, False, False)  # biases, 1 layer, no dropout, one direction
-        if self.rnn_type == "LSTM":
-            out, h, c = torch.lstm(x, state, weights, *settings)
-            return out, (h, c)
-        out, h = torch.gru(x, state[0], weights, *settings)
-        return out, (h,)
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if autocast and x.device.type == "cpu":  # few CPUs have a recurrent kernel in half precision
+            autocast, x = False, x.to(raw.dtype)
+        with torch.autocast(x.device.type, enabled=autocast):
+            if self.rnn_type == "LSTM":
+                out, h, c = torch.lstm(x, state, weights, *settings)
+                return out, (h, c)
+            out, h = torch.gru(x, state[0], weights, *settings)
+            return out, (h,)
 
     def init_state(self, batch_size: int) -> State:
         """Zeros: (h, c) for an LSTM, (h,) for a GRU, each (1, B, H)."""

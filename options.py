@@ -39,6 +39,8 @@ DEFAULTS: dict[str, Any] = {
     "when": [-1],
     "max_steps": 0,
     "seed": 1111,
+    "amp": "none",
+    "compile": False,
     "device": "auto",
     "save": None,
     "resume": "",
@@ -66,7 +68,7 @@ def make_parser(description: str) -> ArgumentParser:
 def flag(group: argparse._ArgumentGroup, *names: str, help: str, **settings: Any) -> None:
     """Adds a flag, its default told in its help text."""
     default = DEFAULTS.get(names[0].lstrip("-").replace("-", "_"))
-    if default not in (None, "", [-1]):
+    if default not in (None, "", [-1], False):
         help = f"{help} (default: {default})"
     group.add_argument(*names, help=help, **settings)
 
@@ -117,6 +119,13 @@ def add_run_flags(parser: ArgumentParser) -> None:
     group.add_argument(
         "--cuda", dest="device", action="store_const", const="auto", help="a GPU when there is one (as auto)"
     )
+    flag(
+        group,
+        "--amp",
+        choices=["none", "bf16", "fp16"],
+        help="training in mixed precision; evaluation is not",
+    )
+    flag(group, "--compile", action="store_true", help="torch.compile the loss: slow to start, then faster")
     flag(group, "--save", help="file of the model; beside it .state (to resume) and .log.jsonl")
     flag(group, "--resume", help="go on from this model and its .state, or warm-start from the model alone")
     flag(group, "--log-interval", "--log_interval", type=positive, help="batches between two log lines")

@@ -18,6 +18,8 @@ from model import RNNModel, State, detach
 from splitcross import SplitCrossEntropyLoss
 from utils import JsonLog, UserError, ppl
 
+AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 class Stop(Exception):  # noqa: N818 - it ends a run, it is no error
     """Training ends here, between two steps: `reason` is "SIGINT", "SIGTERM" or the flag that said so."""
@@ -94,6 +96,11 @@ class Run:
         self.args, self.vocab, self.save, self.fingerprint = args, vocab, save, fingerprint
         self.weights = nn.ModuleDict({"model": model, "criterion": criterion})  # all that is trained
         self.parameters = list(self.weights.parameters())
+        self.amp = AMP[args["amp"]]  # forward and loss run under autocast to it; None: in float32
+        device = self.parameters[0].device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp is torch.float16)
+        # The lengths vary, so shapes are dynamic; cuDNN's and oneDNN's layers would gain nothing.
+        self.loss = torch.compile(criterion, dynamic=True) if args["compile"] else criterion
         self.optimizer = make_optimizer(self.parameters, args["optimizer"], args["lr"], args["wdecay"])
         self.average: AveragedModel | None = None
         self.hidden: list[State] = model.init_hidden(args["batch_size"])
@@ -142,6 +149,7 @@ class Run:
             "weights": self.weights.state_dict(),
             "average": self.average.state_dict() if self.average else None,
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "generators": generators,
             "hidden": detach(self.hidden),
             "progress": asdict(self.progress),
@@ -160,6 +168,8 @@ class Run:
             self.average.load_state_dict(state["average"])
         if state["args"]["optimizer"] == self.args["optimizer"]:
             self.optimizer.load_state_dict(state["optimizer"])
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
         for group in self.optimizer.param_groups:
             group["weight_decay"] = self.args["wdecay"]
         self.progress = Progress(**state["progress"])

@@ -37,20 +37,24 @@ def train_step(
     for group in run.optimizer.param_groups:
         group["lr"] = run.progress.lr * len(source) / bptt
 
-    output, run.hidden, raw, dropped = run.model(source, detach(run.hidden), return_h=True)
-    loss = run.criterion(run.model.decoder.weight, run.model.decoder.bias, output, target)
+    with torch.autocast(ids.device.type, dtype=run.amp, enabled=run.amp is not None):
+        output, run.hidden, raw, dropped = run.model(source, detach(run.hidden), return_h=True)
+        loss = run.loss(run.model.decoder.weight, run.model.decoder.bias, output, target)
 
     objective = loss
     if alpha:  # AR (AWD, section 4.6): small activations
-        objective = objective + alpha * dropped[-1].pow(2).mean()
+        objective = objective + alpha * dropped[-1].float().pow(2).mean()
     if beta and len(source) > 1:  # TAR: small changes from one time step to the next
-        objective = objective + beta * (raw[-1][1:] - raw[-1][:-1]).pow(2).mean()
+        objective = objective + beta * (raw[-1][1:].float() - raw[-1][:-1].float()).pow(2).mean()
 
+    # Without fp16 the scaler is disabled, and hands everything through.
     run.optimizer.zero_grad(set_to_none=True)
-    objective.backward()
+    run.scaler.scale(objective).backward()
+    run.scaler.unscale_(run.optimizer)
     if clip:
         nn.utils.clip_grad_norm_(run.parameters, clip)
-    run.optimizer.step()
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
     if run.average:
         run.average.update_parameters(run.weights)
     return loss.detach()

@@ -1,0 +1,100 @@
+"""Mixed precision, torch.compile, and the flat buffer of weights that cuDNN wants: as far as a CPU goes."""
+
+import copy
+import math
+
+import pytest
+import torch
+from runner import run_cli
+from torch import Tensor
+
+from model import RecurrentLayer
+
+RESUMABLE = ("--epochs", 1, "--checkpoint_every", 3)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "QRNN"])
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_learns_what_float32_learns(trained, kind, amp):
+    """The validation loss after an epoch is that of float32 to the precision of eight bits."""
+    exact = trained("--epochs", 1, "--model", kind).saved["metrics"]["valid_loss"]
+    mixed = trained("--epochs", 1, "--model", kind, "--amp", amp).saved["metrics"]["valid_loss"]
+    assert math.isclose(mixed, exact, rel_tol=0.02)
+    assert mixed != exact
+
+
+@pytest.mark.parametrize("flags", [("--amp", "bf16"), ("--amp", "fp16")])
+def test_mixed_precision_resumes_bit_for_bit(trained, corpus, tmp_path, flags):
+    """Stopped after five steps and resumed, weights and loss scale end where the whole run ends."""
+    whole = trained(*RESUMABLE, *flags)
+    from conftest import SMALL
+
+    first = ("--data", corpus, *SMALL, "--save", "m.pt", *RESUMABLE, *flags)
+    assert run_cli(*first, "--max_steps", 5, cwd=tmp_path).status == 0
+    assert run_cli("--resume", "m.pt", cwd=tmp_path).status == 0
+    state = torch.load(tmp_path / "m.pt.state", weights_only=True)
+    assert state["scaler"] == whole.state["scaler"]
+    assert all(torch.equal(state["weights"][k], v) for k, v in whole.state["weights"].items())
+
+
+def test_a_compiled_loss_is_the_loss(trained):
+    """--compile changes the speed, not the figures."""
+    plain = trained("--epochs", 1, "--splits", 10, 20).saved["metrics"]["valid_loss"]
+    compiled = trained("--epochs", 1, "--splits", 10, 20, "--compile").saved["metrics"]["valid_loss"]
+    assert math.isclose(plain, compiled, rel_tol=1e-4)
+
+
+@pytest.fixture
+def flatten(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Stands in for torch's own function, which only CUDA builds have: one buffer, the weights moved in."""
+    calls = []
+
+    def flatten(weights: list[Tensor], per_layer: int, inputs: int, mode: int, hidden: int, *rest: object):
+        assert (per_layer, rest) == (4, (0, 1, False, False))
+        assert weights[0].shape == ({2: 4, 3: 3}[mode] * hidden, inputs)
+        assert weights[1].shape == (weights[0].size(0), hidden)
+        buffer = torch.empty(sum(w.numel() for w in weights))
+        start = 0
+        for w in weights:
+            place = buffer[start : start + w.numel()].view_as(w)
+            start += w.numel()
+            place.copy_(w)
+            w.set_(place)
+        calls.append(mode)
+        return buffer
+
+    monkeypatch.setattr(torch, "_cudnn_rnn_flatten_weight", flatten, raising=False)
+    return calls
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_dropped_weights_lie_in_one_flat_buffer(flatten, kind):
+    """Laid out once; each batch's matrix goes to its place, its gradient to the raw weights, nothing else moves."""
+    layer = RecurrentLayer(kind, 3, 5, wdrop=0.5)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    for _ in range(3):
+        dropped = layer.weight_hh_l0_raw * 0.25
+        placed = layer.flat(dropped)
+        weights = [layer.weight_ih_l0, placed, layer.bias_ih_l0, layer.bias_hh_l0]
+        assert len({w.untyped_storage().data_ptr() for w in weights}) == 1
+        assert len({w.data_ptr() for w in weights}) == 4
+        assert torch.equal(placed, dropped)
+        (grad,) = torch.autograd.grad(placed.sum(), layer.weight_hh_l0_raw)
+        assert torch.equal(grad, torch.full_like(grad, 0.25))
+    assert len(flatten) == 1
+    assert all(torch.equal(p, before[name]) for name, p in layer.named_parameters())
+
+
+def test_a_copy_has_a_buffer_of_its_own(flatten):
+    """What a deepcopy writes to its flat buffer does not reach the layer that it was copied from."""
+    layer = RecurrentLayer("LSTM", 3, 5, wdrop=0.5)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    placed = layer.flat(layer.weight_hh_l0_raw).detach().clone()
+    twin = copy.deepcopy(layer)
+    twin.flat(torch.zeros(20, 5))
+    twin.weight_ih_l0.data.zero_()
+    assert torch.equal(layer.slot, placed)
+    assert layer.weight_ih_l0.abs().min() > 0
