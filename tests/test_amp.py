@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import SMALL
 from runner import run_cli
 from torch import Tensor
 
@@ -27,8 +28,6 @@ def test_mixed_precision_learns_what_float32_learns(trained, kind, amp):
 def test_mixed_precision_resumes_bit_for_bit(trained, corpus, tmp_path, flags):
     """Stopped after five steps and resumed, weights and loss scale end where the whole run ends."""
     whole = trained(*RESUMABLE, *flags)
-    from conftest import SMALL
-
     first = ("--data", corpus, *SMALL, "--save", "m.pt", *RESUMABLE, *flags)
     assert run_cli(*first, "--max_steps", 5, cwd=tmp_path).status == 0
     assert run_cli("--resume", "m.pt", cwd=tmp_path).status == 0
@@ -69,7 +68,7 @@ def flatten(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
 def test_dropped_weights_lie_in_one_flat_buffer(flatten, kind):
-    """Laid out once; each batch's matrix goes to its place, its gradient to the raw weights, nothing else moves."""
+    """Laid out once; a batch's matrix goes to its place, its gradient to the raw weights; no other moves."""
     layer = RecurrentLayer(kind, 3, 5, wdrop=0.5)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
