@@ -5,6 +5,7 @@
 
 import signal
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 import checkpoint
 from batches import Texts
 from model import RNNModel, State, detach
-from splitcross import SplitCrossEntropyLoss
+from splitcross import SplitCrossEntropyLoss, linear_cross_entropy
 from utils import JsonLog, UserError, ppl
 
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -99,8 +100,9 @@ class Run:
         self.amp = AMP[args["amp"]]  # forward and loss run under autocast to it; None: in float32
         device = self.parameters[0].device
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp is torch.float16)
-        # The lengths vary, so shapes are dynamic; cuDNN's and oneDNN's layers would gain nothing.
-        self.loss = torch.compile(criterion, dynamic=True) if args["compile"] else criterion
+        # The projection's softmax is what gains from a compiler: cuDNN's and oneDNN's layers would not.
+        compiled = torch.compile(linear_cross_entropy, dynamic=True) if args["compile"] else None
+        self.loss = partial(criterion, cross_entropy=compiled) if compiled else criterion
         self.optimizer = make_optimizer(self.parameters, args["optimizer"], args["lr"], args["wdecay"])
         self.average: AveragedModel | None = None
         self.hidden: list[State] = model.init_hidden(args["batch_size"])

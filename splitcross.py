@@ -7,6 +7,7 @@ The words are sorted by frequency. With splits `s_1 < ... < s_K` the head is a s
     log p(w) = log p(tombstone_k) + log p(w | k)                       (Scales, section 3.2)
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -23,6 +24,13 @@ def default_splits(ntoken: int) -> list[int]:
     if ntoken > 75_000:
         return [2800, 20000, 76000]
     return []
+
+
+def linear_cross_entropy(
+    hiddens: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, reduction: str
+) -> Tensor:
+    """Projection and loss: (N, H), (V, H), (V,), (N,) -> a scalar, or (N,) by "none", in nats."""
+    return F.cross_entropy(F.linear(hiddens, weight, bias), targets, reduction=reduction)
 
 
 class SplitCrossEntropyLoss(nn.Module):
@@ -50,7 +58,13 @@ class SplitCrossEntropyLoss(nn.Module):
             self.tail_bias = nn.Parameter(torch.zeros(len(self.splits)))
 
     def forward(
-        self, weight: Tensor, bias: Tensor | None, hiddens: Tensor, targets: Tensor, reduction: str = "mean"
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        hiddens: Tensor,
+        targets: Tensor,
+        reduction: str = "mean",
+        cross_entropy: Callable[..., Tensor] = linear_cross_entropy,
     ) -> Tensor:
         """The loss of `targets` in nats: a scalar, or (N,) without a reduction.
 
@@ -59,12 +73,13 @@ class SplitCrossEntropyLoss(nn.Module):
             hiddens: (N, H), or (T, B, H).
             targets: (N,), or (T, B), of integers in [0, V).
             reduction: "mean" over the N positions, "sum", or "none": one loss a position.
+            cross_entropy: `linear_cross_entropy`, or a compiled one.
         """
         hiddens, targets = hiddens.flatten(0, -2), targets.reshape(-1)  # (N, H), (N,)
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction {reduction!r}: use 'mean', 'sum' or 'none'")
         if not self.splits:
-            return linear_cross_entropy(hiddens, weight, bias, targets, reduction)
+            return cross_entropy(hiddens, weight, bias, targets, reduction)
 
         weights, biases = self.clusters(weight, bias)
         edges = torch.tensor(self.splits, device=targets.device)
@@ -72,11 +87,11 @@ class SplitCrossEntropyLoss(nn.Module):
         # In the head a word of cluster k is its tombstone, entry s_1 + k - 1.
         head_targets = torch.where(cluster == 0, targets, self.splits[0] + cluster - 1)
         part = "none" if reduction == "none" else "sum"
-        total = linear_cross_entropy(hiddens, *self.head(weights[0], biases[0]), head_targets, part)
+        total = cross_entropy(hiddens, *self.head(weights[0], biases[0]), head_targets, part)
         for k, first in enumerate(self.splits, start=1):
             hit = (cluster == k).nonzero().squeeze(1)  # a synchronisation on CUDA: the sizes decide the work
             if hit.numel():
-                loss = linear_cross_entropy(hiddens[hit], weights[k], biases[k], targets[hit] - first, part)
+                loss = cross_entropy(hiddens[hit], weights[k], biases[k], targets[hit] - first, part)
                 total = total.index_add(0, hit, loss) if part == "none" else total + loss
         return total / targets.numel() if reduction == "mean" else total
 
@@ -112,10 +127,3 @@ class SplitCrossEntropyLoss(nn.Module):
         """The head's own matrix and bias: its words, then the tombstones; (s_1 + K, H) and (s_1 + K,)."""
         bias = weight.new_zeros(weight.size(0)) if bias is None else bias
         return torch.cat([weight, self.tail_vectors]), torch.cat([bias, self.tail_bias])
-
-
-def linear_cross_entropy(
-    hiddens: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, reduction: str
-) -> Tensor:
-    """Projection and loss: (N, H), (V, H), (V,), (N,) -> a scalar, or (N,) by "none", in nats."""
-    return F.cross_entropy(F.linear(hiddens, weight, bias), targets, reduction=reduction)
