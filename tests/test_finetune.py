@@ -1,0 +1,146 @@
+"""finetune.py through the command line: averaging from the first step, and never a worse file."""
+
+import random
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Trained
+from runner import Result, run_cli, start
+
+FLAGS = ("--lr", 2, "--epochs", 3, "--nonmono", 5, "--checkpoint_every", 3)
+
+
+def finetune(folder: Path, *flags: object) -> Result:
+    return run_cli(*flags, cwd=folder, script="finetune.py")
+
+
+@pytest.fixture
+def base(trained, tmp_path) -> Path:
+    """A model of two epochs, alone in a folder."""
+    shutil.copy(trained("--epochs", 2).path, tmp_path / "m.pt")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def whole(trained, tmp_path_factory) -> Trained:
+    """That model after an uninterrupted fine-tuning."""
+    folder = tmp_path_factory.mktemp("tuned")
+    shutil.copy(trained("--epochs", 2).path, folder / "m.pt")
+    result = finetune(folder, "--save", "m.pt", *FLAGS)
+    assert result.status == 0, result
+    return Trained(folder, result, folder / "m.pt")
+
+
+def load(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def one_line(result: Result, *parts: str) -> bool:
+    """An exit status of 2, and one line on stderr that holds these parts."""
+    lines = result.err.strip().splitlines()
+    return result.status == 2 and len(lines) == 1 and all(part in lines[0] for part in parts)
+
+
+def test_finetuning_gains_and_ends_with_the_test(trained, whole):
+    """The file holds a better model than before, and the last line is its test."""
+    before = trained("--epochs", 2).saved["metrics"]["valid_loss"]
+    assert whole.saved["metrics"]["valid_loss"] < before
+    assert "| before fine-tuning | valid loss" in whole.result.out
+    assert "| End of training | test loss" in whole.result.out.splitlines()[-2]
+
+
+def test_averages_from_the_first_step(whole):
+    """The mean holds the weights of every step."""
+    state = whole.state
+    assert state["average"]["n_averaged"] == state["progress"]["step"] > 0
+
+
+def test_a_worse_model_never_replaces_the_file(base):
+    """At a rate that ruins the weights, the file stays as it is to the byte, and is what is tested."""
+    before = (base / "m.pt").read_bytes()
+    result = finetune(base, "--save", "m.pt", "--lr", 300, "--clip", 0, "--wdecay", 0.003, "--epochs", 2)
+    assert result.status == 0, result
+    assert (base / "m.pt").read_bytes() == before
+
+
+def test_stops_once_the_validation_loss_stalls(base):
+    """With --nonmono 0 and a ruinous rate it ends long before --epochs, with exit status 0 and the test."""
+    result = finetune(base, "--save", "m.pt", "--lr", 300, "--clip", 0, "--nonmono", 0, "--epochs", 50)
+    assert result.status == 0, result
+    losses = [line for line in result.out.splitlines() if "end of epoch" in line]
+    assert 2 <= len(losses) < 50
+    assert "| End of training" in result.out
+
+
+def test_output_keeps_the_original(base):
+    """--output takes the better model; --save is read only."""
+    before = (base / "m.pt").read_bytes()
+    result = finetune(base, "--save", "m.pt", "--output", "ft.pt", "--lr", 2, "--epochs", 1)
+    assert result.status == 0, result
+    assert (base / "m.pt").read_bytes() == before
+    assert load(base / "ft.pt")["metrics"]["valid_loss"] < load(base / "m.pt")["metrics"]["valid_loss"]
+    assert sorted(p.name for p in base.glob("*.state")) == ["ft.pt.state"]
+
+
+def test_dropouts_given_take_effect_and_the_rest_comes_from_the_file(base):
+    """Published flags are accepted, `--epoch` too; weight drop may be switched off."""
+    flags = ("--dropouti", 0.1, "--dropouth", 0.05, "--wdrop", 0, "--seed", 141, "--epoch", 1)
+    assert finetune(base, "--save", "m.pt", "--lr", 2, *flags).status == 0
+    args = load(base / "m.pt.state")["args"]
+    assert (args["dropouti"], args["dropouth"], args["wdrop"], args["seed"]) == (0.1, 0.05, 0, 141)
+    assert (args["emsize"], args["nhid"], args["batch_size"]) == (8, 10, 4)
+    assert "model.rnns.0.weight_hh_l0" in load(base / "m.pt.state")["weights"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_killed_and_resumed_it_ends_where_the_whole_run_ends(base, whole, number):
+    """Killed at a random moment the file is the old one or a better one; resumed, all is the same."""
+    before = load(base / "m.pt")["metrics"]["valid_loss"]
+    running = start("--save", "m.pt", *FLAGS, cwd=base, script="finetune.py")
+    running.wait_for(lambda out: (base / "m.pt.state").exists())
+    running.process.join(random.uniform(0, 0.3))
+    running.kill(number)
+    assert running.result().status in (143, -signal.SIGKILL, 0)
+    assert load(base / "m.pt")["metrics"]["valid_loss"] <= before
+
+    result = finetune(base, "--resume", "m.pt", "--checkpoint_every", 3)
+    assert result.status == 0, result
+    for part in ("model", "criterion"):
+        saved = load(base / "m.pt")[part]
+        assert all(torch.equal(saved[name], tensor) for name, tensor in whole.saved[part].items())
+    weights = load(base / "m.pt.state")["weights"]
+    assert all(torch.equal(weights[name], tensor) for name, tensor in whole.state["weights"].items())
+
+
+def test_main_does_not_resume_a_fine_tuning(whole):
+    """The state says who made it; the wrong script is told which one can go on."""
+    before = whole.path.read_bytes()
+    assert one_line(run_cli("--resume", "m.pt", cwd=whole.folder), "m.pt.state", "finetune.py")
+    assert whole.path.read_bytes() == before
+
+
+def test_main_evaluates_a_fine_tuned_model(whole):
+    """`main.py --resume MODEL --epochs 0` prints the figures, trains nothing and changes no file."""
+    before = {p.name: p.read_bytes() for p in whole.folder.glob("m.pt*")}
+    result = run_cli("--resume", "m.pt", "--epochs", 0, cwd=whole.folder)
+    assert result.status == 0, result
+    assert result.out.splitlines()[-2] == whole.result.out.splitlines()[-2]
+    assert {p.name: p.read_bytes() for p in whole.folder.glob("m.pt*")} == before
+
+
+def test_bad_input_is_one_line_and_harms_nothing(base):
+    """A missing, cut or foreign file, a contradicting shape, no corpus: status 2, the file as it was."""
+    before = (base / "m.pt").read_bytes()
+    (base / "cut.pt").write_bytes(before[: len(before) // 2])
+    (base / "foreign.pt").write_bytes(b"not a model")
+    assert one_line(finetune(base, "--save", "none.pt"), "none.pt")
+    assert one_line(finetune(base, "--save", "cut.pt"), "cut.pt", "truncated")
+    assert one_line(finetune(base, "--save", "foreign.pt"), "foreign.pt")
+    assert one_line(finetune(base, "--save", "m.pt", "--nhid", 11), "--nhid 11", "m.pt")
+    assert one_line(finetune(base, "--save", "m.pt", "--data", "nowhere"), "nowhere")
+    assert one_line(finetune(base, "--resume", "m.pt"), "m.pt.state")
+    assert one_line(finetune(base, "--save", "m.pt", "--output", "no/such/folder.pt"), "--output")
+    assert (base / "m.pt").read_bytes() == before
