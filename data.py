@@ -72,8 +72,15 @@ def read_corpus(data: str, vocab: list[str] | None = None, vocab_size: int = 0, 
     return _corpus(cache.load(vocab) or _read_folder(data, files, rule, cache))
 
 
-def encode_line(line: str, encoder: compat.LabelEncoder) -> list[int]:
-    """The ids of a line's words, without `<eos>`.
+def make_encoder(vocab: list[str]) -> compat.LabelEncoder:
+    """torchnlp's encoder over exactly this vocabulary; its `unknown_index` is `<unk>`'s id or None."""
+    # All labels reserved: they keep their order, and 267,735 of them take 0.05 s where a sample takes 0.6.
+    unknown = vocab.index(UNK) if UNK in vocab else None
+    return compat.LabelEncoder([], reserved_labels=vocab, unknown_index=unknown)
+
+
+def encode_line(line: str, encoder: compat.LabelEncoder, place: str = "the text given") -> list[int]:
+    """The ids of a line's words, without `<eos>`; `place` says in an error where the line is from.
 
     Raises:
         UserError: a word that the vocabulary lacks, when it has no `<unk>`.
@@ -82,7 +89,7 @@ def encode_line(line: str, encoder: compat.LabelEncoder) -> list[int]:
     for word in line.split():
         ids.append(encoder.token_to_index.get(word, encoder.unknown_index))
         if ids[-1] is None:
-            raise _unknown_word(word, "the text given")
+            raise _unknown_word(word, place)
     return ids
 
 
@@ -205,11 +212,8 @@ def _dtype(vocab: list[str]) -> type[np.signedinteger]:
 
 
 def _corpus(entry: Entry) -> Corpus:
-    unknown = entry.vocab.index(UNK) if UNK in entry.vocab else None
-    # all labels reserved: they keep their order, and 267,735 of them take 0.05 s where a sample takes 0.6
-    encoder = compat.LabelEncoder([], reserved_labels=entry.vocab, unknown_index=unknown)
     splits = torch.from_numpy(entry.ids).split(entry.sizes)
-    return Corpus(entry.vocab, *splits, encoder)
+    return Corpus(entry.vocab, *splits, make_encoder(entry.vocab))
 
 
 class _Text:

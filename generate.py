@@ -23,11 +23,12 @@ from torch import Tensor
 import checkpoint
 import options
 from compat import LabelEncoder
+from data import encode_line, make_encoder
 from model import RNNModel, State
-from score import encode, score
+from score import score
 from splitcross import SplitCrossEntropyLoss
 from utils import RunError, UserError, check_writable, number, pick_device, run_script, write_whole
-from words import EOS, UNK
+from words import EOS
 
 
 class Text:
@@ -92,13 +93,6 @@ class Output:
             ) from error
 
 
-def make_encoder(vocab: list[str]) -> LabelEncoder:
-    """The encoder of exactly this vocabulary, which `encode_line` takes."""
-    encoder = LabelEncoder(vocab, reserved_labels=[], unknown_index=None)
-    encoder.unknown_index = encoder.token_to_index.get(UNK)
-    return encoder
-
-
 def next_word_prob(logprob: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
     """The distribution to draw from, in float64.
 
@@ -159,7 +153,7 @@ def encode_prompt(prompt: str, encoder: LabelEncoder, text: Text) -> list[int]:
     """The ids of a prompt, after the `<eos>` that every text begins with; newlines are `<eos>`, too."""
     ids = []
     for line in prompt.split("\n"):
-        ids += [encoder.token_to_index[EOS], *encode(text.words(line), encoder, f"--prompt {prompt!r}")]
+        ids += [encoder.token_to_index[EOS], *encode_line(text.words(line), encoder, f"--prompt {prompt!r}")]
     return ids
 
 

@@ -73,9 +73,9 @@ def flag(group: argparse._ArgumentGroup, *names: str, help: str, **settings: Any
     group.add_argument(*names, help=help, **settings)
 
 
-def add_model_flags(parser: ArgumentParser) -> None:
-    """The architecture: what a saved model answers by itself."""
-    group = parser.add_argument_group("model")
+def add_model_flags(parser: ArgumentParser, title: str = "model (a saved one answers this itself)") -> None:
+    """The architecture."""
+    group = parser.add_argument_group(title)
     flag(group, "--model", choices=["LSTM", "GRU", "QRNN"], help="kind of the recurrent layers")
     flag(group, "--emsize", type=positive, help="size of the word embeddings")
     flag(group, "--nhid", type=positive, help="hidden units a layer")

@@ -82,7 +82,7 @@ def score(
     lines, hidden = read_lines(path), model.init_hidden(1)
     while batch := list(islice(lines, 1 if carry else BATCH)):
         first = total["lines"] + 1
-        ids = [encode(line, encoder, f"--score {path}, line {i}") for i, line in enumerate(batch, first)]
+        ids = [encode_line(line, encoder, f"--score {path}, line {i}") for i, line in enumerate(batch, first)]
         start = hidden if carry else model.init_hidden(len(batch))
         logprobs, hidden = line_logprobs(model, criterion, ids, encoder.token_to_index[EOS], start)
         if first == 1:  # the file can be read
@@ -103,11 +103,3 @@ def figures(tokens: int, unknown: int, logprob: float) -> tuple[int, int, str, s
 def row(*cells: int | str) -> str:
     """A row of the table, tabs between its cells."""
     return "\t".join(map(str, cells)) + "\n"
-
-
-def encode(line: str, encoder: LabelEncoder, place: str) -> list[int]:
-    """The ids of a line's words; an error names the place."""
-    try:
-        return encode_line(line, encoder)
-    except UserError as error:
-        raise UserError(f"{place}: {error}") from None
