@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import ctypes
 import json
 import math
 import os
@@ -27,9 +28,25 @@ class RunError(UserError):
     status = 1
 
 
+def keep_freed_memory() -> None:
+    """Keeps large tensors' memory in the process when they are freed, and has it in large pages.
+
+    A training step frees and allocates the same sizes again and again. Mapped anew each time, every page of
+    them costs a fault: a quarter of all CPU time was spent there. Large pages alone leave a fifth of that;
+    they also align the tensors to pages, without which the kept blocks are not found again. Has an effect
+    on Linux with glibc only, and before torch has allocated anything.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no allocation gets a mapping of its own
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's free end is kept
+
+
 def run_script(main: Callable[[], int | None]) -> None:
     """Calls `main()` and exits with its status; what a user can cause becomes one line, never a traceback."""
     name = Path(sys.argv[0]).name
+    keep_freed_memory()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # until training has something to save
     try:
         status = main() or 0
