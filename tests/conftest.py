@@ -1,0 +1,85 @@
+"""Fixtures: tiny corpora made on the fly, and training runs that several tests look at, each done once."""
+
+import os
+
+# Before torch is imported: to tensors this small a second thread is nothing but a wait.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from runner import Result, run_cli
+
+# The model and the batches of all runs here: small, and every epoch is some twenty steps of uneven length.
+SMALL = ["--emsize", 8, "--nhid", 10, "--nlayers", 2, "--batch_size", 4, "--bptt", 14]
+SMALL += ["--lr", 5, "--log-interval", 5, "--device", "cpu"]
+
+
+class Trained(NamedTuple):
+    """A finished run: its folder, how it ended, and the files that it left."""
+
+    folder: Path
+    result: Result
+    path: Path
+
+    @property
+    def saved(self) -> dict[str, Any]:
+        return torch.load(self.path, weights_only=True)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return torch.load(f"{self.path}.state", weights_only=True)
+
+    def log(self, kind: str) -> list[dict[str, Any]]:
+        lines = Path(f"{self.path}.log.jsonl").read_text().splitlines()
+        return [entry for entry in map(json.loads, lines) if entry["kind"] == kind]
+
+
+def write_corpus(folder: Path, tokens: tuple[int, int, int] = (1300, 500, 300), seed: int = 0) -> Path:
+    """Lines of words whose odds follow Zipf and depend on the word before, so that a model can learn."""
+    rng = np.random.default_rng(seed)
+    words = np.array(["<unk>", *(f"w{i}" for i in range(39))])
+    odds = 1 / np.arange(1, 41)
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, length in zip(("train", "valid", "test"), tokens, strict=True):
+        ids = rng.choice(40, size=length, p=odds / odds.sum())
+        ids[1::2] = (3 * ids[:-1:2] + 1) % 40
+        ids[-40:] = np.arange(40) if split == "train" else ids[-40:]
+        ends = np.unique(rng.choice(length, size=length // 8))
+        lines = [" ".join(line) for line in np.split(words[ids], ends)]
+        (folder / f"{split}.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """What a test draws does not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of 40 words and <eos>; training on it takes 1,450 tokens an epoch."""
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="session")
+def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trained]:
+    """`trained(*flags)`: a run of main.py with these flags beside SMALL, to its end; done once a session."""
+    done: dict[tuple[str, ...], Trained] = {}
+
+    def train(*flags: object) -> Trained:
+        key = tuple(map(str, flags))
+        if key not in done:
+            folder = tmp_path_factory.mktemp("run")
+            result = run_cli("--data", corpus, *SMALL, "--save", "m.pt", *key, cwd=folder)
+            assert result.status == 0, result
+            done[key] = Trained(folder, result, folder / "m.pt")
+        return done[key]
+
+    return train

@@ -1,0 +1,142 @@
+"""A saved model evaluated in float64 NumPy from the equations alone: slow, obvious, no code of the toolkit.
+
+Shapes: T time, B batch, E input and H output features of a layer, N = T·B, V vocabulary, K clusters.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+Array = np.ndarray
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """A saved file with its tensors as float64 arrays, `_raw` cut from the names."""
+    saved = torch.load(path, weights_only=True)
+    return saved | {"model": arrays(saved["model"]), "criterion": arrays(saved["criterion"])}
+
+
+def arrays(tensors: dict[str, torch.Tensor]) -> dict[str, Array]:
+    return {name.removesuffix("_raw"): t.detach().double().numpy() for name, t in tensors.items()}
+
+
+def sigmoid(x: Array) -> Array:
+    return (1 + np.tanh(x / 2)) / 2  # 1 / (1 + exp(-x)), without its overflow
+
+
+def lstm(x: Array, p: dict[str, Array]) -> Array:
+    """(T, B, E) -> (T, B, H); gates in the order i, f, g, o."""
+    h = c = np.zeros((x.shape[1], p["weight_hh_l0"].shape[1]))
+    out = []
+    for x_t in x:
+        gates = x_t @ p["weight_ih_l0"].T + p["bias_ih_l0"] + h @ p["weight_hh_l0"].T + p["bias_hh_l0"]
+        i, f, g, o = np.split(gates, 4, axis=1)
+        c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+        h = sigmoid(o) * np.tanh(c)
+        out.append(h)
+    return np.stack(out)
+
+
+def gru(x: Array, p: dict[str, Array]) -> Array:
+    """(T, B, E) -> (T, B, H); gates in the order r, z, n."""
+    h = np.zeros((x.shape[1], p["weight_hh_l0"].shape[1]))
+    out = []
+    for x_t in x:
+        xr, xz, xn = np.split(x_t @ p["weight_ih_l0"].T + p["bias_ih_l0"], 3, axis=1)
+        hr, hz, hn = np.split(h @ p["weight_hh_l0"].T + p["bias_hh_l0"], 3, axis=1)
+        z = sigmoid(xz + hz)
+        n = np.tanh(xn + sigmoid(xr + hr) * hn)
+        h = (1 - z) * n + z * h
+        out.append(h)
+    return np.stack(out)
+
+
+def qrnn(x: Array, p: dict[str, Array]) -> Array:
+    """(T, B, E) -> (T, B, H); rows z, f, o; a weight of 2E columns looks at x_t and x_{t-1}."""
+    before = np.concatenate([np.zeros_like(x[:1]), x[:-1]])
+    window = [x] if p["linear.weight"].shape[1] == x.shape[2] else [x, before]
+    z, f, o = np.split(np.concatenate(window, 2) @ p["linear.weight"].T + p["linear.bias"], 3, axis=2)
+    z, f, o = np.tanh(z), sigmoid(f), sigmoid(o)
+    c = np.zeros_like(z[0])
+    out = []
+    for z_t, f_t, o_t in zip(z, f, o, strict=True):
+        c = f_t * z_t + (1 - f_t) * c
+        out.append(o_t * c)
+    return np.stack(out)
+
+
+LAYERS = {"LSTM": lstm, "GRU": gru, "QRNN": qrnn}
+
+
+def layers(kind: str, model: dict[str, Array], words: Array) -> list[Array]:
+    """Every layer's output over words (T, B), from a state of zeros: (T, B, ·) each."""
+    x, outputs = model["encoder.weight"][words], []
+    while any(name.startswith(f"rnns.{len(outputs)}.") for name in model):
+        prefix = f"rnns.{len(outputs)}."
+        own = {name.removeprefix(prefix): value for name, value in model.items() if name.startswith(prefix)}
+        x = LAYERS[kind](x, own)
+        outputs.append(x)
+    return outputs
+
+
+def log_softmax(logits: Array) -> Array:
+    logits = logits - logits.max(axis=-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+def log_probs(
+    weight: Array,
+    bias: Array,
+    hiddens: Array,
+    splits: tuple[int, ...] = (),
+    criterion: dict[str, Array] | None = None,
+) -> Array:
+    """log p of all words, (N, H) -> (N, V): one softmax; or a head with tombstones, and one a cluster."""
+    if not splits:
+        return log_softmax(hiddens @ weight.T + bias)
+    first = splits[0]
+    head = log_softmax(
+        hiddens @ np.concatenate([weight[:first], criterion["tail_vectors"]]).T
+        + np.concatenate([bias[:first], criterion["tail_bias"]])
+    )
+    parts = [head[:, :first]]
+    for k, (start, end) in enumerate(zip(splits, [*splits[1:], len(weight)], strict=True)):
+        tombstone = head[:, first + k : first + k + 1]
+        parts.append(tombstone + log_softmax(hiddens @ weight[start:end].T + bias[start:end]))
+    return np.concatenate(parts, axis=1)
+
+
+def losses(saved: dict[str, Any], words: Array, targets: Array) -> Array:
+    """-log p of targets (T, B), the words read being (T, B): (T, B), in nats."""
+    model = saved["model"]
+    hiddens = layers(saved["args"]["model"], model, words)[-1]
+    weight = model.get("decoder.weight", model["encoder.weight"])
+    logp = log_probs(
+        weight,
+        model["decoder.bias"],
+        hiddens.reshape(words.size, -1),
+        saved["args"]["splits"],
+        saved["criterion"],
+    )
+    return -logp[np.arange(words.size), targets.reshape(-1)].reshape(targets.shape)
+
+
+def encode(path: str | Path, vocab: list[str]) -> Array:
+    """Token ids of a text file, `<eos>` after each line: (N,)."""
+    index = {word: i for i, word in enumerate(vocab)}
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    return np.array([index[word] for line in lines for word in [*line.split(), "<eos>"]])
+
+
+def columns(ids: Array, batch_size: int) -> Array:
+    """The text in B columns, column b the b-th stretch of it, the remainder trimmed: (T, B)."""
+    rows = len(ids) // batch_size
+    return ids[: rows * batch_size].reshape(batch_size, rows).T
+
+
+def mean_loss(saved: dict[str, Any], ids: Array, batch_size: int) -> float:
+    """Mean loss in nats over the predicted tokens: all rows but the first."""
+    text = columns(ids, batch_size)
+    return float(losses(saved, text[:-1], text[1:]).mean())

@@ -1,0 +1,382 @@
+"""The model: each dropout acts when it should, never in evaluation; outputs are the float64 reference's."""
+
+import copy
+
+import numpy as np
+import pytest
+import reference
+import torch
+from torch import Tensor
+
+from model import RNNModel, detach, drop_weight, embedded_dropout
+
+V, T, B = 30, 6, 4
+KINDS = ["LSTM", "GRU", "QRNN"]
+NO_DROPOUT = {"dropout": 0, "dropouth": 0, "dropouti": 0, "dropoute": 0, "wdrop": 0}
+
+
+def make(kind: str = "LSTM", nlayers: int = 2, tied: bool = True, **dropouts: float) -> RNNModel:
+    """A model with the dropouts given and no others; weights large enough for gates to move."""
+    torch.manual_seed(0)
+    model = RNNModel(kind, V, 8, 10, nlayers, **NO_DROPOUT | dropouts, tie_weights=tied)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def words(seed: int = 1) -> Tensor:
+    return torch.randint(0, V, (T, B), generator=torch.Generator().manual_seed(seed))
+
+
+def output(model: RNNModel, seed: int | None = None) -> Tensor:
+    """The output (T, B, ·) on the same words from a state of zeros."""
+    if seed is not None:
+        torch.manual_seed(seed)
+    return model(words(), model.init_hidden(B))[0].view(T, B, -1)
+
+
+def raw_weights(model: RNNModel) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if name.endswith("_raw")}
+
+
+# Weight drop
+
+
+@pytest.mark.parametrize("p", [0.1, 0.2, 0.5, 0.9])
+def test_drop_weight_zeroes_a_share_p_and_scales_the_rest(p):
+    """Elements are 0 with probability p, else w / (1 - p), each by itself."""
+    raw = torch.rand(500, 901) + 1
+    dropped = drop_weight(raw, p, True)
+    mask = dropped != 0
+    torch.testing.assert_close(dropped[mask], (raw / (1 - p))[mask])
+    n, deviation = raw.numel(), (p * (1 - p) / raw.numel()) ** 0.5
+    assert (~mask).sum() / n == pytest.approx(p, abs=5 * deviation)
+    centred = (mask.double() - (1 - p)).flatten()
+    for lag in (1, 2, 3, 4, 8, 16, 901):
+        together = (centred[lag:] * centred[:-lag]).mean() / (p * (1 - p))
+        assert abs(together) < 5 / n**0.5, lag
+    for counts in (mask.double().mean(0), mask.double().mean(1)):
+        expected = (p * (1 - p) / (n / len(counts))) ** 0.5
+        assert counts.std() == pytest.approx(expected, rel=0.2)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (17,), (2, 3, 4)])
+def test_drop_weight_takes_any_shape(shape):
+    """No element is forgotten, whatever the number of elements."""
+    seen = sum(drop_weight(torch.ones(shape), 0.5, True) == 2 for _ in range(100))
+    assert seen.shape == shape
+    assert ((seen > 15) & (seen < 85)).all()
+
+
+def test_drop_weight_is_off_in_evaluation_and_for_p_zero():
+    """Then the weight comes back as it is."""
+    raw = torch.randn(50, 50)
+    assert torch.equal(drop_weight(raw, 0.5, False), raw)
+    assert torch.equal(drop_weight(raw, 0.0, True), raw)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_drop_weight_gradient_passes_the_mask(dtype):
+    """The gradient of the raw weight is the dropped one's, through the same mask and scale."""
+    raw = torch.randn(40, 50, dtype=dtype, requires_grad=True)
+    dropped = drop_weight(raw, 0.3, True)
+    upstream = torch.randn(40, 50, dtype=dtype)
+    dropped.backward(upstream)
+    torch.testing.assert_close(raw.grad, torch.where(dropped != 0, upstream / 0.7, 0))
+
+
+def test_drop_weight_draws_anew_and_by_torchs_seed():
+    """Two draws differ; the same seed gives the same mask."""
+    raw = torch.ones(40, 50)
+    torch.manual_seed(3)
+    first, second = drop_weight(raw, 0.5, True), drop_weight(raw, 0.5, True)
+    torch.manual_seed(3)
+    assert torch.equal(drop_weight(raw, 0.5, True), first)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_weight_drop_acts_from_the_second_step_on(kind):
+    """Training passes differ, but not at the first step, where the state is zero; evaluation never does."""
+    model = make(kind, nlayers=1, wdrop=0.5).train()
+    first, second = output(model), output(model)
+    assert torch.equal(first[0], second[0])
+    assert (first[1:] != second[1:]).any(dim=2).all()
+    model.eval()
+    assert torch.equal(output(model), output(model))
+
+
+def test_weight_drop_acts_on_all_of_a_qrnn():
+    """Training passes of a QRNN differ from the first step on; evaluation never does."""
+    model = make("QRNN", nlayers=1, wdrop=0.5).train()
+    assert (output(model) != output(model)).any(dim=2).all()
+    model.eval()
+    assert torch.equal(output(model), output(model))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weight_drop_is_one_mask_a_batch(kind):
+    """All steps and columns see the same dropped matrix: the reference with that matrix gives the same."""
+    model = make(kind, nlayers=1, wdrop=0.5).train()
+    ((name, raw),) = raw_weights(model).items()
+    found = output(model, seed=5)
+    torch.manual_seed(5)
+    dropped = drop_weight(raw, 0.5, True)
+    weights = reference.arrays(dict(model.named_parameters()) | {name: dropped})
+    expected = reference.layers(kind, weights, words().numpy())[-1]
+    np.testing.assert_allclose(found.detach().numpy(), expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_reaches_the_raw_weights(kind):
+    """It equals finite differences taken under the same masks, and every layer's raw weight has one."""
+    model = make(kind, wdrop=0.4).double().train()
+
+    def loss() -> Tensor:
+        return output(model, seed=2).square().sum()
+
+    loss().backward()
+    for raw in raw_weights(model).values():
+        flat = raw.data.view(-1)
+        largest = raw.grad.abs().flatten().argmax().item()
+        for i in (largest, 0, flat.numel() // 2):
+            before = flat[i].item()
+            flat[i] = before + 1e-6
+            higher = loss().item()
+            flat[i] = before - 1e-6
+            slope = (higher - loss().item()) / 2e-6
+            flat[i] = before
+            assert raw.grad.flatten()[i].item() == pytest.approx(slope, rel=1e-6, abs=1e-7)
+        assert (raw.grad == 0).double().mean() > 0.1, "dropped elements have no gradient"
+        assert (raw.grad != 0).double().mean() > 0.3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weight_drop_survives_evaluation(kind):
+    """train -> eval -> train -> step -> eval: masks act again, and evaluation sees the new weights."""
+    model = make(kind, wdrop=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        model.eval()
+        still = output(model)
+        model.train()
+        a, b = output(model), output(model)
+        assert not torch.equal(a, b)
+        optimizer.zero_grad()
+        (a.square().sum() + b.square().sum()).backward()
+        optimizer.step()
+        model.eval()
+        assert not torch.equal(output(model), still)
+    assert all(raw.grad.abs().sum() > 0 for raw in raw_weights(model).values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_deepcopy_is_independent(kind):
+    """A copy gives the same outputs, masks weights of its own, and changing it leaves the first alone."""
+    model = make(kind, wdrop=0.5)
+    output(model.train()).sum().backward()
+    other = copy.deepcopy(model)
+    assert torch.equal(output(other, seed=1), output(model, seed=1))
+    model.eval(), other.eval()
+    before = output(model)
+    assert torch.equal(output(other), before)
+    with torch.no_grad():
+        for raw in raw_weights(other).values():
+            raw.zero_()
+    assert torch.equal(output(model), before)
+    assert not torch.equal(output(other), before)
+    other.train()
+    if kind == "LSTM":
+        assert torch.equal(output(other), output(other)), "masks of the copy's zero weights cannot show"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_state_dict_round_trip(kind, tied):
+    """Another model takes the state dict, with nothing missing, and gives the same outputs."""
+    model, other = make(kind, wdrop=0.5, tied=tied), RNNModel(kind, V, 8, 10, 2, wdrop=0.5, tie_weights=tied)
+    missing = other.load_state_dict(model.state_dict())
+    assert not missing.missing_keys
+    assert not missing.unexpected_keys
+    assert torch.equal(output(other.eval()), output(model.eval()))
+    assert torch.equal(other.decoder.weight, model.decoder.weight)
+    assert torch.equal(other.decoder.bias, model.decoder.bias)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("wdrop", [0, 0.5])
+def test_parameter_names_and_shapes(kind, tied, wdrop):
+    """The names of the file format, to the letter, of parameters and state dict alike; a tied weight once."""
+    model = make(kind, nlayers=2, tied=tied, wdrop=wdrop)
+    sizes = [(8, 10), (10, 8 if tied else 10)]
+    suffix = "_raw" if wdrop else ""
+    expected = {"encoder.weight": (V, 8), "decoder.bias": (V,)}
+    if not tied:
+        expected["decoder.weight"] = (V, 10)
+    for layer, (n_in, n_out) in enumerate(sizes):
+        if kind == "QRNN":
+            expected[f"rnns.{layer}.linear.weight{suffix}"] = (3 * n_out, (2 if layer == 0 else 1) * n_in)
+            expected[f"rnns.{layer}.linear.bias"] = (3 * n_out,)
+            continue
+        gates = 4 if kind == "LSTM" else 3
+        expected[f"rnns.{layer}.weight_ih_l0"] = (gates * n_out, n_in)
+        expected[f"rnns.{layer}.weight_hh_l0{suffix}"] = (gates * n_out, n_out)
+        for bias in ("bias_ih_l0", "bias_hh_l0"):
+            expected[f"rnns.{layer}.{bias}"] = (gates * n_out,)
+    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == expected
+    assert {name: tuple(p.shape) for name, p in model.state_dict().items()} == expected
+    assert (model.decoder.weight is model.encoder.weight) == tied
+
+
+def test_initialisation():
+    """The embedding is uniform in ±0.1, the decoder's bias zero, before any training."""
+    for tied in (True, False):
+        model = RNNModel("LSTM", 1000, 50, 60, 2, tie_weights=tied)
+        weight = model.encoder.weight
+        assert weight.abs().max() <= 0.1
+        assert weight.std().item() == pytest.approx(0.2 / 12**0.5, rel=0.02)
+        assert (model.decoder.bias == 0).all()
+
+
+# Evaluation is the equations
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("nlayers", [1, 3])
+@pytest.mark.parametrize("tied", [True, False])
+def test_evaluation_is_the_reference(kind, nlayers, tied):
+    """In evaluation nothing is dropped: all layers equal the float64 reference."""
+    high = {"dropout": 0.5, "dropouth": 0.5, "dropouti": 0.5, "dropoute": 0.5, "wdrop": 0.5}
+    model = make(kind, nlayers, tied, **high).eval()
+    found, _, raw, dropped = model(words(), model.init_hidden(B), return_h=True)
+    expected = reference.layers(kind, reference.arrays(model.state_dict()), words().numpy())
+    assert len(raw) == len(dropped) == nlayers
+    for layer in range(nlayers):
+        for h in (raw[layer], dropped[layer]):
+            np.testing.assert_allclose(h.detach().numpy(), expected[layer], rtol=0, atol=2e-6)
+    assert found.shape == (T * B, 8 if tied else 10)
+    np.testing.assert_allclose(found.detach().numpy(), expected[-1].reshape(T * B, -1), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cut", [1, 3])
+def test_the_state_carries_everything(kind, cut):
+    """Two segments, the state handed on, give what one gives: a QRNN's last input is in the state too."""
+    model = make(kind).eval()
+    with torch.no_grad():
+        whole, end = model(words(), model.init_hidden(B))
+        first, hidden = model(words()[:cut], model.init_hidden(B))
+        model(words(seed=9), model.init_hidden(B))  # another text in between: the module remembers nothing
+        second, hidden = model(words()[cut:], hidden)
+    torch.testing.assert_close(torch.cat([first, second]), whole, rtol=0, atol=1e-6)
+    for layer, same in zip(hidden, end, strict=True):
+        for a, b in zip(layer, same, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_detach_cuts_the_graph_and_keeps_the_values(kind):
+    """States of zeros to begin with; detached ones hold the same numbers and no graph."""
+    model = make(kind).train()
+    zeros = model.init_hidden(B)
+    assert all((t == 0).all() for layer in zeros for t in layer)
+    _, hidden = model(words(), zeros)
+    assert any(t.requires_grad for layer in hidden for t in layer)
+    for layer, cut in zip(hidden, detach(hidden), strict=True):
+        for a, b in zip(layer, cut, strict=True):
+            assert torch.equal(a, b)
+            assert not b.requires_grad
+
+
+# The other dropouts
+
+
+def is_locked(ratio: Tensor, p: float) -> bool:
+    """Whether ratio (T, B, ·) is one mask a sequence: the same at each step, 0 or 1/(1-p), not constant."""
+    locked = torch.equal(ratio, ratio[:1].expand_as(ratio))
+    values = ((ratio == 0) | ((ratio - 1 / (1 - p)).abs() < 1e-5)).all()
+    differs = (ratio != ratio[:, :1]).any() and (ratio != ratio[..., :1]).any()
+    return bool(locked and values and differs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_locked_dropout_between_and_after_layers(kind):
+    """One mask a sequence, `dropouth` between the layers and `dropout` after the last."""
+    model = make(kind, nlayers=3, dropouth=0.5, dropout=0.75).train()
+    found, _, raw, dropped = model(words(), model.init_hidden(B), return_h=True)
+    for layer, p in enumerate([0.5, 0.5, 0.75]):
+        ratio = (dropped[layer] / raw[layer]).round(decimals=4)
+        assert is_locked(ratio, p), layer
+    assert torch.equal(found, dropped[-1].view(T * B, -1))
+
+
+@pytest.mark.parametrize(("name", "index"), [("dropouth", 0), ("dropout", 1)])
+def test_each_dropout_has_its_own_place(name, index):
+    """`dropouth` alone leaves the last output alone, `dropout` alone the layers before it."""
+    model = make(nlayers=2, **{name: 0.5}).train()
+    _, _, raw, dropped = model(words(), model.init_hidden(B), return_h=True)
+    assert not torch.equal(raw[index], dropped[index])
+    assert torch.equal(raw[1 - index], dropped[1 - index])
+
+
+def first_input(model: RNNModel) -> Tensor:
+    """What reaches the first layer, (T, B, E)."""
+    seen = []
+    hook = model.rnns[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    output(model)
+    hook.remove()
+    return seen[0]
+
+
+def test_locked_dropout_on_the_embedding():
+    """`dropouti` is one mask a sequence on what reaches the first layer."""
+    model = make(dropouti=0.5).train()
+    embedded = model.encoder.weight[words()].detach()
+    assert is_locked((first_input(model) / embedded).round(decimals=4), 0.5)
+    assert torch.equal(first_input(model.eval()), embedded)
+
+
+def test_model_drops_word_types():
+    """`dropoute` in the model drops whole types, and nothing in evaluation."""
+    model = make(dropoute=0.5).train()
+    embedded = model.encoder.weight[words()].detach()
+    ratio = first_input(model) / embedded
+    assert torch.equal(ratio, ratio[..., :1].expand_as(ratio))
+    assert sorted(set(ratio.flatten().tolist())) == [0, 2]
+    for word in words().unique():
+        assert ratio[words() == word].unique().numel() == 1
+    assert torch.equal(first_input(model.eval()), embedded)
+
+
+def test_embedded_dropout_drops_whole_types():
+    """Wherever a type stands in the batch: it is dropped as one, with probability p, or scaled by 1/(1-p)."""
+    encoder = torch.nn.Embedding(5000, 3)
+    many = torch.randint(0, 5000, (200, 60))
+    ratio = (embedded_dropout(encoder, many, 0.2, True) / encoder(many)).detach()
+    torch.testing.assert_close(ratio, ratio[..., :1].expand_as(ratio))
+    kept = torch.full((5000,), torch.nan)
+    kept[many] = ratio[..., 0]
+    torch.testing.assert_close(ratio[..., 0], kept[many])
+    kept = kept[~kept.isnan()]
+    torch.testing.assert_close(kept[kept != 0], torch.full_like(kept[kept != 0], 1.25))
+    assert (kept == 0).double().mean() == pytest.approx(0.2, abs=5 * (0.16 / len(kept)) ** 0.5)
+    assert torch.equal(embedded_dropout(encoder, many, 0.2, False), encoder(many))
+    again = embedded_dropout(encoder, many, 0.2, True) / encoder(many)
+    assert not torch.equal(again, ratio)
+
+
+def test_embedded_dropout_gradient():
+    """A kept type's row gets its positions' gradients times 1/(1-p), a dropped or absent one none."""
+    encoder = torch.nn.Embedding(V, 8)
+    dropped = embedded_dropout(encoder, words(), 0.5, True)
+    upstream = torch.randn(T, B, 8)
+    dropped.backward(upstream)
+    expected = torch.zeros(V, 8)
+    kept = (dropped != 0).all(dim=2)
+    for t in range(T):
+        for b in range(B):
+            expected[words()[t, b]] += 2 * upstream[t, b] * kept[t, b]
+    assert kept.any()
+    assert not kept.all()
+    torch.testing.assert_close(encoder.weight.grad, expected)

@@ -1,0 +1,332 @@
+"""A run that is interrupted, however, and resumed ends with the tensors of the whole run, bit for bit."""
+
+import json
+import os
+import random
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from conftest import SMALL, Trained, write_corpus
+from runner import Result, run_cli, run_fresh, start
+
+# Four epochs of some twenty steps, the last one or two of SGD averaging: each kind of layer, optimizer, loss.
+SHORT = [*SMALL, "--bptt", 20, "--save", "m.pt"]
+RUNS = {
+    "averaging LSTM": ["--nonmono", 0, "--lr", 20, "--clip", 1],
+    "averaging split QRNN": ["--model", "QRNN", "--nonmono", 0, "--lr", 60, "--clip", 1, "--splits", 6, 15],
+    "Adam QRNN": ["--model", "QRNN", "--optimizer", "adam", "--lr", 0.01, "--when", 1, "--untied"],
+    "Adam GRU": ["--model", "GRU", "--optimizer", "adam", "--lr", 0.01],
+}
+WORSENING = ["--nonmono", 0, "--lr", 60, "--clip", 1]  # its first epoch is its best
+EPOCHS = ["--bptt", 20, "--epochs", 4]
+
+
+def differences(a: Any, b: Any, at: str = "") -> list[str]:
+    """Where two nested structures of plain data and tensors are not the same, bit for bit."""
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        same = type(a) is type(b) and a.dtype == b.dtype and torch.equal(a, b)
+        return [] if same else [at]
+    if isinstance(a, dict) and isinstance(b, dict):
+        odd = [f"{at}/{key}" for key in a.keys() ^ b.keys()]
+        return odd + [d for key in a.keys() & b.keys() for d in differences(a[key], b[key], f"{at}/{key}")]
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
+        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{at}/{i}")]
+    return [] if a == b else [f"{at}: {a} {b}"]
+
+
+FLAGS_AND_CLOCK = {
+    "resume",
+    "save",
+    "device",
+    "epochs",
+    "max_steps",
+    "checkpoint_every",
+    "log_interval",
+    "epoch_s",
+}
+
+
+def without_clock(part: Any) -> Any:
+    """What has to be the same: without times, and without the flags of how the run was cut up."""
+    if isinstance(part, dict):
+        return {key: without_clock(value) for key, value in part.items() if key not in FLAGS_AND_CLOCK}
+    return part
+
+
+def assert_same_end(folder: Path, result: Result, whole: Trained) -> None:
+    """Model and state hold the same tensors and numbers, and the last line is the same."""
+    assert result.status == 0, result
+    for suffix in ("", ".state"):
+        found, expected = (torch.load(f"{d}/m.pt{suffix}", weights_only=True) for d in (folder, whole.folder))
+        odd = differences(without_clock(found), without_clock(expected))
+        assert not odd, f"m.pt{suffix}: {', '.join(odd)}"
+    assert result.out.splitlines()[-2:] == whole.result.out.splitlines()[-2:]
+
+
+class Case(NamedTuple):
+    """The flags of a run, and that run uninterrupted."""
+
+    flags: list[object]
+    whole: Trained
+
+
+@pytest.fixture
+def make_case(trained, corpus):
+    """`make_case(flags)`: the case of these flags."""
+
+    def make(flags: list[object]) -> Case:
+        return Case(["--data", corpus, *SHORT, *flags, *EPOCHS], trained(*flags, *EPOCHS))
+
+    return make
+
+
+@pytest.fixture
+def case(request, make_case):
+    """The case of the RUNS entry that the test is parametrised with."""
+    return make_case(RUNS[request.param])
+
+
+@pytest.fixture
+def lstm(make_case):
+    """The averaging LSTM."""
+    return make_case(RUNS["averaging LSTM"])
+
+
+def cases(*names: str):
+    return pytest.mark.parametrize("case", names, indirect=True)
+
+
+def resume(folder: Path, *flags: object) -> Result:
+    return run_cli("--resume", "m.pt", *flags, cwd=folder)
+
+
+def seen(epoch: int, batch: int):
+    """Whether stdout has the line of a batch."""
+    return re.compile(rf"^\| epoch +{epoch} \| +{batch}/", re.M).search
+
+
+@cases(*RUNS)
+def test_runs_reach_what_they_are_for(case):
+    """The SGD runs average from the middle on; all train in more than one epoch."""
+    flags, whole = case
+    averaged = [entry["averaged"] for entry in whole.log("valid")]
+    assert len(averaged) == 4
+    if "adam" not in flags:
+        assert not averaged[0]
+        assert averaged[-1]
+        assert whole.state["average"] is not None
+
+
+def test_a_whole_run_repeats_itself(lstm, tmp_path):
+    """Without an interruption the same command ends with the same tensors."""
+    flags, whole = lstm
+    assert_same_end(tmp_path, run_cli(*flags, cwd=tmp_path), whole)
+
+
+@cases(*RUNS)
+def test_stopped_by_max_steps(case, tmp_path):
+    """Cut in the middle of an epoch, twice, one of the cuts past the start of averaging."""
+    flags, whole = case
+    assert run_cli(*flags, "--max_steps", 27, cwd=tmp_path).status == 0
+    assert torch.load(tmp_path / "m.pt.state", weights_only=True)["progress"]["step"] == 27
+    assert resume(tmp_path, "--max_steps", 65).status == 0
+    assert torch.load(tmp_path / "m.pt.state", weights_only=True)["progress"]["step"] == 65
+    assert_same_end(tmp_path, resume(tmp_path, "--max_steps", 0), whole)
+
+
+@cases("averaging LSTM", "Adam QRNN")
+def test_stopped_by_sigterm(case, tmp_path):
+    """SIGTERM in the middle of the third epoch: status 143, no test, nothing lost."""
+    flags, whole = case
+    running = start(*flags, "--log-interval", 1, cwd=tmp_path)
+    running.wait_for(seen(3, 6))
+    running.kill(signal.SIGTERM)
+    result = running.result()
+    assert result.status == 143, result
+    assert "End of training" not in result.out
+    assert "Traceback" not in result.err
+    assert torch.load(tmp_path / "m.pt.state", weights_only=True)["progress"]["batch"] >= 6
+    assert_same_end(tmp_path, resume(tmp_path), whole)
+
+
+@cases("averaging split QRNN", "Adam GRU")
+def test_stopped_by_ctrl_c(case, tmp_path):
+    """Ctrl-C in the middle of the third epoch: state saved, the best model tested, status 0."""
+    flags, whole = case
+    running = start(*flags, "--log-interval", 1, cwd=tmp_path)
+    running.wait_for(seen(3, 6))
+    running.kill(signal.SIGINT)
+    result = running.result()
+    assert result.status == 0, result
+    assert "| End of training | test loss" in result.out
+    assert "Traceback" not in result.err
+    assert_same_end(tmp_path, resume(tmp_path), whole)
+
+
+@cases("averaging LSTM", "averaging split QRNN", "Adam QRNN")
+def test_killed(case, tmp_path):
+    """SIGKILL in the middle of an epoch: the last `--checkpoint_every` is where it goes on."""
+    flags, whole = case
+    running = start(*flags, "--log-interval", 1, "--checkpoint_every", 5, cwd=tmp_path)
+    running.wait_for(seen(3, 9))
+    running.kill(signal.SIGKILL)
+    assert running.result().status == -signal.SIGKILL
+    assert torch.load(tmp_path / "m.pt.state", weights_only=True)["progress"]["batch"] >= 5
+    assert_same_end(tmp_path, resume(tmp_path), whole)
+
+
+def test_killed_at_random_moments(lstm, tmp_path):
+    """Killed six times at any moment, while writing too: always whole files, in the end the same tensors."""
+    flags, whole = lstm
+    rng = random.Random(7)
+    often = ["--log-interval", 1, "--checkpoint_every", 1]
+    for number in range(6):
+        go_on = (tmp_path / "m.pt.state").exists()
+        running = start(*(["--resume", "m.pt"] if go_on else flags), *often, cwd=tmp_path)
+        lines = rng.randrange(2, 14)
+        running.wait_for(lambda out, lines=lines: out.count("ms/batch") >= lines)
+        time.sleep(rng.uniform(0, 0.02))
+        running.kill(signal.SIGTERM if number == 3 else signal.SIGKILL)
+        assert running.result().status == (143 if number == 3 else -signal.SIGKILL)
+        for path in (tmp_path / "m.pt", tmp_path / "m.pt.state"):
+            if path.exists():
+                torch.load(path, weights_only=True)
+    assert_same_end(tmp_path, resume(tmp_path), whole)
+
+
+def test_stopped_by_sigterm_before_the_first_epoch_ends(lstm, tmp_path):
+    """There is a state and no model yet: `--resume` goes on all the same."""
+    flags, whole = lstm
+    running = start(*flags, "--log-interval", 1, cwd=tmp_path)
+    running.wait_for(seen(1, 3))
+    running.kill(signal.SIGTERM)
+    assert running.result().status == 143
+    assert_same_end(tmp_path, resume(tmp_path), whole)
+
+
+def test_ctrl_c_before_there_is_a_model(lstm, tmp_path):
+    """In the first epoch: status 0, the state is there, and the run can go on from it."""
+    flags, whole = lstm
+    running = start(*flags, "--log-interval", 1, cwd=tmp_path)
+    running.wait_for(seen(1, 3))
+    running.kill(signal.SIGINT)
+    result = running.result()
+    assert result.status == 0, result
+    assert "Traceback" not in result.err
+    assert_same_end(tmp_path, resume(tmp_path), whole)
+
+
+def test_ctrl_c_twice_ends_at_once(lstm, tmp_path):
+    """An impatient user gets no traceback, and the files that are there are whole."""
+    flags, _ = lstm
+    running = start(*flags, "--log-interval", 1, "--checkpoint_every", 1, cwd=tmp_path)
+    running.wait_for(seen(2, 3))
+    running.kill(signal.SIGINT)
+    running.kill(signal.SIGINT)
+    result = running.result()
+    assert "Traceback" not in result.err
+    for name in ("m.pt", "m.pt.state"):
+        torch.load(tmp_path / name, weights_only=True)
+
+
+@cases("averaging split QRNN")
+def test_resumed_by_a_new_interpreter(case, tmp_path):
+    """Other processes, other hash seeds: the same tensors."""
+    flags, whole = case
+    first = run_cli(*flags, "--max_steps", 45, cwd=tmp_path)
+    assert first.status == 0, first
+    assert_same_end(tmp_path, run_fresh("--resume", "m.pt", "--max_steps", 0, cwd=tmp_path), whole)
+
+
+def test_more_epochs(lstm, tmp_path):
+    """A run that ended goes on with `--epochs`: as if that had been asked for at once."""
+    flags, whole = lstm
+    assert run_cli(*flags, "--epochs", 2, cwd=tmp_path).status == 0
+    assert_same_end(tmp_path, resume(tmp_path, *EPOCHS), whole)
+
+
+@pytest.mark.parametrize("flags", [RUNS["averaging LSTM"], WORSENING], ids=["better", "no better"])
+def test_the_run_that_is_resumed_elsewhere_stays(make_case, tmp_path, flags):
+    """`--resume A --save B` leaves A and its state alone; B is A's model if no better one follows."""
+    flags, whole = make_case(flags)
+    assert run_cli(*flags, "--max_steps", 0, "--epochs", 2, cwd=tmp_path).status == 0
+    os.rename(tmp_path / "m.pt", tmp_path / "a.pt")
+    os.rename(tmp_path / "m.pt.state", tmp_path / "a.pt.state")
+    before = [(tmp_path / name).read_bytes() for name in ("a.pt", "a.pt.state")]
+    result = run_cli("--resume", "a.pt", "--save", "m.pt", *EPOCHS, cwd=tmp_path)
+    assert_same_end(tmp_path, result, whole)
+    assert [(tmp_path / name).read_bytes() for name in ("a.pt", "a.pt.state")] == before
+
+
+@pytest.mark.parametrize("cut", [3, 25], ids=["before the first model", "after it"])
+def test_a_cut_that_is_better_than_what_follows(make_case, tmp_path, cut):
+    """What `--max_steps` evaluates in the middle of an epoch is no part of the run that goes on after it."""
+    flags, whole = make_case(WORSENING)
+    result = run_cli(*flags, "--max_steps", cut, cwd=tmp_path)
+    assert result.status == 0, result
+    log = (tmp_path / "m.pt.log.jsonl").read_text().splitlines()
+    losses = [entry["loss"] for entry in map(json.loads, log) if entry["kind"] == "valid"]
+    assert losses[-1] < min(entry["loss"] for entry in whole.log("valid")), "this cut has to be better"
+    assert_same_end(tmp_path, resume(tmp_path, "--max_steps", 0), whole)
+
+
+def test_flags_given_win_over_stored_ones(lstm, tmp_path):
+    """Another rate, interval and clipping are taken; what is not given stays as it was."""
+    flags, _ = lstm
+    assert run_cli(*flags, "--max_steps", 50, cwd=tmp_path).status == 0
+    result = resume(tmp_path, "--lr", 0.25, "--log-interval", 1, "--clip", 0.1, "--max_steps", 55)
+    assert result.status == 0, result
+    assert re.findall(r"lr (\d+\.\d+)", result.out) == ["0.25000"] * 5
+    args = torch.load(tmp_path / "m.pt.state", weights_only=True)["args"]
+    assert (args["lr"], args["clip"], args["bptt"], args["nonmono"]) == (0.25, 0.1, 20, 0)
+
+
+def test_flags_not_given_stay(lstm, tmp_path):
+    """A resumed run logs and checkpoints as often as it was told to in the first place."""
+    flags, _ = lstm
+    often = ["--log-interval", 1, "--checkpoint_every", 3]
+    assert run_cli(*flags, *often, "--max_steps", 25, cwd=tmp_path).status == 0
+    result = resume(tmp_path, "--max_steps", 30)
+    assert result.out.count("ms/batch") == 5
+    args = torch.load(tmp_path / "m.pt.state", weights_only=True)["args"]
+    assert (args["log_interval"], args["checkpoint_every"]) == (1, 3)
+
+
+def test_shape_flags_that_agree_are_accepted(lstm, tmp_path):
+    """The command of the run itself, with `--resume` added, is the same as `--resume` alone."""
+    flags, whole = lstm
+    assert run_cli(*flags, "--max_steps", 50, cwd=tmp_path).status == 0
+    result = run_cli(*flags, "--resume", "m.pt", "--max_steps", 0, cwd=tmp_path)
+    assert_same_end(tmp_path, result, whole)
+
+
+def test_a_model_without_a_state_is_a_warm_start(lstm, tmp_path):
+    """Its weights, a run from the first step; the vocabulary is the model's, on another text too."""
+    flags, _ = lstm
+    assert run_cli(*flags, "--max_steps", 50, cwd=tmp_path).status == 0
+    (tmp_path / "m.pt.state").unlink()
+    old = torch.load(tmp_path / "m.pt", weights_only=True)
+    write_corpus(tmp_path / "other", seed=3)
+    flags = ["--data", "other", "--lr", 1e-12, "--max_steps", 1, "--save", "b.pt"]
+    result = run_cli("--resume", "m.pt", *flags, cwd=tmp_path)
+    assert result.status == 0, result
+    new = torch.load(tmp_path / "b.pt", weights_only=True)
+    assert new["vocab"] == old["vocab"]
+    assert new["metrics"]["step"] == 1
+    for name, tensor in old["model"].items():
+        torch.testing.assert_close(new["model"][name], tensor, rtol=0, atol=1e-6)
+
+
+def test_an_evaluation_changes_nothing(lstm):
+    """`--resume PTB.pt --epochs 0` prints the saved model's test figures and leaves every file."""
+    _, whole = lstm
+    before = {p.name: p.read_bytes() for p in whole.folder.glob("m.pt*")}
+    result = run_cli("--resume", "m.pt", "--epochs", 0, cwd=whole.folder)
+    assert result.status == 0, result
+    assert result.out.splitlines()[-2] == whole.result.out.splitlines()[-2]
+    assert {p.name: p.read_bytes() for p in whole.folder.glob("m.pt*")} == before

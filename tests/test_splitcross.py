@@ -1,0 +1,225 @@
+"""The split softmax and its loss against float64 NumPy, its gradients, and what it may not touch."""
+
+import numpy as np
+import pytest
+import reference
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from splitcross import SplitCrossEntropyLoss, default_splits
+from utils import UserError
+
+V, H, N = 41, 7, 23
+SPLITS = [(), (9,), (5, 12), (3, 8, 20), (1, 2, 40)]
+
+
+def make(splits: tuple[int, ...], dtype: torch.dtype = torch.float64, scale: float = 1.0, n: int = N):
+    """A criterion of random tombstones, decoder weight and bias, hiddens, and targets in all clusters."""
+    torch.manual_seed(len(splits))
+    criterion = SplitCrossEntropyLoss(H, list(splits)).to(dtype)
+    for parameter in criterion.parameters():
+        torch.nn.init.normal_(parameter, std=scale)
+    weight, bias, hiddens = (scale * torch.randn(*size, dtype=dtype) for size in ((V, H), (V,), (n, H)))
+    targets = torch.cat([torch.tensor([0, V - 1, *splits]), torch.randint(0, V, (n,))])[:n]
+    return criterion, weight.requires_grad_(), bias.requires_grad_(), hiddens.requires_grad_(), targets
+
+
+def reference_logprob(
+    criterion: SplitCrossEntropyLoss, weight: Tensor, bias: Tensor, hiddens: Tensor
+) -> np.ndarray:
+    w, b, h = (t.detach().double().numpy() for t in (weight, bias, hiddens))
+    return reference.log_probs(w, b, h, tuple(criterion.splits), reference.arrays(criterion.state_dict()))
+
+
+def same_by_autograd(criterion: SplitCrossEntropyLoss, splits, weight, bias, hiddens, targets) -> Tensor:
+    """The mean loss, written once more in plain torch operations, for its gradients."""
+    if not splits:
+        return -(hiddens @ weight.T + bias).log_softmax(1)[torch.arange(len(targets)), targets].mean()
+    head = (
+        torch.cat([weight[: splits[0]], criterion.tail_vectors]),
+        torch.cat([bias[: splits[0]], criterion.tail_bias]),
+    )
+    head = (hiddens @ head[0].T + head[1]).log_softmax(1)
+    total = torch.zeros((), dtype=hiddens.dtype)
+    for n, word in enumerate(targets.tolist()):
+        k = sum(word >= s for s in splits)
+        if k == 0:
+            total = total - head[n, word]
+            continue
+        start, end = splits[k - 1], [*splits, V][k]
+        tail = (weight[start:end] @ hiddens[n] + bias[start:end]).log_softmax(0)
+        total = total - head[n, splits[0] + k - 1] - tail[word - start]
+    return total / len(targets)
+
+
+@pytest.mark.parametrize("splits", SPLITS)
+def test_logprob_is_the_reference(splits):
+    """log p of every word equals the float64 NumPy reference."""
+    criterion, weight, bias, hiddens, _ = make(splits)
+    logprob = criterion.logprob(weight, bias, hiddens)
+    assert logprob.shape == (N, V)
+    expected = reference_logprob(criterion, weight, bias, hiddens)
+    np.testing.assert_allclose(logprob.detach().numpy(), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("splits", SPLITS)
+def test_probabilities_sum_to_one(splits):
+    """All words together have probability one."""
+    criterion, weight, bias, hiddens, _ = make(splits)
+    total = criterion.logprob(weight, bias, hiddens).logsumexp(1)
+    torch.testing.assert_close(total, torch.zeros_like(total), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("splits", SPLITS)
+def test_forward_is_minus_logprob(splits):
+    """The mean, summed and single losses are -log p of the targets."""
+    criterion, weight, bias, hiddens, targets = make(splits)
+    expected = -reference_logprob(criterion, weight, bias, hiddens)[np.arange(N), targets.numpy()]
+    for reduction, value in (("mean", expected.mean()), ("sum", expected.sum()), ("none", expected)):
+        loss = criterion(weight, bias, hiddens, targets, reduction=reduction).detach().numpy()
+        np.testing.assert_allclose(loss, value, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(criterion(weight, bias, hiddens, targets).item(), expected.mean(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("splits", SPLITS)
+def test_float32_is_float64_to_rounding(splits):
+    """The same in float32 differs by rounding, for logits that overflow a naive exp too."""
+    for scale, tolerance in ((1.0, 2e-6), (12.0, 2e-4)):
+        criterion, weight, bias, hiddens, targets = make(splits, torch.float32, scale)
+        assert scale == 1 or (hiddens @ weight.T).abs().max() > 100
+        logp = reference_logprob(criterion, weight, bias, hiddens)
+        loss = criterion(weight, bias, hiddens, targets).item()
+        assert loss == pytest.approx(-logp[np.arange(N), targets.numpy()].mean(), rel=2e-6, abs=tolerance)
+        found = criterion.logprob(weight, bias, hiddens).detach().numpy()
+        np.testing.assert_allclose(found, logp, rtol=2e-6, atol=tolerance)
+
+
+@pytest.mark.parametrize(("splits", "reduction"), [*((s, "mean") for s in SPLITS), ((5, 12), "sum")])
+def test_gradcheck(splits, reduction):
+    """Gradients of weight, bias, hiddens and tombstones equal finite differences."""
+    criterion, weight, bias, hiddens, targets = make(splits, n=7)
+
+    def loss(weight: Tensor, bias: Tensor, hiddens: Tensor, *_: Tensor) -> Tensor:
+        return criterion(weight, bias, hiddens, targets, reduction=reduction)
+
+    assert torch.autograd.gradcheck(loss, (weight, bias, hiddens, *criterion.parameters()))
+
+
+@pytest.mark.parametrize("splits", SPLITS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_gradients_are_those_of_plain_torch(splits, dtype):
+    """Gradients equal those of the same loss written out position by position."""
+    criterion, weight, bias, hiddens, targets = make(splits, dtype)
+    inputs = [weight, bias, hiddens, *criterion.parameters()]
+    found = torch.autograd.grad(criterion(weight, bias, hiddens, targets), inputs)
+    expected = torch.autograd.grad(
+        same_by_autograd(criterion, splits, weight, bias, hiddens, targets), inputs
+    )
+    tolerance = 1e-12 if dtype is torch.float64 else 2e-7
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=10 * tolerance, atol=tolerance)
+
+
+def test_clusters_not_hit_are_not_touched():
+    """NaN in the rows of clusters without a target reaches neither loss nor gradient, which is zero there."""
+    splits = (5, 12, 30)
+    criterion, weight, bias, hiddens, _ = make(splits)
+    targets = torch.tensor([0, 4, 12, 29, 17] * 4)  # head and cluster 2
+    with torch.no_grad():
+        clean = criterion(weight, bias, hiddens[:20], targets).item()
+        for start, end in ((5, 12), (30, V)):
+            weight[start:end] = bias[start:end] = torch.nan
+    loss = criterion(weight, bias, hiddens[:20], targets)
+    loss.backward()
+    assert loss.item() == clean
+    for gradient in (weight.grad, bias.grad):
+        for start, end in ((5, 12), (30, V)):
+            assert (gradient[start:end] == 0).all()
+        assert (gradient[:5] != 0).all()
+        assert (gradient[12:30] != 0).all()
+    assert torch.isfinite(hiddens.grad).all()
+    assert (criterion.tail_bias.grad != 0).all(), (
+        "a tombstone that is not hit still belongs to the head's softmax"
+    )
+
+
+def test_cost_follows_the_clusters_hit():
+    """The products are those of the head for all positions, of each cluster for its own: nothing twice."""
+    splits = (8, 16, 30)
+    criterion, weight, bias, hiddens, _ = make(splits)
+    targets = torch.tensor([0] * 13 + [16] * 3 + [40] * 7)
+    with FlopCounterMode(display=False) as counter:
+        loss = criterion(weight, bias, hiddens, targets)
+    forward = 2 * H * (N * (8 + 3) + 3 * (30 - 16) + 7 * (V - 30))
+    assert counter.get_total_flops() == forward
+    with FlopCounterMode(display=False) as counter:
+        loss.backward()
+    assert counter.get_total_flops() <= 2 * forward
+
+
+@pytest.mark.parametrize("targets", [[40], [39, 40, 39], [5], [0], [0, 5, 12, 30]])
+def test_any_set_of_clusters(targets):
+    """One position, one cluster, the last cluster alone, the head alone, or all: the loss is the same."""
+    criterion, weight, bias, hiddens, _ = make((5, 12, 30))
+    expected = reference_logprob(criterion, weight, bias, hiddens)[np.arange(len(targets)), targets]
+    loss = criterion(weight, bias, hiddens[: len(targets)], torch.tensor(targets))
+    assert loss.item() == pytest.approx(-expected.mean(), rel=1e-12)
+
+
+def test_time_and_batch_may_stay_apart():
+    """Hiddens (T, B, H) with targets (T, B) give the loss of (N, H) with (N,)."""
+    criterion, weight, bias, hiddens, targets = make((5, 12), n=24)
+    flat = criterion(weight, bias, hiddens, targets)
+    torch.testing.assert_close(criterion(weight, bias, hiddens.view(6, 4, H), targets.view(6, 4)), flat)
+
+
+def test_parameters_and_their_names():
+    """`tail_vectors` (K, H) and `tail_bias` (K,) with K splits; nothing at all without."""
+    names = {name: tuple(t.shape) for name, t in SplitCrossEntropyLoss(H, [5, 12]).named_parameters()}
+    assert names == {"tail_vectors": (2, H), "tail_bias": (2,)}
+    assert not list(SplitCrossEntropyLoss(H, []).parameters())
+    assert not SplitCrossEntropyLoss(H, []).state_dict()
+
+
+def test_rows_belong_to_their_clusters():
+    """Raising the bias of row k-1 raises exactly the words of cluster k."""
+    criterion, weight, bias, hiddens, _ = make((5, 12, 30))
+    before = criterion.logprob(weight, bias, hiddens)
+    with torch.no_grad():
+        criterion.tail_bias[1] += 1
+    higher = criterion.logprob(weight, bias, hiddens) > before
+    assert torch.equal(higher, ((torch.arange(V) >= 12) & (torch.arange(V) < 30)).expand(N, V))
+
+
+def test_default_splits():
+    """None up to 75,000 words, the two published sets above 75,000 and above 500,000."""
+    assert list(default_splits(10_000)) == list(default_splits(75_000)) == []
+    assert list(default_splits(75_001))[:2] == [2800, 20000]
+    assert list(default_splits(76_001)) == list(default_splits(500_000)) == [2800, 20000, 76000]
+    assert list(default_splits(500_001)) == list(default_splits(800_000)) == [4200, 35000, 180000]
+
+
+@pytest.mark.parametrize("ntoken", [75_500, 76_000, 76_001])
+def test_default_splits_work_where_the_last_one_is_past_the_vocabulary(ntoken):
+    """Just above 75,000 words the published 76,000 lies outside: training there has to work all the same."""
+    criterion = SplitCrossEntropyLoss(2, default_splits(ntoken))
+    weight, bias, hiddens = torch.zeros(ntoken, 2), torch.zeros(ntoken), torch.zeros(2, 2)
+    loss = criterion(weight, bias, hiddens, torch.tensor([0, ntoken - 1]))
+    total = criterion.logprob(weight, bias, hiddens).logsumexp(1)
+    assert torch.isfinite(loss)
+    torch.testing.assert_close(total, torch.zeros(2), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("splits", [(12, 5), (5, 5), (0, 5), (-3,)])
+def test_splits_must_ascend(splits):
+    """Splits that do not ascend from 1 are an error that names them."""
+    with pytest.raises(UserError, match=str(splits[0])):
+        SplitCrossEntropyLoss(H, list(splits))
+
+
+def test_splits_must_lie_inside_the_vocabulary():
+    """A split past the last word is an error that names it."""
+    criterion, weight, bias, hiddens, targets = make((5, 12))
+    with pytest.raises(UserError, match="12"):
+        criterion(weight[:10], bias[:10], hiddens, targets.clamp(max=9))
