@@ -26,7 +26,7 @@ STATE_FORMAT = "awd-lm state 1"
 MODEL_KEYS = {"format": str, "args": dict, "vocab": list, "model": dict, "criterion": dict, "metrics": dict}
 STATE_KEYS = (
     *("script", "args", "vocab", "fingerprint", "weights", "average"),
-    *("optimizer", "scaler", "generators", "hidden", "progress"),
+    *("optimizer", "scaler", "generators", "hidden", "progress", "displaced"),
 )
 ARCHITECTURE = ("model", "emsize", "nhid", "nlayers", "tied")  # what a saved model answers by itself
 DROPOUTS = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")
@@ -114,15 +114,12 @@ def load_model(path: str | Path, flag: str) -> dict[str, Any]:
         UserError: see `load`; or its parts do not fit each other.
     """
     saved = load(path, flag)
-    for key, kind in MODEL_KEYS.items():
-        if not isinstance(saved.get(key), kind):
-            raise UserError(f"{flag} {path}: its {key!r} is missing or no {kind.__name__}; use another copy")
-    check_shapes(saved, path, flag)
+    check_parts(saved, path, flag)
     return saved
 
 
 def load_state(path: str | Path, flag: str, script: str) -> dict[str, Any]:
-    """Reads the state of a run of `script`; its parts are checked when `Run.load_state` takes them.
+    """Reads the state of a run of `script`; what only a run can check, `Run.load_state` does.
 
     Raises:
         UserError: see `load`; or a part is missing, or another script made it.
@@ -131,6 +128,12 @@ def load_state(path: str | Path, flag: str, script: str) -> dict[str, Any]:
     missing = [key for key in STATE_KEYS if key not in state]
     if missing:
         raise UserError(f"{flag} {path}: lacks {', '.join(missing)}; remove it to warm-start from the model")
+    weights = state["weights"] if isinstance(state["weights"], dict) else {}
+    parts = {"model": {}, "criterion": {}}
+    for name, tensor in weights.items():
+        part, _, rest = str(name).partition(".")
+        parts.setdefault(part, {})[rest] = tensor
+    check_parts({**state, **parts, "metrics": {}}, path, flag)
     if state["script"] != script:
         raise UserError(
             f"{flag} {path}: is the state of {state['script']}, which can go on with it; remove it to "
@@ -139,11 +142,14 @@ def load_state(path: str | Path, flag: str, script: str) -> dict[str, Any]:
     return state
 
 
-def check_shapes(saved: dict[str, Any], path: str | Path, flag: str) -> None:
+def check_parts(saved: dict[str, Any], path: str | Path, flag: str) -> None:
     """Raises UserError unless the tensors are those of the model that `args` and `vocab` describe.
 
     The model is built on the meta device, where no size costs memory.
     """
+    for key, kind in MODEL_KEYS.items():
+        if not isinstance(saved.get(key), kind):
+            raise UserError(f"{flag} {path}: its {key!r} is missing or no {kind.__name__}; use another copy")
     args, vocab = saved["args"], saved["vocab"]
     missing = [name for name in ARCHITECTURE if name not in args]
     if missing:
@@ -209,7 +215,8 @@ def check_architecture(given: dict[str, Any], stored: dict[str, Any], path: str 
     """Raises UserError when a flag contradicts what the file says about the model's shape."""
     for name in (*ARCHITECTURE, "splits"):
         if name in given and given[name] != stored.get(name):
+            flag = f"--{name} {given[name]}" if name != "tied" else "--tied" if given[name] else "--untied"
             raise UserError(
-                f"--{name} {given[name]}: contradicts {path}, which has {stored.get(name)}; leave the "
+                f"{flag}: contradicts {path}, which has {stored.get(name)}; leave the "
                 "flag out, or train a new model"
             )

@@ -49,7 +49,7 @@ DEFAULTS: dict[str, Any] = {
 }
 DEFAULT_RATES = {"sgd": 30.0, "adam": 1e-3}
 # How a run is carried out rather than what it computes: not taken over from a stored run.
-NOT_STORED = ("device", "save", "resume", "max_steps", "checkpoint_every", "log_interval", "output")
+NOT_STORED = ("device", "save", "resume", "max_steps")
 
 probability = number(float, 0, below=1)
 positive = number(int, 1)

@@ -3,6 +3,7 @@
 `Run.state()` holds everything that an exact resume needs; the class itself knows nothing of files but names.
 """
 
+import os
 import signal
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -17,7 +18,7 @@ import checkpoint
 from batches import Texts
 from model import RNNModel, State, detach
 from splitcross import SplitCrossEntropyLoss, linear_cross_entropy
-from utils import JsonLog, UserError, ppl
+from utils import JsonLog, UserError, copy_whole, ppl
 
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -133,11 +134,12 @@ class Run:
         }
         checkpoint.save_model(self.save, self.args, self.vocab, *self.evaluated(), metrics)
 
-    def save_state(self) -> None:
-        checkpoint.save(checkpoint.state_path(self.save), self.state())
+    def save_state(self, displaced: dict[str, Any] | None = None) -> None:
+        checkpoint.save(checkpoint.state_path(self.save), self.state(displaced))
 
-    def state(self) -> dict[str, Any]:
-        """Plain data and tensors."""
+    def state(self, displaced: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Plain data and tensors. `displaced`: the saved model that one of mid-epoch is about to replace;
+        a whole run would still have it, so a resumed one puts it back."""
         device = self.parameters[0].device
         generators = {"cpu": torch.get_rng_state(), "lengths": self.lengths.get_state()}
         if device.type == "cuda":
@@ -155,19 +157,40 @@ class Run:
             "generators": generators,
             "hidden": detach(self.hidden),
             "progress": asdict(self.progress),
+            "displaced": displaced,
         }
 
     def load_state(self, state: dict[str, Any], given: dict[str, Any]) -> None:
-        """Goes on from `state`; the flags `given` on the command line win over what it says."""
+        """Goes on from `state`; the flags `given` on the command line win over what it says.
+
+        Raises:
+            UserError: it was made on another text, or a part of it does not fit.
+        """
         if state["fingerprint"] != self.fingerprint:
             raise UserError(
                 f"--data {self.args['data']}: is not the text that {self.save}.state was made on; give that "
                 "text, or remove the .state for a warm start from the model alone"
             )
-        self.weights.load_state_dict(state["weights"])
+        try:
+            self.restore(state, given)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"--resume {self.save}.state: a part of it does not fit this run ({reason}); remove it for a "
+                "warm start from the model alone"
+            ) from None
+        if state["displaced"] is not None:
+            checkpoint.save(self.save, state["displaced"])
+        elif self.save != self.args["resume"] and os.path.exists(self.args["resume"]):
+            copy_whole(self.args["resume"], self.save)  # the best model so far
+        print(f"| resumed at epoch {self.progress.epoch}, batch {self.progress.batch}", flush=True)
+
+    def restore(self, state: dict[str, Any], given: dict[str, Any]) -> None:
+        """The parts of a state, each to its place."""
+        self.weights.load_state_dict(checkpoint.fit_names(state["weights"], self.weights))
         if state["average"] is not None:
             self.start_averaging()
-            self.average.load_state_dict(state["average"])
+            self.average.load_state_dict(checkpoint.fit_names(state["average"], self.average))
         if state["args"]["optimizer"] == self.args["optimizer"]:
             self.optimizer.load_state_dict(state["optimizer"])
         if self.scaler.is_enabled() and state["scaler"]:
@@ -186,7 +209,6 @@ class Run:
         self.lengths.set_state(state["generators"]["lengths"])
         if "cuda" in state["generators"] and self.parameters[0].device.type == "cuda":
             torch.cuda.set_rng_state(state["generators"]["cuda"], self.parameters[0].device)
-        print(f"| resumed at epoch {self.progress.epoch}, batch {self.progress.batch}", flush=True)
 
 
 def make_optimizer(parameters: list[Tensor], name: str, lr: float, wdecay: float) -> torch.optim.Optimizer:

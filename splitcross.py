@@ -19,11 +19,8 @@ from utils import UserError
 
 def default_splits(ntoken: int) -> list[int]:
     """The splits for a vocabulary of `ntoken` types: none up to 75,000, as published above (Scales)."""
-    if ntoken > 500_000:
-        return [4200, 35000, 180000]
-    if ntoken > 75_000:
-        return [2800, 20000, 76000]
-    return []
+    splits = [4200, 35000, 180000] if ntoken > 500_000 else [2800, 20000, 76000] if ntoken > 75_000 else []
+    return [split for split in splits if split < ntoken]
 
 
 def linear_cross_entropy(

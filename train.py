@@ -7,7 +7,6 @@ Losses are nats a token and leave the regularisation out. Method: Merity, Keskar
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from batches import EVAL_BATCH_SIZE, TEST_BATCH_SIZE, VariableLengthSampler, eva
 from model import RNNModel, detach
 from run import Progress, Run, Stop, StopSignals
 from splitcross import SplitCrossEntropyLoss
-from utils import JsonLog, RunError, figures, write_whole
+from utils import JsonLog, RunError, copy_whole, figures
 
 # The settings of `fit`, by name, those of `train_epoch` among them.
 FIT_SETTINGS = (
@@ -224,7 +223,7 @@ def fit(
                     print("| switching to averaging (NT-ASGD)", flush=True)
                     run.start_averaging()
                 if progress.epoch in when:
-                    keep_copy(run.save, progress.epoch)
+                    copy_whole(run.save, f"{run.save}.e{progress.epoch}")
                     progress.lr /= 10
                 progress.epoch, progress.row, progress.batch, progress.epoch_s = progress.epoch + 1, 0, 0, 0.0
                 progress.loss_sum, progress.loss_count = 0.0, 0
@@ -234,13 +233,22 @@ def fit(
             # Without a model of its own yet (or by --max_steps), the run ends with the weights it has.
             has_new = progress.best_loss is None or (stop.reason == "--max_steps" and progress.row)
             if has_new and stop.reason != "SIGTERM":
-                validate(run, valid, settings["bptt"], time.perf_counter(), lambda: None)
+                validate(run, valid, settings["bptt"], time.perf_counter(), lambda: None, partial=True)
             return stop.reason
     return "epochs"
 
 
-def validate(run: Run, valid: Tensor, bptt: int, epoch_start: float, check_stop: Callable[[], None]) -> float:
+def validate(
+    run: Run,
+    valid: Tensor,
+    bptt: int,
+    epoch_start: float,
+    check_stop: Callable[[], None],
+    partial: bool = False,
+) -> float:
     """Evaluates the weights that count, prints and logs the figures, saves the model when it is the best.
+
+    `partial`: the epoch is not over, and a resumed run will have to know which model this one replaced.
 
     Raises:
         Stop: when `check_stop` does.
@@ -269,6 +277,8 @@ def validate(run: Run, valid: Tensor, bptt: int, epoch_start: float, check_stop:
         averaged=run.averaging,
     )
     if progress.best_loss is None or loss < progress.best_loss:
+        if partial and progress.best_loss is not None:
+            run.save_state(displaced=checkpoint.load_model(run.save, "--save"))
         run.save_model(loss)
         progress.best_loss = loss
     return loss
@@ -278,12 +288,6 @@ def has_stalled(history: list[float], nonmono: int) -> bool:
     """Whether the last loss is above the best one older than `nonmono` epochs (AWD, algorithm 1)."""
     older = history[: max(0, len(history) - 1 - nonmono)]
     return bool(older) and history[-1] > min(older)
-
-
-def keep_copy(save: str, epoch: int) -> None:
-    """Keeps the best model of the rate that ends with `epoch` as SAVE.eN."""
-    contents = Path(save).read_bytes()
-    write_whole(f"{save}.e{epoch}", lambda file: file.write(contents))
 
 
 def test(save: str, ids: Tensor, bptt: int, log: JsonLog) -> float:

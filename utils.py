@@ -143,6 +143,12 @@ def write_whole(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
         os.close(folder)
 
 
+def copy_whole(source: str, target: str) -> None:
+    """Copies a saved model, whole or not at all: the best one of a rate that ends, say."""
+    contents = Path(source).read_bytes()
+    write_whole(target, lambda file: file.write(contents))
+
+
 def current_umask() -> int:
     """The process's umask, which the operating system only tells by setting it."""
     umask = os.umask(0)
