@@ -42,7 +42,7 @@ def main() -> int:
     saved = state or checkpoint.load_model(path, "--save")
     checkpoint.check_architecture(given, saved["args"], path)
     stored = saved["args"] if resume else {k: v for k, v in saved["args"].items() if k not in OWN}
-    args = {**options.settle(given, stored), "save": given.get("output", path)}
+    args = {**options.settle(given, stored), "save": given.get("output", given.get("save", path))}
     check_writable(args["save"], "--output" if "output" in given else "--save")
 
     torch.manual_seed(args["seed"])

@@ -51,9 +51,8 @@ def main() -> int:
     torch.manual_seed(args["seed"])
     device = pick_device(args["device"])
 
-    texts = load_texts(
-        args["data"], stored["vocab"], device, args["batch_size"], args["vocab_size"], args["min_count"]
-    )
+    columns = args["batch_size"] if args["epochs"] > 0 else 1  # nothing is trained: any training text will do
+    texts = load_texts(args["data"], stored["vocab"], device, columns, args["vocab_size"], args["min_count"])
     if args["epochs"] == 0:
         return evaluate_only(saved, resume, texts, args["bptt"], device)
 

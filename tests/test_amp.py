@@ -24,8 +24,8 @@ def test_mixed_precision_learns_what_float32_learns(trained, kind, amp):
     assert mixed != exact
 
 
-@pytest.mark.parametrize("flags", [("--amp", "bf16"), ("--amp", "fp16")])
-def test_mixed_precision_resumes_bit_for_bit(trained, corpus, tmp_path, flags):
+@pytest.mark.parametrize("flags", [("--amp", "bf16"), ("--amp", "fp16"), ("--compile",)])
+def test_mixed_precision_and_compiled_runs_resume_bit_for_bit(trained, corpus, tmp_path, flags):
     """Stopped after five steps and resumed, weights and loss scale end where the whole run ends."""
     whole = trained(*RESUMABLE, *flags)
     first = ("--data", corpus, *SMALL, "--save", "m.pt", *RESUMABLE, *flags)

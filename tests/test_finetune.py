@@ -131,6 +131,28 @@ def test_main_evaluates_a_fine_tuned_model(whole):
     assert {p.name: p.read_bytes() for p in whole.folder.glob("m.pt*")} == before
 
 
+def test_main_evaluates_on_a_text_too_short_to_train_on(whole, corpus, tmp_path):
+    """`--epochs 0` asks nothing of the training text but that it can be read."""
+    shutil.copytree(corpus, tmp_path / "other", ignore=shutil.ignore_patterns(".cache*"))
+    (tmp_path / "other" / "train.txt").write_text("w1\n")
+    flags = ("--resume", whole.path, "--epochs", 0)
+    short = run_cli(*flags, "--data", tmp_path / "other", cwd=tmp_path)
+    assert short.status == 0, short
+    assert short.out == run_cli(*flags, cwd=tmp_path).out
+
+
+def test_a_resumed_run_saves_where_it_is_told(whole, tmp_path):
+    """--save with --resume names the new file; the one resumed from stays as it is."""
+    for name in ("m.pt", "m.pt.state"):
+        shutil.copy(whole.folder / name, tmp_path)
+    before = (tmp_path / "m.pt").read_bytes()
+    result = finetune(tmp_path, "--resume", "m.pt", "--save", "new.pt", "--epochs", 4)
+    assert result.status == 0, result
+    assert (tmp_path / "m.pt").read_bytes() == before
+    assert (tmp_path / "new.pt").exists()
+    assert (tmp_path / "new.pt.state").exists()
+
+
 def test_bad_input_is_one_line_and_harms_nothing(base):
     """A missing, cut or foreign file, a contradicting shape, no corpus: status 2, the file as it was."""
     before = (base / "m.pt").read_bytes()
