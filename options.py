@@ -53,6 +53,7 @@ NOT_STORED = ("device", "save", "resume", "max_steps")
 
 probability = number(float, 0, below=1)
 positive = number(int, 1)
+factor = number(float, 0, most=1e38)  # float32 ends at 3.4e38
 count = number(int, 0)
 
 
@@ -92,12 +93,12 @@ def add_training_flags(parser: ArgumentParser) -> None:
     flag(group, "--dropouti", type=probability, help="locked dropout on the embeddings")
     flag(group, "--dropoute", type=probability, help="dropout of whole word types")
     flag(group, "--wdrop", type=probability, help="weight drop: hidden-to-hidden, or all of a QRNN")
-    flag(group, "--alpha", type=number(float, 0), help="activation regularisation (AR); 0: none")
-    flag(group, "--beta", type=number(float, 0), help="temporal activation regularisation (TAR); 0: none")
-    flag(group, "--wdecay", type=number(float, 0), help="weight decay on all weights")
+    flag(group, "--alpha", type=factor, help="activation regularisation (AR); 0: none")
+    flag(group, "--beta", type=factor, help="temporal activation regularisation (TAR); 0: none")
+    flag(group, "--wdecay", type=factor, help="weight decay on all weights")
     group = parser.add_argument_group("optimisation")
-    flag(group, "--lr", type=number(float, 0), help="rate of a batch of length bptt (sgd: 30, adam: 1e-3)")
-    flag(group, "--clip", type=number(float, 0), help="clip the gradient to this norm; 0: do not")
+    flag(group, "--lr", type=factor, help="rate of a batch of length bptt (sgd: 30, adam: 1e-3)")
+    flag(group, "--clip", type=factor, help="clip the gradient to this norm; 0: do not")
     flag(group, "--epochs", type=count, help="train up to this epoch")
     flag(group, "--max_steps", type=count, help="stop after this many optimizer steps in all; 0: do not")
     flag(group, "--batch_size", type=positive, help="columns of text side by side")

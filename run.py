@@ -18,7 +18,7 @@ import checkpoint
 from batches import Texts
 from model import RNNModel, State, detach
 from splitcross import SplitCrossEntropyLoss, linear_cross_entropy
-from utils import JsonLog, UserError, copy_whole, ppl
+from utils import JsonLog, RunError, UserError, copy_whole, ppl
 
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -70,6 +70,13 @@ class Progress:
     epoch_s: float = 0.0  # spent in this epoch by earlier processes
     best_loss: float | None = None  # validation, nats a token, of the saved model
     history: list[float] = field(default_factory=list)  # validation loss of every epoch
+
+    def not_finite(self, what: str, step: int) -> RunError:
+        """The error of a run that has diverged by `step`."""
+        return RunError(
+            f"{what} at epoch {self.epoch}, step {step}, rate {self.lr:g}; the saved model is as it was: try "
+            "a lower --lr or --clip"
+        )
 
 
 class Run:
@@ -135,6 +142,13 @@ class Run:
         checkpoint.save_model(self.save, self.args, self.vocab, *self.evaluated(), metrics)
 
     def save_state(self, displaced: dict[str, Any] | None = None) -> None:
+        """Writes the state, unless the weights are of no use any more: a run could not go on from them.
+
+        Raises:
+            RunError: a weight is not finite, or the file cannot be written; the state before is kept.
+        """
+        if not all(parameter.isfinite().all() for parameter in self.parameters):
+            raise self.progress.not_finite("a weight is not finite", self.progress.step)
         checkpoint.save(checkpoint.state_path(self.save), self.state(displaced))
 
     def state(self, displaced: dict[str, Any] | None = None) -> dict[str, Any]:

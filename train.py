@@ -17,7 +17,7 @@ from batches import EVAL_BATCH_SIZE, TEST_BATCH_SIZE, VariableLengthSampler, eva
 from model import RNNModel, detach
 from run import Progress, Run, Stop, StopSignals
 from splitcross import SplitCrossEntropyLoss
-from utils import JsonLog, RunError, copy_whole, figures
+from utils import JsonLog, copy_whole, figures
 
 # The settings of `fit`, by name, those of `train_epoch` among them.
 FIT_SETTINGS = (
@@ -121,10 +121,7 @@ def read_losses(progress: Progress, unread: list[Tensor]) -> None:
         return
     for i, loss in enumerate(torch.stack(unread).tolist(), start=1):
         if not math.isfinite(loss):
-            raise RunError(
-                f"the loss is {loss} at epoch {progress.epoch}, step {progress.step - len(unread) + i}, rate "
-                f"{progress.lr:g}; the saved model is as it was: try a lower --lr or --clip"
-            )
+            raise progress.not_finite(f"the loss is {loss}", progress.step - len(unread) + i)
         progress.loss_sum, progress.loss_count = progress.loss_sum + loss, progress.loss_count + 1
     unread.clear()
 
@@ -263,10 +260,7 @@ def validate(
     )
     print("-" * 89)
     if not math.isfinite(loss):
-        raise RunError(
-            f"the validation loss is {loss} after epoch {progress.epoch}, step {progress.step}, rate "
-            f"{progress.lr:g}; the saved model is as it was: try a lower --lr or --clip"
-        )
+        raise progress.not_finite(f"the validation loss is {loss}", progress.step)
     run.log.write(
         "valid",
         loss,

@@ -113,6 +113,7 @@ def test_a_corpus_shorter_than_a_batch(old):
         ("--nhid", "-5"),
         ("--emsize", "0"),
         ("--lr", "nan"),
+        ("--lr", "1e39"),
         ("--lr", "-1"),
         ("--clip", "inf"),
         ("--model", "RNN"),
@@ -202,6 +203,15 @@ def test_a_loss_that_is_not_finite(old, corpus, flags):
     assert {name: after[name] for name in ("m.pt", "m.pt.state")} == {
         name: before[name] for name in ("m.pt", "m.pt.state")
     }
+
+
+def test_weights_that_are_not_finite_never_reach_the_state(old, corpus):
+    """A step may end with a finite loss and useless weights: a checkpoint keeps the old state."""
+    before = contents(old)
+    flags = ("--save", "m.pt", "--clip", 0, "--lr", "1e38", "--wdecay", "1e38", "--checkpoint_every", 1)
+    result = run_cli("--data", corpus, *SMALL, *flags, cwd=old)
+    assert_refused(result, 1, "epoch 1, step 1", "a weight")
+    assert contents(old)["m.pt.state"] == before["m.pt.state"]
 
 
 # Files to resume from
