@@ -12,10 +12,10 @@ floor: the step's matrix products alone, `torch.mm` over all bptt x batch rows a
     cannot reach it: its recurrent products have to wait for each other.
 
 Each of them is a process of its own, started afresh, that sleeps until it is told to do a step. They take
-turns: each does one step to warm up, which is discarded; then, round after round, each does one, so that a
-machine that slows down slows all three. Times are medians over the rounds (lowest-highest). ours and the
-floor keep freed memory, as main.py does (utils.keep_freed_memory); plain runs as torch comes. On a CUDA
-device times are read from events, the device being idle before and after.
+turns: each does one step to warm up (ours three: see SETTLING_STEPS), which is discarded; then, round after
+round, each does one, so that a machine that slows down slows all three. Times are medians over the rounds
+(lowest-highest). ours and the floor keep freed memory, as main.py does (utils.keep_freed_memory); plain runs
+as torch comes. On a CUDA device times are read from events, the device being idle before and after.
 
 Peak memory is a process's high-water mark: on the CPU resident memory, interpreter and libraries included; on
 a CUDA device `torch.cuda.max_memory_allocated`.
@@ -56,13 +56,20 @@ from utils import RunError, check_writable, pick_device, run_script
 
 ROOT = Path(__file__).parent
 VARIANTS = ("ours", "plain", "floor")
-ROUND_BUDGET_S = 60  # of a setting, unless --rounds says how many; 2 to 15 rounds
+# Seconds for the rounds of a setting, and of a group of rows in table 2, unless --rounds says how many.
+STEPS_BUDGET_S, OTHERS_BUDGET_S = 45, 15
+# Steps of ours beside the warm-up: freed memory that is kept has its final size after the third step only,
+# and two rounds of a large setting would be nothing but that. What is not kept costs the same every step.
+SETTLING_STEPS = 2
 
-Times = dict[str, list[float]]  # milliseconds, a value a round
 
+def alternate(
+    title: str, works: dict[str, Callable[[], float]], rounds: int, budget_s: float
+) -> dict[str, list[float]]:
+    """Each work once to warm up, then all in turn, round after round: milliseconds, a value a round.
 
-def alternate(title: str, works: dict[str, Callable[[], float]], rounds: int) -> Times:
-    """Each work once to warm up, then all in turn, round after round; `rounds` 0: as the budget allows."""
+    `rounds` 0: as many as `budget_s` allows, 2 to 15.
+    """
 
     def one_round(label: str) -> dict[str, float]:
         found = {name: work() for name, work in works.items()}
@@ -73,7 +80,7 @@ def alternate(title: str, works: dict[str, Callable[[], float]], rounds: int) ->
     begin = time.perf_counter()
     one_round("warm-up, discarded")
     round_s = time.perf_counter() - begin
-    rounds = rounds or min(15, max(2, round(ROUND_BUDGET_S / round_s)))
+    rounds = rounds or min(15, max(2, round(budget_s / round_s)))
     found = [one_round(f"round {i} of {rounds}") for i in range(1, rounds + 1)]
     return {name: [times[name] for times in found] for name in works}
 
@@ -84,7 +91,10 @@ def bench_steps(names: list[str], device: str, tiny: bool, rounds: int) -> Itera
         ntoken, args = setting(name, tiny)
         with contextlib.ExitStack() as stack:
             workers = {kind: stack.enter_context(Worker(kind, name, device, tiny)) for kind in VARIANTS}
-            times = alternate(name, {kind: partial(w.ask, "step") for kind, w in workers.items()}, rounds)
+            for _ in range(SETTLING_STEPS):
+                workers["ours"].ask("step")
+            works = {kind: partial(worker.ask, "step") for kind, worker in workers.items()}
+            times = alternate(name, works, rounds, STEPS_BUDGET_S)
             peaks = {kind: worker.finish() for kind, worker in workers.items()}
         yield {
             "setting": name,
@@ -137,7 +147,7 @@ def measured(
     title: str, works: dict[str, Callable[[], float]], rounds: int, tokens: dict[str, int]
 ) -> Iterator[dict[str, Any]]:
     """Entries of table 2; `tokens`: how many one call works on, where that has a meaning."""
-    for name, ms in alternate(title, works, rounds).items():
+    for name, ms in alternate(title, works, rounds, OTHERS_BUDGET_S).items():
         yield {
             "what": f"{title}: {name}",
             "tokens": tokens.get(name),
@@ -224,7 +234,7 @@ def steps_table(entries: list[dict[str, Any]]) -> str:
     header = [
         "setting",
         "ours, ms a step",
-        "tokens/s",
+        "ours, tokens/s",
         "plain, ms",
         "floor, ms",
         "ours / floor",
@@ -294,7 +304,7 @@ def parse_args() -> argparse.Namespace:
         "--rounds",
         type=options.count,
         default=0,
-        help="of each row (default: as many as take a minute, 2 to 15)",
+        help="of each row (default: 2 to 15, as time allows)",
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
     parser.add_argument(

@@ -187,9 +187,11 @@ def test_tables_and_settings_choose(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_profile_names_operations(capsys: pytest.CaptureFixture[str]) -> None:
-    """A table of operations, the matrix products among them."""
+    """A table of the operations that took longest."""
     assert call(bench, "--profile", "small", "--tiny") == 0
-    assert "aten::mm" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Self CPU" in out
+    assert out.count("aten::") > 10
 
 
 def test_works_take_turns(capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,7 +201,8 @@ def test_works_take_turns(capsys: pytest.CaptureFixture[str]) -> None:
     def work(name: str) -> Callable[[], float]:
         return lambda: order.append(name) or float(len(order))
 
-    assert bench.alternate("t", {"a": work("a"), "b": work("b")}, 2) == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
+    found = bench.alternate("title", {"a": work("a"), "b": work("b")}, rounds=2, budget_s=0)
+    assert found == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
     assert order == ["a", "b"] * 3
 
 
