@@ -224,15 +224,15 @@ def timed_ms(work: Callable[[], Any], device: torch.device) -> float:
         loss = work()
         elapsed = (time.perf_counter() - begin) * 1000
     if loss is not None and not math.isfinite(loss):
-        raise RunError(f"the loss is {float(loss)}; another --settings may do")
+        raise RunError(f"the loss is {float(loss)}: no training to be timed; choose other --settings")
     return elapsed
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory that this process had so far (see the top of the file)."""
+    """The most memory that this process had so far, as the docstring of bench.py says."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    with contextlib.suppress(OSError):  # Linux; its ru_maxrss begins with what the parent had
+    with contextlib.suppress(OSError, StopIteration):  # Linux; its ru_maxrss begins with what the parent had
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
     unit = 1 if sys.platform == "darwin" else 1024
@@ -264,7 +264,11 @@ class Worker:
         )
 
     def __enter__(self) -> "Worker":
-        self.reply()  # "ready"
+        try:
+            self.reply()  # "ready"
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from runner import run_cli
 from torch.utils.flop_counter import FlopCounterMode
-from toys import call
+from toys import call, error_line
 
 import bench
 import bench_work
@@ -192,6 +192,15 @@ def test_profile_names_operations(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "Self CPU" in out
     assert out.count("aten::") > 10
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_device_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything is started."""
+    assert call(bench, "--device", "cuda", "--tiny") == 2
+    assert (
+        error_line(capsys) == "bench.py: error: --device cuda: there is no such device here; use --device cpu"
+    )
 
 
 def test_works_take_turns(capsys: pytest.CaptureFixture[str]) -> None:
