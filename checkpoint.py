@@ -8,11 +8,13 @@ one runs no code of whoever made it.
 """
 
 import io
+import os
 import pickle
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -32,25 +34,66 @@ ARCHITECTURE = ("model", "emsize", "nhid", "nlayers", "tied")  # what a saved mo
 DROPOUTS = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")
 
 
+class NotWrittenError(RunError):
+    """A file could not be written: `reason` says why; what lay there before is untouched."""
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        super().__init__(
+            f"{path}: cannot be written ({reason}), what was there is kept; free some space or give another "
+            "--save"
+        )
+        self.reason = reason
+
+
 def state_path(path: str | Path) -> Path:
     """Where the state of the run lies that saves its model to `path`."""
     return Path(f"{path}.state")
+
+
+def resume_paths(path: str) -> tuple[str, str]:
+    """The model and the state that `--resume path` means: `path` names a model or one of its states.
+
+    `PTB.pt` is that model and its newest state; `PTB.pt.state.1200`, a numbered copy, stands for itself.
+    """
+    match = re.fullmatch(r"(.+)\.state(\.\d+)?", path)
+    if match and not state_path(path).exists():  # a model may be called so
+        return match[1], path
+    return path, str(state_path(path))
+
+
+def find_resumable(save: str, script: str, from_model: bool) -> str:
+    """What `--resume auto` goes on with: `save` if it has a state (or, `from_model`, a model), else "".
+
+    Without `from_model` a state that another script left is none to go on with.
+
+    Raises:
+        UserError: there is a state that cannot be read.
+    """
+    state = state_path(save)
+    if from_model:
+        return save if state.exists() or os.path.exists(save) else ""
+    found = state.exists() and load(state, "--resume auto", STATE_FORMAT).get("script") == script
+    return save if found else ""
 
 
 def save(path: str | Path, contents: dict[str, Any]) -> None:
     """Writes plain data and tensors to `path`, whole or not at all.
 
     Raises:
-        RunError: it cannot be written; what lay there before is untouched.
+        NotWrittenError: it cannot be written; what lay there before is untouched.
     """
+    save_bytes(path, lambda file: torch.save(contents, file))
+
+
+def save_bytes(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
+    """Writes what `write(file)` puts into a file to `path`; raises as `save` does."""
     try:
-        write_whole(path, lambda file: torch.save(contents, file))
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise RunError(
-            f"{path}: cannot be written ({reason}), what was there is kept; free some space or give another "
-            "--save"
-        ) from error
+        write_whole(path, write)
+    except (OSError, RuntimeError) as error:
+        # torch's zip writer turns a full disk into a RuntimeError of its own
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
+        raise NotWrittenError(path, reason) from error
 
 
 def load(path: str | Path, flag: str, kind: str = FORMAT) -> dict[str, Any]:
@@ -85,6 +128,24 @@ def plain_state_dict(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
 
 
+def model_contents(
+    args: dict[str, Any],
+    vocab: list[str],
+    model: RNNModel,
+    criterion: SplitCrossEntropyLoss,
+    metrics: dict[str, Any],
+) -> dict[str, Any]:
+    """What a saved model holds: the weights to evaluate with; `metrics`: plain numbers, losses in nats."""
+    return {
+        "format": FORMAT,
+        "args": args,
+        "vocab": vocab,
+        "model": plain_state_dict(model),
+        "criterion": plain_state_dict(criterion),
+        "metrics": metrics,
+    }
+
+
 def save_model(
     path: str | Path,
     args: dict[str, Any],
@@ -93,18 +154,8 @@ def save_model(
     criterion: SplitCrossEntropyLoss,
     metrics: dict[str, Any],
 ) -> None:
-    """Saves the weights to evaluate with; `metrics` holds plain numbers, losses in nats a token."""
-    save(
-        path,
-        {
-            "format": FORMAT,
-            "args": args,
-            "vocab": vocab,
-            "model": plain_state_dict(model),
-            "criterion": plain_state_dict(criterion),
-            "metrics": metrics,
-        },
-    )
+    """Saves a model; raises as `save` does."""
+    save(path, model_contents(args, vocab, model, criterion, metrics))
 
 
 def load_model(path: str | Path, flag: str) -> dict[str, Any]:

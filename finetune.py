@@ -8,6 +8,7 @@ The file is replaced only by a better model, whole or not at all. The architectu
 not given come from the file. Method: Merity, Keskar, Socher, arXiv 1708.02182, section 5.
 """
 
+import time
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ import train
 from batches import EVAL_BATCH_SIZE, load_texts
 from run import start_run
 from utils import check_writable, figures, pick_device, run_script
+from watch import board_folder, say
 
 SCRIPT = "finetune.py"
 # A new fine-tuning starts its own course: these do not come from the training that made the model.
@@ -35,15 +37,17 @@ def parse_args() -> dict[str, Any]:
 
 
 def main() -> int:
-    given = parse_args()
+    started = time.monotonic()
+    given = options.resolve_auto(parse_args(), SCRIPT, from_model=False)
     resume = given.get("resume", "")
-    path = resume or given.get("save", "PTB.pt")
-    state = checkpoint.load_state(checkpoint.state_path(path), "--resume", SCRIPT) if resume else None
+    path, state_path = checkpoint.resume_paths(resume) if resume else (given.get("save", "PTB.pt"), "")
+    state = checkpoint.load_state(state_path, "--resume", SCRIPT) if resume else None
     saved = state or checkpoint.load_model(path, "--save")
     checkpoint.check_architecture(given, saved["args"], path)
     stored = saved["args"] if resume else {k: v for k, v in saved["args"].items() if k not in OWN}
     args = {**options.settle(given, stored), "save": given.get("output", given.get("save", path))}
     check_writable(args["save"], "--output" if "output" in given else "--save")
+    board_folder(args["tensorboard"], args["save"])
 
     torch.manual_seed(args["seed"])
     device = pick_device(args["device"])
@@ -54,16 +58,21 @@ def main() -> int:
         run.load_state(state, given)
     else:
         loss = train.evaluate(run.model, run.criterion, texts.valid, args["bptt"], EVAL_BATCH_SIZE)
-        print(f"| before fine-tuning | {figures(loss, 'valid ')}", flush=True)
+        say(f"| before fine-tuning | {figures(loss, 'valid ')}")
         if args["save"] != path:
             run.save_model(loss)
         run.progress.best_loss = loss  # only a better model replaces the file
         run.start_averaging()
 
     reason = train.fit(
-        run, texts.train, texts.valid, on_stall="stop", **{name: args[name] for name in train.FIT_SETTINGS}
+        run,
+        texts.train,
+        texts.valid,
+        on_stall="stop",
+        started=started,
+        **{name: args[name] for name in train.FIT_SETTINGS},
     )
-    return train.finish(run, reason, texts.test, args["bptt"])
+    return train.finish(run, reason, texts.test, args["bptt"], options.go_on_command(run.save, given))
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
     python main.py --data data/penn --batch_size 20 --dropouti 0.4 --dropouth 0.25 --epochs 500 --save PTB.pt
     python main.py --resume PTB.pt                               # go on with that run
+    python main.py --resume auto --save PTB.pt --max_minutes 60  # a cluster's job, submitted again and again
     python main.py --resume PTB.pt --epochs 0 --data data/other  # evaluate on other text, change nothing
 
 Method: Merity, Keskar, Socher, "Regularizing and Optimizing LSTM Language Models", arXiv 1708.02182.
 """
 
 import os
+import time
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ import train
 from batches import EVAL_BATCH_SIZE, Texts, load_texts
 from run import start_run
 from utils import JsonLog, UserError, check_writable, figures, pick_device, run_script
+from watch import board_folder
 
 SCRIPT = "main.py"
 
@@ -38,7 +41,8 @@ def parse_args() -> dict[str, Any]:
 
 
 def main() -> int:
-    given = parse_args()
+    started = time.monotonic()
+    given = options.resolve_auto(parse_args(), SCRIPT, from_model=True)
     resume = given.get("resume", "")
     state, saved = load_resumed(resume, with_state=given.get("epochs") != 0) if resume else (None, None)
     stored = state or saved or {"args": {}, "vocab": None}
@@ -47,6 +51,7 @@ def main() -> int:
     args = options.settle(given, stored["args"])
     if args["epochs"] > 0:
         check_writable(args["save"], "--save")
+        board_folder(args["tensorboard"], args["save"])
 
     torch.manual_seed(args["seed"])
     device = pick_device(args["device"])
@@ -54,7 +59,7 @@ def main() -> int:
     columns = args["batch_size"] if args["epochs"] > 0 else 1  # nothing is trained: any training text will do
     texts = load_texts(args["data"], stored["vocab"], device, columns, args["vocab_size"], args["min_count"])
     if args["epochs"] == 0:
-        return evaluate_only(saved, resume, texts, args["bptt"], device)
+        return evaluate_only(saved, checkpoint.resume_paths(resume)[0], texts, args["bptt"], device)
 
     run = start_run(SCRIPT, args, texts, device, warm_start=None if state else saved)
     if state:
@@ -65,14 +70,15 @@ def main() -> int:
         texts.train,
         texts.valid,
         on_stall="average" if args["optimizer"] == "sgd" else "nothing",
+        started=started,
         **{name: args[name] for name in train.FIT_SETTINGS},
     )
-    return train.finish(run, reason, texts.test, args["bptt"])
+    return train.finish(run, reason, texts.test, args["bptt"], options.go_on_command(run.save, given))
 
 
 def load_resumed(path: str, with_state: bool) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """The state beside a model, if there is one, and the model, which may not have been written yet."""
-    state_path = checkpoint.state_path(path)
+    path, state_path = checkpoint.resume_paths(path)
     has_state = with_state and os.path.exists(state_path)
     state = checkpoint.load_state(state_path, "--resume", SCRIPT) if has_state else None
     saved = checkpoint.load_model(path, "--resume") if os.path.exists(path) or state is None else None

@@ -5,10 +5,14 @@ contradicts the shape of a saved model is an error.
 """
 
 import argparse
+import shlex
+import shutil
+import sys
 import time
 from typing import Any
 
-from utils import ArgumentParser, number
+import checkpoint
+from utils import ArgumentParser, UserError, number
 
 DEFAULTS: dict[str, Any] = {
     "data": "data/penn",
@@ -46,14 +50,19 @@ DEFAULTS: dict[str, Any] = {
     "resume": "",
     "log_interval": 200,
     "checkpoint_every": 0,
+    "checkpoint_minutes": 0.0,
+    "keep_last": 0,
+    "max_minutes": 0.0,
+    "tensorboard": None,
 }
 DEFAULT_RATES = {"sgd": 30.0, "adam": 1e-3}
 # How a run is carried out rather than what it computes: not taken over from a stored run.
-NOT_STORED = ("device", "save", "resume", "max_steps")
+NOT_STORED = ("device", "save", "resume", "max_steps", "max_minutes", "tensorboard")
 
 probability = number(float, 0, below=1)
 positive = number(int, 1)
 factor = number(float, 0, most=1e38)  # float32 ends at 3.4e38
+minutes = number(float, 0)
 count = number(int, 0)
 
 
@@ -101,6 +110,12 @@ def add_training_flags(parser: ArgumentParser) -> None:
     flag(group, "--clip", type=factor, help="clip the gradient to this norm; 0: do not")
     flag(group, "--epochs", type=count, help="train up to this epoch")
     flag(group, "--max_steps", type=count, help="stop after this many optimizer steps in all; 0: do not")
+    flag(
+        group,
+        "--max_minutes",
+        type=minutes,
+        help="write the .state and end, status 0, so many minutes after the script was loaded; 0: do not",
+    )
     flag(group, "--batch_size", type=positive, help="columns of text side by side")
     flag(group, "--bptt", type=positive, help="mean sequence length, in tokens")
     flag(group, "--max_seq_len", type=count, help="longest sequence length, in tokens; 0: no limit")
@@ -128,9 +143,51 @@ def add_run_flags(parser: ArgumentParser) -> None:
     )
     flag(group, "--compile", action="store_true", help="torch.compile the loss: slow to start, then faster")
     flag(group, "--save", help="file of the model; beside it .state (to resume) and .log.jsonl")
-    flag(group, "--resume", help="go on from this model and its .state, or warm-start from the model alone")
+    flag(
+        group,
+        "--resume",
+        help="go on from this model and its .state, or a numbered .state.STEP, or warm-start from the model "
+        "alone; auto: from --save if it is there, else start afresh",
+    )
     flag(group, "--log-interval", "--log_interval", type=positive, help="batches between two log lines")
     flag(group, "--checkpoint_every", type=count, help="also write the .state every N steps; 0: do not")
+    flag(group, "--checkpoint_minutes", type=minutes, help="also write it every M minutes; 0: do not")
+    flag(
+        group, "--keep_last", type=count, help="keep the newest K states, as .state.STEP; 0: only the .state"
+    )
+    flag(group, "--tensorboard", metavar="DIR", help="figures for TensorBoard, in DIR/name of the model")
+
+
+def resolve_auto(given: dict[str, Any], script: str, from_model: bool) -> dict[str, Any]:
+    """The flags with `--resume auto` replaced by what there is to go on with, and a line that says which.
+
+    `from_model`: a model without a state is something to go on with.
+
+    Raises:
+        UserError: --save is not given, or its state cannot be read.
+    """
+    if given.get("resume") != "auto":
+        return given
+    if "save" not in given:
+        raise UserError("--resume auto: needs a name that stays the same; give --save too")
+    save = given.get("output", given["save"])
+    found = checkpoint.find_resumable(save, script, from_model)
+    print(f"| --resume auto: {f'goes on with {found}' if found else f'no run of {save} yet, starts one'}")
+    return {**given, "resume": found}
+
+
+def go_on_command(save: str, given: dict[str, Any]) -> str:
+    """The shell command that goes on with the stopped run of `save`, in the same folder.
+
+    What else was given lies in its state, but for how this invocation was carried out.
+    """
+    python = "python" if shutil.which("python") == sys.executable else sys.executable
+    save = f"./{save}" if save.startswith("-") or save == "auto" else save
+    command = [python, sys.argv[0], "--resume", save]
+    for name in ("device", "max_steps", "max_minutes", "tensorboard"):
+        if name in given:
+            command += [f"--{name}", str(given[name])]
+    return shlex.join(command)
 
 
 def settle(given: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
@@ -142,5 +199,5 @@ def settle(given: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
     if args["lr"] is None:
         args["lr"] = DEFAULT_RATES[args["optimizer"]]
     if args["save"] is None:
-        args["save"] = args["resume"] or f"{time.time_ns() // 1_000_000}.pt"
+        args["save"] = checkpoint.resume_paths(args["resume"])[0] or f"{time.time_ns() // 1_000_000}.pt"
     return args

@@ -16,9 +16,11 @@ from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
 import checkpoint
 from batches import Texts
+from files import RunFiles
 from model import RNNModel, State, detach
 from splitcross import SplitCrossEntropyLoss, linear_cross_entropy
-from utils import JsonLog, RunError, UserError, copy_whole, ppl
+from utils import RunError, UserError, check_space, copy_whole, figures, ppl
+from watch import RunLog, board_folder, say
 
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -116,7 +118,9 @@ class Run:
         self.hidden: list[State] = model.init_hidden(args["batch_size"])
         self.lengths = torch.Generator().manual_seed(args["seed"])  # batch lengths, apart from the masks
         self.progress = Progress(lr=args["lr"])
-        self.log = JsonLog(f"{save}.log.jsonl")
+        self.grad_norm: Tensor | None = None  # of the last step, before clipping; still on the device
+        self.files = RunFiles(save, args["keep_last"])
+        self.log = RunLog(f"{save}.log.jsonl", board_folder(args["tensorboard"], save))
 
     @property
     def averaging(self) -> bool:
@@ -132,6 +136,7 @@ class Run:
         return weights["model"], weights["criterion"]
 
     def save_model(self, loss: float) -> None:
+        """Writes the model, now or once the disk takes it."""
         metrics = {
             "valid_loss": loss,
             "valid_ppl": ppl(loss),
@@ -139,17 +144,17 @@ class Run:
             "step": self.progress.step,
             "averaged": self.averaging,
         }
-        checkpoint.save_model(self.save, self.args, self.vocab, *self.evaluated(), metrics)
+        self.files.save_model(checkpoint.model_contents(self.args, self.vocab, *self.evaluated(), metrics))
 
-    def save_state(self, displaced: dict[str, Any] | None = None) -> None:
-        """Writes the state, unless the weights are of no use any more: a run could not go on from them.
+    def save_state(self, displaced: dict[str, Any] | None = None) -> bool:
+        """Writes the state; False when it cannot be written: the one before is kept.
 
         Raises:
-            RunError: a weight is not finite, or the file cannot be written; the state before is kept.
+            RunError: a weight is not finite, so that no run could go on from it; the one before is kept.
         """
         if not all(parameter.isfinite().all() for parameter in self.parameters):
             raise self.progress.not_finite("a weight is not finite", self.progress.step)
-        checkpoint.save(checkpoint.state_path(self.save), self.state(displaced))
+        return self.files.save_state(self.state(displaced))
 
     def state(self, displaced: dict[str, Any] | None = None) -> dict[str, Any]:
         """Plain data and tensors. `displaced`: the saved model that one of mid-epoch is about to replace;
@@ -180,9 +185,10 @@ class Run:
         Raises:
             UserError: it was made on another text, or a part of it does not fit.
         """
+        model_path, state_path = checkpoint.resume_paths(self.args["resume"])
         if state["fingerprint"] != self.fingerprint:
             raise UserError(
-                f"--data {self.args['data']}: is not the text that {self.save}.state was made on; give that "
+                f"--data {self.args['data']}: is not the text that {state_path} was made on; give that "
                 "text, or remove the .state for a warm start from the model alone"
             )
         try:
@@ -190,14 +196,28 @@ class Run:
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
-                f"--resume {self.save}.state: a part of it does not fit this run ({reason}); remove it for a "
+                f"--resume {state_path}: a part of it does not fit this run ({reason}); remove it for a "
                 "warm start from the model alone"
             ) from None
         if state["displaced"] is not None:
             checkpoint.save(self.save, state["displaced"])
-        elif self.save != self.args["resume"] and os.path.exists(self.args["resume"]):
-            copy_whole(self.args["resume"], self.save)  # the best model so far
-        print(f"| resumed at epoch {self.progress.epoch}, batch {self.progress.batch}", flush=True)
+        elif os.path.exists(model_path):
+            if self.save != model_path:
+                copy_whole(model_path, self.save)  # the best model so far
+            self.keep_newer_best(checkpoint.load_model(self.save, "--resume")["metrics"])
+        say(f"| resumed at epoch {self.progress.epoch}, batch {self.progress.batch}")
+
+    def keep_newer_best(self, metrics: dict[str, Any]) -> None:
+        """The file may be of a later step than the state, and better than all models before it.
+
+        The state is a copy from earlier, or could not be written after that model was. Only a better model
+        replaces it: on the CPU, the same one at the latest.
+        """
+        loss, best = metrics.get("valid_loss"), self.progress.best_loss
+        newer = metrics.get("step", 0) > self.progress.step
+        if newer and loss is not None and best is not None and loss < best:
+            self.progress.best_loss = loss
+            say(f"| {self.save} is of step {metrics['step']}: kept until a better one | {figures(loss)}")
 
     def restore(self, state: dict[str, Any], given: dict[str, Any]) -> None:
         """The parts of a state, each to its place."""
@@ -212,7 +232,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["weight_decay"] = self.args["wdecay"]
         self.progress = Progress(**state["progress"])
-        if "lr" in given:
+        if "lr" in given and given["lr"] != state["args"]["lr"]:  # else it stays divided as --when did
             self.progress.lr = given["lr"]
         if state["hidden"][0][0].size(1) == self.hidden[0][0].size(1):
             device = self.parameters[0].device
@@ -250,6 +270,8 @@ def start_run(
         save=args["save"],
         fingerprint=[len(texts.train), int(texts.train.sum(dtype=torch.int64))],
     )
-    print(f"Args: {args}")
-    print(f"Model total parameters: {sum(p.numel() for p in run.parameters)}", flush=True)
+    parameters = sum(p.numel() for p in run.parameters)
+    say(f"Args: {args}\nModel total parameters: {parameters}")
+    # The state is the largest file: the weights, and two moments of each under Adam.
+    check_space(run.files.state, 4 * parameters * (3 if args["optimizer"] == "adam" else 1))
     return run

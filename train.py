@@ -17,13 +17,17 @@ from batches import EVAL_BATCH_SIZE, TEST_BATCH_SIZE, VariableLengthSampler, eva
 from model import RNNModel, detach
 from run import Progress, Run, Stop, StopSignals
 from splitcross import SplitCrossEntropyLoss
-from utils import JsonLog, copy_whole, figures
+from utils import JsonLog, figures
+from watch import EpochBar, say
 
 # The settings of `fit`, by name, those of `train_epoch` among them.
 FIT_SETTINGS = (
-    *("epochs", "when", "nonmono", "max_steps"),
-    *("batch_size", "bptt", "max_seq_len", "alpha", "beta", "clip", "log_interval", "checkpoint_every"),
+    *("epochs", "when", "nonmono", "max_steps", "max_minutes"),
+    *("batch_size", "bptt", "max_seq_len", "alpha", "beta", "clip", "log_interval"),
+    *("checkpoint_every", "checkpoint_minutes"),
 )
+NO_TIME = ("SIGTERM", "--max_minutes")  # a run that ends for these neither validates nor tests
+RULE, DOUBLE_RULE = "-" * 89, "=" * 89
 
 
 def train_step(
@@ -51,7 +55,9 @@ def train_step(
     run.scaler.scale(objective).backward()
     run.scaler.unscale_(run.optimizer)
     if clip:
-        nn.utils.clip_grad_norm_(run.parameters, clip)
+        run.grad_norm = nn.utils.clip_grad_norm_(run.parameters, clip)
+    elif run.log.board:
+        run.grad_norm = nn.utils.get_total_norm([p.grad for p in run.parameters if p.grad is not None])
     run.scaler.step(run.optimizer)
     run.scaler.update()
     if run.average:
@@ -71,7 +77,9 @@ def train_epoch(
     clip: float,
     log_interval: int,
     checkpoint_every: int,
+    checkpoint_minutes: float,
     check_stop: Callable[[], None],
+    bar: EpochBar,
 ) -> None:
     """Trains from where the run stands to the end of the epoch.
 
@@ -85,28 +93,38 @@ def train_epoch(
     # On a CUDA device reading a loss waits for the device, so losses are read at the log interval only.
     read_every = 1 if ids.device.type == "cpu" else log_interval
     unread: list[Tensor] = []
-    start, start_batch = time.perf_counter(), progress.batch
+    start, start_batch, start_row = time.perf_counter(), progress.batch, progress.row
+    last_checkpoint = time.monotonic()
 
     run.model.train()
     if progress.row == 0:
         run.hidden = run.model.init_hidden(batch_size)
-        check_stop()
+    check_stop()
     for slices in sampler:
         unread.append(train_step(run, ids, slices, bptt, alpha, beta, clip))
-        progress.row += slices[0].stop - slices[0].start
+        rows = slices[0].stop - slices[0].start
+        progress.row += rows
         progress.batch, progress.step = progress.batch + 1, progress.step + 1
 
         at_log = progress.batch % log_interval == 0
-        at_checkpoint = checkpoint_every and progress.step % checkpoint_every == 0
+        at_checkpoint = (checkpoint_every and progress.step % checkpoint_every == 0) or (
+            checkpoint_minutes and time.monotonic() - last_checkpoint >= 60 * checkpoint_minutes
+        )
         at_end = progress.row == sampler.rows - 1
         if len(unread) >= read_every or at_log or at_checkpoint or at_end:
             read_losses(progress, unread)
+            bar.show_loss(progress.loss_sum / progress.loss_count)
+        bar.advance(rows * batch_size)
         if at_log:
             now = time.perf_counter()
-            log_interval_figures(run, batches, (now - start) * 1000 / (progress.batch - start_batch))
-            start, start_batch = now, progress.batch
+            tokens_per_s = (progress.row - start_row) * batch_size / (now - start)
+            log_interval_figures(
+                run, batches, (now - start) * 1000 / (progress.batch - start_batch), tokens_per_s
+            )
+            start, start_batch, start_row = now, progress.batch, progress.row
         if at_checkpoint:
             run.save_state()
+            last_checkpoint = time.monotonic()
         if not at_end:
             check_stop()
 
@@ -126,16 +144,16 @@ def read_losses(progress: Progress, unread: list[Tensor]) -> None:
     unread.clear()
 
 
-def log_interval_figures(run: Run, batches: int, ms_per_batch: float) -> None:
+def log_interval_figures(run: Run, batches: int, ms_per_batch: float, tokens_per_s: float) -> None:
     """Prints and logs the mean loss since the last line."""
     progress = run.progress
     loss = progress.loss_sum / progress.loss_count
     progress.loss_sum, progress.loss_count = 0.0, 0
-    print(
+    say(
         f"| epoch {progress.epoch:3d} | {progress.batch:5d}/{batches:5d} batches | lr {progress.lr:05.5f} "
-        f"| ms/batch {ms_per_batch:5.2f} | {figures(loss)}",
-        flush=True,
+        f"| ms/batch {ms_per_batch:5.2f} | {figures(loss)}"
     )
+    grad_norm = math.nan if run.grad_norm is None else run.grad_norm.item()
     run.log.write(
         "train",
         loss,
@@ -145,7 +163,11 @@ def log_interval_figures(run: Run, batches: int, ms_per_batch: float) -> None:
         step=progress.step,
         lr=progress.lr,
         ms_per_batch=ms_per_batch,
+        tokens_per_s=tokens_per_s,
+        grad_norm=grad_norm if math.isfinite(grad_norm) else None,  # JSON has no other numbers
     )
+    if run.log.board:
+        run.log.weight_norms(run.weights)
 
 
 @torch.no_grad()
@@ -184,23 +206,33 @@ def fit(
     when: list[int],
     nonmono: int,
     max_steps: int,
+    max_minutes: float,
     on_stall: str,
+    started: float,
     **settings: Any,
 ) -> str:
     """Trains up to epoch `epochs`: after each one validates, saves the best model and the run's state.
 
     The validation loss has stalled when it is above the best one older than `nonmono` epochs (AWD,
     algorithm 1). `on_stall` says what happens then: "average" (SGD starts to average its weights), "stop",
-    or "nothing". The other settings are those of `train_epoch`.
+    or "nothing". `max_minutes` count from `started`, of `time.monotonic`. The other settings are those of
+    `train_epoch`.
 
     Returns:
-        Why it ended: "epochs", "stall", or the reason of a Stop ("--max_steps", "SIGINT", "SIGTERM").
+        Why it ended: "epochs", "stall", or the reason of a Stop: "SIGINT", "SIGTERM" or a flag.
     """
     progress = run.progress
+    tokens = (len(train) // settings["batch_size"] - 1) * settings["batch_size"]  # trained on in an epoch
+    run.log.start(run.script, progress.epoch, progress.batch, progress.step)
     with StopSignals() as signals:
 
-        def check_stop() -> None:
+        def check_time() -> None:
             signals.check()
+            if max_minutes and time.monotonic() - started >= 60 * max_minutes:
+                raise Stop("--max_minutes")
+
+        def check_stop() -> None:
+            check_time()
             if max_steps and progress.step >= max_steps:
                 raise Stop("--max_steps")
 
@@ -210,26 +242,29 @@ def fit(
                     return "stall"
                 epoch_start = time.perf_counter()
                 try:
-                    train_epoch(run, train, check_stop=check_stop, **settings)
-                    loss = validate(run, valid, settings["bptt"], epoch_start, signals.check)
+                    with EpochBar(progress.epoch, progress.row * settings["batch_size"], tokens) as bar:
+                        train_epoch(run, train, check_stop=check_stop, bar=bar, **settings)
+                    loss = validate(run, valid, settings["bptt"], epoch_start, check_time)
                 except Stop:
                     progress.epoch_s += time.perf_counter() - epoch_start
                     raise
                 progress.history.append(loss)
                 if on_stall == "average" and not run.averaging and has_stalled(progress.history, nonmono):
-                    print("| switching to averaging (NT-ASGD)", flush=True)
+                    say("| switching to averaging (NT-ASGD)")
                     run.start_averaging()
+                    run.log.write("averaging", loss, epoch=progress.epoch, step=progress.step)
                 if progress.epoch in when:
-                    copy_whole(run.save, f"{run.save}.e{progress.epoch}")
+                    run.files.copy_model(f"{run.save}.e{progress.epoch}")
                     progress.lr /= 10
                 progress.epoch, progress.row, progress.batch, progress.epoch_s = progress.epoch + 1, 0, 0, 0.0
                 progress.loss_sum, progress.loss_count = 0.0, 0
                 run.save_state()
         except Stop as stop:
+            run.files.at_end = True
             run.save_state()
             # Without a model of its own yet (or by --max_steps), the run ends with the weights it has.
             has_new = progress.best_loss is None or (stop.reason == "--max_steps" and progress.row)
-            if has_new and stop.reason != "SIGTERM":
+            if has_new and stop.reason not in NO_TIME:
                 validate(run, valid, settings["bptt"], time.perf_counter(), lambda: None, partial=True)
             return stop.reason
     return "epochs"
@@ -254,11 +289,8 @@ def validate(
     progress = run.progress
     loss = evaluate(*run.evaluated(), valid, bptt, EVAL_BATCH_SIZE, check_stop)
     epoch_s = progress.epoch_s + time.perf_counter() - epoch_start
-    print("-" * 89)
-    print(
-        f"| end of epoch {progress.epoch:3d} | time: {epoch_s:5.2f}s | {figures(loss, 'valid ')}", flush=True
-    )
-    print("-" * 89)
+    line = f"| end of epoch {progress.epoch:3d} | time: {epoch_s:5.2f}s | {figures(loss, 'valid ')}"
+    say(f"{RULE}\n{line}\n{RULE}")
     if not math.isfinite(loss):
         raise progress.not_finite(f"the validation loss is {loss}", progress.step)
     run.log.write(
@@ -272,7 +304,9 @@ def validate(
     )
     if progress.best_loss is None or loss < progress.best_loss:
         if partial and progress.best_loss is not None:
-            run.save_state(displaced=checkpoint.load_model(run.save, "--save"))
+            kept = run.save_state(displaced=run.files.best_model())
+            if not kept:  # nothing would know the model before it: that one stays
+                return loss
         run.save_model(loss)
         progress.best_loss = loss
     return loss
@@ -288,18 +322,21 @@ def test(save: str, ids: Tensor, bptt: int, log: JsonLog) -> float:
     """Evaluates the saved model on the test text at batch size 1 and prints the last line of a run."""
     model, criterion = checkpoint.restore(checkpoint.load_model(save, "--save"))
     loss = evaluate(model.to(ids.device), criterion.to(ids.device), ids, bptt, TEST_BATCH_SIZE)
-    print("=" * 89)
-    print(f"| End of training | {figures(loss, 'test ')}", flush=True)
-    print("=" * 89)
+    say(f"{DOUBLE_RULE}\n| End of training | {figures(loss, 'test ')}\n{DOUBLE_RULE}")
     log.write("test", loss)
     return loss
 
 
-def finish(run: Run, reason: str, ids: Tensor, bptt: int) -> int:
-    """After `fit`: tests the best model, unless SIGTERM leaves no time for it; returns the exit status."""
-    if reason in ("SIGTERM", "SIGINT"):
-        print(f"| stopped; go on with: python {run.script} --resume {run.save}", flush=True)
-    if reason == "SIGTERM":
-        return 143
-    test(run.save, ids, bptt, run.log)
-    return 0
+def finish(run: Run, reason: str, ids: Tensor, bptt: int, go_on: str) -> int:
+    """After `fit`: tests the best model, unless there is no time for it; returns the exit status.
+
+    Raises:
+        RunError: the best model or the state could not be written.
+    """
+    run.files.require_written(models_only=True)
+    if reason in ("SIGINT", *NO_TIME):
+        say(f"| stopped; go on with: {go_on}")
+    if reason not in NO_TIME:
+        test(run.save, ids, bptt, run.log)
+    run.files.require_written()
+    return 143 if reason == "SIGTERM" else 0

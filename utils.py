@@ -3,13 +3,14 @@
 import argparse
 import contextlib
 import ctypes
+import fcntl
 import json
 import math
 import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -124,21 +125,58 @@ def write_whole(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
         OSError: the disk is full, the folder read-only, ...; `path` is then as it was before.
     """
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    remove_stale(path)
+    with temporary_beside(path) as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+        os.chmod(file.name, 0o666 & ~current_umask())  # a temporary file has 0600; a model is for sharing
+        os.replace(file.name, path)
+    sync_folder(path)
+
+
+@contextlib.contextmanager
+def temporary_beside(path: Path) -> Iterator[BinaryIO]:
+    """An empty file `.NAME.*.tmp` beside `path`, gone at the end unless it was renamed.
+
+    A lock on it, which ends with the process however that ends, tells others that its writer is alive.
+    """
+    while True:
+        file = tempfile.NamedTemporaryFile(  # noqa: SIM115 - closed below
+            dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
+        )
+        with contextlib.suppress(OSError):  # a file system without locks: nothing is ever taken for stale
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.path.exists(file.name):  # else another process took it for stale before the lock was on it
+            break
+        file.close()
     try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~current_umask())  # mkstemp gives 0600; a model is for sharing
-        os.replace(temporary, path)
-    except BaseException:
+        yield file
+    finally:
         with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+            os.unlink(file.name)
+        with contextlib.suppress(OSError):  # what is still in the buffer of a full disk is not wanted
+            file.close()
+
+
+def remove_stale(path: Path) -> None:
+    """Removes what writers of this file (and of those named after it) left that were killed in mid-write.
+
+    Another run may write under the same name at this moment: it holds a lock on its temporary file.
+    """
+    with contextlib.suppress(OSError):
+        for entry in list(os.scandir(path.parent)):
+            if entry.name.startswith(f".{path.name}.") and entry.name.endswith(".tmp"):
+                with contextlib.suppress(OSError), open(entry.path, "rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.unlink(entry.path)
+
+
+def sync_folder(path: Path) -> None:
+    """Waits until the folder of `path` is on the disk: a rename or link has to survive a power loss."""
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the rename itself has to survive a power loss
+        os.fsync(folder)
     finally:
         os.close(folder)
 
@@ -158,14 +196,28 @@ def current_umask() -> int:
 
 def check_writable(path: str | Path, flag: str) -> None:
     """Raises UserError when no file can be made beside `path`: better now than after the first epoch."""
-    folder = Path(path).parent
-    if Path(path).is_dir():
+    path = Path(path)
+    if path.is_dir():
         raise UserError(f"{flag} {path}: is a folder; give the name of a file")
+    remove_stale(path)
     try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".write-test.", suffix=".tmp"):
+        with temporary_beside(path):
             pass
     except OSError as error:
         raise UserError(f"{flag} {path}: {error.strerror}; choose a folder that can be written to") from None
+
+
+def check_space(path: str | Path, size: int) -> None:
+    """Raises RunError when `size` bytes (at least 1) do not fit beside `path`: full disk, quota or limit."""
+    try:
+        with temporary_beside(Path(path)) as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        raise RunError(
+            f"{path}: cannot be written ({error.strerror}), what was there is kept; free some space "
+            f"({size / 2**20:.0f} MiB are needed) or give another --save"
+        ) from None
 
 
 class JsonLog:
@@ -178,11 +230,17 @@ class JsonLog:
         self.path = path
 
     def write(self, kind: str, loss: float, **more: Any) -> None:
+        self.line({"kind": kind, **more, "loss": loss, "ppl": ppl(loss), "bpc": loss / math.log(2)})
+
+    def line(self, entry: dict[str, Any]) -> None:
         if self.path is None:
             return
-        line = {"kind": kind, **more, "loss": loss, "ppl": ppl(loss), "bpc": loss / math.log(2)}
-        with contextlib.suppress(OSError), open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with contextlib.suppress(OSError), open(self.path, "ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # the line before was cut short, by a kill or a full disk
+                    file.write(b"\n")
+            file.write(json.dumps(entry).encode() + b"\n")
 
 
 def ppl(loss: float) -> float:
