@@ -301,6 +301,7 @@ def validate(
         lr=progress.lr,
         epoch_s=epoch_s,
         averaged=run.averaging,
+        partial=partial,
     )
     if progress.best_loss is None or loss < progress.best_loss:
         if partial and progress.best_loss is not None:
