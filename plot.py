@@ -19,15 +19,8 @@ from typing import Any
 from utils import ArgumentParser, UserError, check_writable, ppl, run_script, write_whole
 
 SUFFIX = ".log.jsonl"
-COLOURS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#000000",
-)  # Okabe, Ito: for all eyes
+# Okabe and Ito's palette: told apart by colour-blind eyes too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 TICKS = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)  # and their multiples by powers of ten
 
 
@@ -96,26 +89,26 @@ def read_log(path: str) -> list[dict[str, Any]]:
 
 def is_figure(entry: dict[str, Any]) -> bool:
     """Whether it is a training or validation loss, with its place in the run."""
-    numbers = [entry.get(name) for name in ("loss", "epoch", "step")]
-    numeric = all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
-    return entry["kind"] in ("train", "valid") and numeric
+    needed = {"train": ("loss", "epoch", "step", "batch", "batches"), "valid": ("loss", "epoch", "step")}
+    numbers = [entry.get(name) for name in needed.get(entry["kind"], ("none",))]
+    return all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
 
 
 def split_runs(entries: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """The runs that wrote a log, one after the other, each as if it had never been interrupted.
 
     A run that goes on from an older state repeats a stretch: the later lines win. A "start" line says where
-    an invocation goes on; logs from before there was one show it by a step that is smaller than the last.
+    an invocation goes on; a log from before there was one shows it by a step that is smaller than the last.
     """
     runs: list[list[dict[str, Any]]] = [[]]
     for entry in entries:
-        steps = [old["step"] for old in runs[-1] if "step" in old]
-        step = entry.get("step")
-        if (step is not None and steps and step < steps[-1]) or entry["kind"] == "start":
-            keep = step if entry["kind"] == "start" else step - 1
-            if (keep == 0 or keep < steps[0]) if steps else False:
+        is_start, step = entry["kind"] == "start", entry.get("step")
+        steps = [old["step"] for old in runs[-1] if is_figure(old)]
+        if steps and step is not None and (is_start or step < steps[-1]):
+            if step == 0 if is_start else step <= steps[0]:
                 runs.append([])
-            runs[-1] = [old for old in runs[-1] if old.get("step", 0) <= keep]
+            last = step if is_start else step - 1
+            runs[-1] = [old for old in runs[-1] if old.get("step", last) <= last]
         runs[-1].append(entry)
     return [run for run in runs if any(is_figure(entry) for entry in run)]
 
@@ -213,14 +206,14 @@ def draw(curves: list[Curve], format: str) -> bytes:
                 star = {"marker": "*", "markersize": 19, "markeredgecolor": "white", "zorder": 5}
                 panel.plot(x(best), best.ppl, color=colour, **star)
                 panel.annotate(
-                    f"{best.ppl:.1f}", (x(best), best.ppl), xytext=(0, -20), textcoords="offset points",
+                    f"{best.ppl:.1f}", (x(best), best.ppl), xytext=(0, 20), textcoords="offset points",
                     color=colour, ha="center", va="center", weight="bold", path_effects=outline, zorder=6,
                 )  # fmt: skip
             if curve.switch:
                 panel.axvline(x(curve.switch), color=colour, linewidth=1.4, linestyle=(0, (5, 4)), alpha=0.8)
         panel.set_xlabel("epochs" if by_epoch else unit)
         panel.set_xlim(left=0)
-        panel.margins(x=0.04)
+        panel.margins(x=0.06)
         panel.grid(axis="y", color="#dddddd", linewidth=0.8)
         panel.set_axisbelow(True)
     panels[0].xaxis.set_major_locator(MaxNLocator(integer=True))
