@@ -46,6 +46,10 @@ FLAGS_AND_CLOCK = {
     "epochs",
     "max_steps",
     "checkpoint_every",
+    "checkpoint_minutes",
+    "keep_last",
+    "max_minutes",
+    "tensorboard",
     "log_interval",
     "epoch_s",
 }

@@ -1,0 +1,203 @@
+"""plot.py: what it reads out of logs, however the runs were cut up, and the picture that it leaves."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import SMALL
+from runner import run_cli, run_fresh
+
+from plot import limits, make_curve, read_curves, read_log, split_runs, ticks
+
+
+def train(step: int, epoch: int = 1, loss: float = 5.0, ms: float = 1000.0, batches: int = 10) -> dict:
+    batch = step - (epoch - 1) * batches
+    return {"kind": "train", "epoch": epoch, "batch": batch, "batches": batches, "step": step,
+            "ms_per_batch": ms, "loss": loss}  # fmt: skip
+
+
+def valid(epoch: int, loss: float = 4.0, epoch_s: float = 12.0, **more: object) -> dict:
+    return {"kind": "valid", "epoch": epoch, "step": 10 * epoch, "epoch_s": epoch_s, "loss": loss, **more}
+
+
+def begin(step: int, epoch: int = 1, batch: int = 0) -> dict:
+    return {"kind": "start", "script": "main.py", "epoch": epoch, "batch": batch, "step": step}
+
+
+def steps(run: list[dict]) -> list[int]:
+    return [entry["step"] for entry in run if entry["kind"] == "train"]
+
+
+def test_later_lines_win_where_a_resumed_run_repeats_a_stretch():
+    """A kill at step 20, the state of step 10: what was logged between is void."""
+    log = [
+        begin(0),
+        train(5),
+        train(10),
+        train(15, 2, 9.0),
+        train(20, 2, 9.0),
+        begin(10, 2),
+        train(15, 2, 3.0),
+    ]
+    (run,) = split_runs(log)
+    assert steps(run) == [5, 10, 15]
+    assert run[-1]["loss"] == 3.0
+
+
+def test_a_log_without_start_lines():
+    """A smaller step is a resumed run; one no larger than the first is another run."""
+    log = [train(5), train(10), train(15, 2), train(10, loss=3.0), train(15, 2)]
+    (run,) = split_runs(log)
+    assert steps(run) == [5, 10, 15]
+    assert run[1]["loss"] == 3.0
+    first, second = split_runs([*log, train(5), train(10)])
+    assert steps(first) == [5, 10, 15]
+    assert steps(second) == [5, 10]
+
+
+def test_a_new_run_in_the_same_log_is_another_curve():
+    """A start at step 0 begins one; an invocation that logged nothing is none."""
+    runs = split_runs([begin(0), train(5), begin(0), begin(0), train(5), train(10)])
+    assert [steps(run) for run in runs] == [[5], [5, 10]]
+
+
+def test_the_clock_adds_up():
+    """Epochs cost what they say, validation in it; within an epoch the batches since the line before count."""
+    log = [begin(0), train(5), train(10), valid(1, epoch_s=12), train(15, 2), valid(2, epoch_s=14)]
+    curve = make_curve("a", split_runs(log)[0])
+    assert [point.hours * 3600 for point in curve.train] == pytest.approx([5, 10, 17])
+    assert [point.hours * 3600 for point in curve.valid] == pytest.approx([12, 26])
+    assert [point.epoch for point in curve.train] == [0.5, 1.0, 1.5]
+    assert [point.epoch for point in curve.valid] == [1, 2]
+
+
+def test_the_clock_of_a_resumed_run():
+    """The first line after a resume covers the batches since then alone; what is void costs nothing."""
+    log = [begin(0), train(4), train(8), begin(6, 1, 6), train(8), train(10), valid(1), train(15, 2)]
+    curve = make_curve("a", split_runs(log)[0])
+    assert [point.hours * 3600 for point in curve.train] == pytest.approx([4, 6, 8, 17])
+
+
+def test_a_validation_in_mid_epoch_is_no_point_of_the_curve():
+    """--max_steps validates where it stops; the whole run would not have."""
+    log = [begin(0), train(5), valid(1, 3.0, partial=True), begin(5, 1, 5), train(10), valid(1, 4.0)]
+    curve = make_curve("a", split_runs(log)[0])
+    assert len(curve.valid) == 1
+    assert "54.60" in curve.label
+
+
+def test_the_switch_is_where_its_line_is():
+    """At the validation that it followed."""
+    log = [begin(0), valid(1), valid(2), {"kind": "averaging", "epoch": 2, "step": 20, "loss": 4.0}, valid(3)]
+    assert make_curve("a", log).switch.epoch == 2
+
+
+def test_cut_lines_are_passed_over(tmp_path):
+    """A kill or a full disk may have left half a line, or bytes that are no text."""
+    lines = [json.dumps(train(5)), '{"kind": "tra', "", "17", '{"kind": "train", "loss": NaN}', "\udcff"]
+    (tmp_path / "a.log.jsonl").write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
+    (run,) = split_runs(read_log(str(tmp_path / "a.log.jsonl")))
+    assert [point.epoch for point in make_curve("a", run).train] == [0.5]
+
+
+def test_names_differ(tmp_path):
+    """Models of one name in two folders are told apart; fine-tuning in the same log has its own name."""
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        tuning = {**begin(0), "script": "finetune.py"}
+        log = [begin(0), train(5), tuning, train(5)] if folder == "y" else [train(5)]
+        text = "\n".join(map(json.dumps, log))
+        (tmp_path / folder / "m.pt.log.jsonl").write_text(text)
+    curves = read_curves([f"{tmp_path}/x/m.pt", f"{tmp_path}/y/m.pt.log.jsonl"])
+    names = [curve.name.removeprefix(f"{tmp_path}/") for curve in curves]
+    assert names == ["x/m", "y/m", "y/m, fine-tuned"]
+
+
+@pytest.mark.parametrize("low_high", [(50, 60), (55, 120), (80, 700), (3, 20), (20, 90000), (1.9, 2.1)])
+def test_ticks_are_round_and_neither_few_nor_many(low_high):
+    """Five to a dozen, whatever the range."""
+    found = ticks(*low_high)
+    assert 5 <= len(found) <= 14, found
+    assert all(low_high[0] <= tick <= low_high[1] for tick in found)
+    assert all(f"{tick:.3g}" == f"{tick:.10g}" for tick in found)
+
+
+def test_all_validations_are_within_the_axis():
+    """And the training losses too, but for the first ones."""
+    log = [begin(0), *(train(i, loss=9.0 if i == 1 else 5.0) for i in range(1, 100)), valid(1, 6.0)]
+    low, high = limits([make_curve("a", log)])
+    assert low < 148 < 403 < high < 8000
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    """A folder with the log of a real run that switched to averaging."""
+    whole = trained("--bptt", 20, "--nonmono", 0, "--lr", 20, "--clip", 1, "--epochs", 4)
+    shutil.copy(f"{whole.path}.log.jsonl", tmp_path)
+    return tmp_path
+
+
+def plot(*argv: object, cwd: Path):
+    return run_cli(*argv, cwd=cwd, script="plot.py")
+
+
+def test_a_picture_is_written(run):
+    """A PNG beside the model, or what --out says, of one log or several."""
+    result = plot("m.pt", cwd=run)
+    assert (result.status, result.out) == (0, "| curves written to m.pt.png\n"), result
+    assert (run / "m.pt.png").read_bytes().startswith(b"\x89PNG")
+    shutil.copy(run / "m.pt.log.jsonl", run / "other.pt.log.jsonl")
+    result = plot("m.pt.log.jsonl", "other.pt", "--out", "both.svg", cwd=run)
+    assert result.status == 0, result
+    svg = (run / "both.svg").read_text()
+    assert svg.startswith("<?xml")
+    for text in ("averaging starts", "other: valid", "perplexity"):
+        assert f"<!-- {text}" in svg
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["none.pt"], "none.pt.log.jsonl"),
+        (["empty.pt"], "is empty"),
+        (["m.pt", "tests_only.log.jsonl"], "no figures"),
+        (["m.pt", "--out", "m.gif"], "--out m.gif"),
+        (["m.pt", "--out", "nowhere/m.png"], "--out nowhere/m.png"),
+        ([], "RUN"),
+    ],
+)
+def test_bad_input_is_one_line(run, argv, named):
+    """Status 2; the file or flag, and what to do; no picture."""
+    (run / "empty.pt.log.jsonl").touch()
+    (run / "tests_only.log.jsonl").write_text('{"kind": "test", "loss": 4.0}\n')
+    result = plot(*argv, cwd=run)
+    assert (result.status, len(result.err.splitlines())) == (2, 1), result
+    assert named in result.err
+    assert not [*run.glob("*.png"), *run.glob(".*.tmp")]
+
+
+def test_without_matplotlib(run, monkeypatch):
+    """One line with the command that installs it."""
+    (run / "matplotlib.py").write_text("raise ImportError\n")
+    monkeypatch.setenv("PYTHONPATH", str(run))
+    result = run_fresh("m.pt", cwd=run, script="plot.py")
+    assert (result.status, len(result.err.splitlines())) == (2, 1), result
+    assert "pip install matplotlib" in result.err
+
+
+def test_a_run_killed_and_resumed_has_the_curve_of_the_whole_run(trained, corpus, tmp_path):
+    """Perplexities and epochs are the same, each once."""
+    flags = ["--epochs", 3]
+    whole = trained(*flags)
+    flags = ["--data", corpus, *SMALL, "--save", "m.pt", *flags, "--checkpoint_every", 7, "--resume", "auto"]
+    for limit in (31, 33, 0):
+        assert run_cli(*flags, "--max_steps", limit, cwd=tmp_path).status == 0
+        if limit == 33:  # lines that the state knows nothing of, as after a kill
+            log = tmp_path / "m.pt.log.jsonl"
+            with log.open("a") as file:
+                file.write(json.dumps(train(40, 2, 1.0, batches=25)) + "\n")
+    (expected,), (found,) = (read_curves([str(path)]) for path in (whole.path, tmp_path / "m.pt"))
+    assert [(p.epoch, p.ppl) for p in found.train] == [(p.epoch, p.ppl) for p in expected.train]
+    assert [(p.epoch, p.ppl) for p in found.valid] == [(p.epoch, p.ppl) for p in expected.valid]
+    assert found.test == expected.test
