@@ -21,7 +21,6 @@ from utils import ArgumentParser, UserError, check_writable, ppl, run_script, wr
 SUFFIX = ".log.jsonl"
 # Okabe and Ito's palette: told apart by colour-blind eyes too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-TICKS = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)  # and their multiples by powers of ten
 
 
 @dataclass
@@ -158,13 +157,15 @@ def read_curves(paths: list[str]) -> list[Curve]:
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Round numbers within the limits, five to nine of them where there are so many."""
+    """Round numbers within the limits, five to a dozen of them: evenly spread on a log scale if possible."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), TICKS, [1 + i / 20 for i in range(180)]):
+    for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
         found = [step * 10**power for power in powers for step in steps if low <= step * 10**power <= high]
         if len(found) >= 5:
             return found
-    return found
+    size = 10 ** math.floor(math.log10((high - low) / 5))
+    step = max(size * factor for factor in (1, 2, 5) if size * factor <= (high - low) / 5)
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def draw(curves: list[Curve], format: str) -> bytes:
