@@ -3,6 +3,7 @@
     python finetune.py --batch_size 20 --data data/penn --dropouti 0.4 --dropouth 0.25 --save PTB.pt
     python finetune.py --data data/penn --save PTB.pt --output PTB.ft.pt  # leave PTB.pt as it is
     python finetune.py --resume PTB.ft.pt                                 # go on with a stopped run
+    python finetune.py --save PTB.pt --resume auto --max_minutes 60       # a cluster's job, each time
 
 The file is replaced only by a better model, whole or not at all. The architecture and every setting that is
 not given come from the file. Method: Merity, Keskar, Socher, arXiv 1708.02182, section 5.

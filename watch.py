@@ -6,7 +6,7 @@ import errno
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,17 +40,15 @@ def warn(text: str) -> None:
         print(f"{os.path.basename(sys.argv[0])}: warning: {text}", file=sys.stderr, flush=True)
 
 
-@contextlib.contextmanager
-def above_bar() -> Iterator[None]:
-    """While entered, the bar makes room."""
-    bars = [bar for bar in getattr(tqdm, "_instances", ()) if not bar.disable] if sys.stdout.isatty() else []
-    for bar in bars:
-        bar.clear()
-    try:
-        yield
-    finally:
-        for bar in bars:
-            bar.refresh()
+def above_bar() -> contextlib.AbstractContextManager[None]:
+    """While entered, the progress bar makes room."""
+    return tqdm.external_write_mode(file=sys.stdout) if sys.stdout.isatty() else contextlib.nullcontext()
+
+
+class Bar(tqdm):
+    """tqdm's bar without its thread, which looks after bars of uneven steps."""
+
+    monitor_interval = 0
 
 
 class EpochBar:
@@ -62,37 +60,39 @@ class EpochBar:
     """
 
     def __init__(self, epoch: int, done: int, total: int) -> None:
-        self.tqdm = tqdm(
-            desc=f"epoch {epoch:3d}",
-            initial=done,
-            total=total,
-            unit=" tokens",
-            unit_scale=True,
-            miniters=1,
-            mininterval=0.2,
-            leave=False,
-            dynamic_ncols=True,
-            file=sys.stdout,
-            disable=not sys.stdout.isatty(),
-            bar_format=BAR,
-        )
+        self.bar: Bar | None = None
+        if sys.stdout.isatty():
+            self.bar = Bar(
+                desc=f"epoch {epoch:3d}",
+                initial=done,
+                total=total,
+                unit=" tokens",
+                unit_scale=True,
+                miniters=1,
+                mininterval=0.2,  # seconds: what a step pays is a look at the clock
+                leave=False,
+                dynamic_ncols=True,
+                file=sys.stdout,
+                bar_format=BAR,
+            )
 
     def __enter__(self) -> "EpochBar":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if not self.tqdm.disable:
-            self.tqdm.close()
+        if self.bar is not None:
+            self.bar.close()
             sys.stdout.write("\r\x1b[K")  # what the terminal itself wrote behind the bar: ^C, say
             sys.stdout.flush()
 
     def show_loss(self, loss: float) -> None:
         """The mean loss since the last log line, as far as it has been read, nats a token."""
-        if not self.tqdm.disable:
-            self.tqdm.set_postfix_str(f"loss {loss:.2f}, ppl {ppl(loss):.2f}", refresh=False)
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {loss:.2f}, ppl {ppl(loss):.2f}", refresh=False)
 
     def advance(self, tokens: int) -> None:
-        self.tqdm.update(tokens)
+        if self.bar is not None:
+            self.bar.update(tokens)
 
 
 class RunLog(JsonLog):
@@ -105,24 +105,36 @@ class RunLog(JsonLog):
 
     def __init__(self, path: str | None, board: str | None = None) -> None:
         super().__init__(path)
-        self.board, self.writer, self.step, self.said = board, None, 0, False
+        self.board, self.step, self.said = board, 0, False
+        self.begin: dict[str, Any] = {}  # the line that is still to be written first
+        self.writer: Any = None
 
     def start(self, script: str, epoch: int, batch: int, step: int) -> None:
-        """The first line of every invocation: where it goes on. What was logged past that step is void."""
-        self.line({"kind": "start", "script": script, "epoch": epoch, "batch": batch, "step": step})
-        if self.board:
-            self.on_board(lambda writer: None, purge_step=step + 1 if step else 0)
-            # The writer's thread hands its error to the next call; it need not print a traceback too.
-            hook = threading.excepthook
-            threading.excepthook = lambda args: isinstance(args.exc_value, OSError) or hook(args)
-            atexit.register(self.on_board, lambda writer: writer.close())
+        """Where this invocation goes on, told before its first figure: what was logged past it is void."""
+        self.begin = {"kind": "start", "script": script, "epoch": epoch, "batch": batch, "step": step}
 
     def line(self, entry: dict[str, Any]) -> None:
+        if self.begin:
+            super().line(self.begin)
+            if self.board:
+                self.open_board(self.begin["step"])
+            self.begin = {}
         super().line(entry)
+        if self.board:
+            self.add_to_board(entry)
+
+    def open_board(self, step: int) -> None:
+        """Begins a file of events; points past `step`, of an invocation that was killed, are hidden."""
+        # The writer's thread hands its error to the next call; it need not print a traceback too.
+        hook = threading.excepthook
+        threading.excepthook = lambda args: isinstance(args.exc_value, OSError) or hook(args)
+        self.on_board(lambda writer: None, purge_step=step + 1 if step else 0)
+        atexit.register(self.on_board, lambda writer: writer.close())
+
+    def add_to_board(self, entry: dict[str, Any]) -> None:
+        """The figures of a line of the log."""
         kind, self.step = entry["kind"], entry.get("step", self.step)
-        if not self.board or kind == "start":
-            return
-        scalars = {f"{name}/{kind}": entry[name] for name in ("loss", "ppl", "bpc") if name in entry}
+        scalars = {f"{name}/{kind}": entry[name] for name in ("loss", "ppl", "bpc")}
         scalars |= {tag: float(entry[name]) for name, tag in TAGS.items() if entry.get(name) is not None}
         self.scalars(scalars)
         if kind == "averaging":

@@ -317,6 +317,23 @@ def test_resume_auto_needs_a_name(corpus, tmp_path, script):
     assert "--save" in result.err
 
 
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--max_minutes", "-1"),
+        ("--checkpoint_minutes", "nan"),
+        ("--keep_last", "1.5"),
+        ("--resume", "auto.pt"),
+    ],
+)
+def test_a_bad_flag(corpus, tmp_path, flag, value):
+    """Status 2 and one line that names the flag and has the value."""
+    result = run_cli("--data", corpus, "--save", "m.pt", flag, value, cwd=tmp_path)
+    assert (result.status, len(result.err.splitlines())) == (2, 1), result
+    assert flag in result.err
+    assert value in result.err
+
+
 def test_keep_last(lstm, tmp_path):
     """The newest states stay under their steps, the older ones go; each of them can be gone on from."""
     flags, whole = lstm
