@@ -55,6 +55,7 @@ def main() -> int:
     texts = load_texts(args["data"], saved["vocab"], device, args["batch_size"])
 
     run = start_run(SCRIPT, args, texts, device, warm_start=None if resume else saved)
+    run.check_space()
     if resume:
         run.load_state(state, given)
     else:

@@ -62,6 +62,7 @@ def main() -> int:
         return evaluate_only(saved, checkpoint.resume_paths(resume)[0], texts, args["bptt"], device)
 
     run = start_run(SCRIPT, args, texts, device, warm_start=None if state else saved)
+    run.check_space()
     if state:
         run.load_state(state, given)
 

@@ -207,14 +207,14 @@ def draw(curves: list[Curve], format: str) -> bytes:
                 star = {"marker": "*", "markersize": 19, "markeredgecolor": "white", "zorder": 5}
                 panel.plot(x(best), best.ppl, color=colour, **star)
                 panel.annotate(
-                    f"{best.ppl:.1f}", (x(best), best.ppl), xytext=(0, 20), textcoords="offset points",
+                    f"{best.ppl:.2f}", (x(best), best.ppl), xytext=(0, 20), textcoords="offset points",
                     color=colour, ha="center", va="center", weight="bold", path_effects=outline, zorder=6,
                 )  # fmt: skip
             if curve.switch:
                 panel.axvline(x(curve.switch), color=colour, linewidth=1.4, linestyle=(0, (5, 4)), alpha=0.8)
         panel.set_xlabel("epochs" if by_epoch else unit)
         panel.set_xlim(left=0)
-        panel.margins(x=0.06)
+        panel.margins(x=0.08)
         panel.grid(axis="y", color="#dddddd", linewidth=0.8)
         panel.set_axisbelow(True)
     panels[0].xaxis.set_major_locator(MaxNLocator(integer=True))

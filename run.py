@@ -156,6 +156,12 @@ class Run:
             raise self.progress.not_finite("a weight is not finite", self.progress.step)
         return self.files.save_state(self.state(displaced))
 
+    def check_space(self) -> None:
+        """Raises RunError when the disk is full before anything is trained; else not a byte is left there."""
+        # The state is the largest file: the weights, and two moments of each under Adam.
+        copies = 3 if self.args["optimizer"] == "adam" else 1
+        check_space(self.files.state, copies * sum(p.numel() * p.element_size() for p in self.parameters))
+
     def state(self, displaced: dict[str, Any] | None = None) -> dict[str, Any]:
         """Plain data and tensors. `displaced`: the saved model that one of mid-epoch is about to replace;
         a whole run would still have it, so a resumed one puts it back."""
@@ -270,8 +276,5 @@ def start_run(
         save=args["save"],
         fingerprint=[len(texts.train), int(texts.train.sum(dtype=torch.int64))],
     )
-    parameters = sum(p.numel() for p in run.parameters)
-    say(f"Args: {args}\nModel total parameters: {parameters}")
-    # The state is the largest file: the weights, and two moments of each under Adam.
-    check_space(run.files.state, 4 * parameters * (3 if args["optimizer"] == "adam" else 1))
+    say(f"Args: {args}\nModel total parameters: {sum(p.numel() for p in run.parameters)}")
     return run

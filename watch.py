@@ -134,6 +134,8 @@ class RunLog(JsonLog):
     def add_to_board(self, entry: dict[str, Any]) -> None:
         """The figures of a line of the log."""
         kind, self.step = entry["kind"], entry.get("step", self.step)
+        if self.writer is None and kind == "train":
+            return  # the disk is full: a new file is tried at every validation
         scalars = {f"{name}/{kind}": entry[name] for name in ("loss", "ppl", "bpc")}
         scalars |= {tag: float(entry[name]) for name, tag in TAGS.items() if entry.get(name) is not None}
         self.scalars(scalars)
@@ -145,6 +147,8 @@ class RunLog(JsonLog):
 
     def weight_norms(self, weights: nn.Module) -> None:
         """Euclidean norm of every weight, for TensorBoard: a synchronisation."""
+        if self.writer is None:
+            return
         names, tensors = zip(*weights.named_parameters(), strict=True)
         norms = torch.stack([torch.linalg.vector_norm(tensor.detach()) for tensor in tensors]).tolist()
         self.scalars({f"weight_norm/{name}": norm for name, norm in zip(names, norms, strict=True)})
@@ -154,14 +158,15 @@ class RunLog(JsonLog):
         self.on_board(lambda writer: [writer.add_scalar(tag, x, self.step) for tag, x in values.items()])
 
     def on_board(self, use: Callable[[Any], object], **how: Any) -> None:
-        """Calls `use(writer)`. On a full disk the points are dropped, and a new file is begun later."""
+        """Calls `use(writer)`, made if there is none. On a full disk the points are dropped."""
         try:
             self.writer = self.writer or summary_writer()(self.board, **how)
             use(self.writer)
         except OSError as error:
             self.writer = None
             if not self.said:
-                warn(f"--tensorboard {self.board}: {error.strerror}; points are dropped until it works again")
+                where = f"--tensorboard {self.board}"
+                warn(f"{where}: {error.strerror}; the run goes on, without it while that lasts")
             self.said = True
 
 
