@@ -10,6 +10,7 @@ import io
 import os
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,22 +88,25 @@ class RunFiles:
                 data = Path(self.state).read_bytes()
                 checkpoint.save_bytes(copy, lambda file: file.write(data))
 
-        if self.attempt(copy, link):
+        if not self.attempt(copy, link):
+            del self.failing[copy]  # the next state has a copy of its own
+            return
+        with contextlib.suppress(OSError):
             folder, name = os.path.split(self.state)
             numbered = re.compile(re.escape(name) + r"\.\d+").fullmatch
             copies = [entry.path for entry in os.scandir(folder or ".") if numbered(entry.name)]
             # By time, not by step: a run that went back to an older state has its newest at smaller steps.
             for old in sorted(copies, key=lambda path: -os.stat(path).st_mtime_ns)[self.keep_last :]:
-                with contextlib.suppress(OSError):
-                    os.unlink(old)
-        else:
-            del self.failing[copy]  # the next state has a copy of its own
+                os.unlink(old)
 
     def retry(self) -> None:
         """Tries once more to write the models that wait."""
-        for path, data in list(self.waiting.items()):
-            if self.attempt(path, lambda data=data: checkpoint.save_bytes(path, lambda f: f.write(data))):  # noqa: B023
+        for path in list(self.waiting):
+            if self.attempt(path, partial(self.write_waiting, path)):
                 del self.waiting[path]
+
+    def write_waiting(self, path: str) -> None:
+        checkpoint.save_bytes(path, lambda file: file.write(self.waiting[path]))
 
     def attempt(self, path: str, write: Callable[[], None]) -> bool:
         """Calls `write`, and says so when that fails for the first time, or succeeds again."""
