@@ -18,6 +18,7 @@ import checkpoint
 import options
 import train
 from batches import EVAL_BATCH_SIZE, load_texts
+from parallel import find_ranks
 from run import start_run
 from utils import check_writable, figures, pick_device, run_script
 from watch import board_folder, say
@@ -47,19 +48,25 @@ def main() -> int:
     checkpoint.check_architecture(given, saved["args"], path)
     stored = saved["args"] if resume else {k: v for k, v in saved["args"].items() if k not in OWN}
     args = {**options.settle(given, stored), "save": given.get("output", given.get("save", path))}
+    ranks = find_ranks()
+    ranks.check_batch_size(args["batch_size"])
     check_writable(args["save"], "--output" if "output" in given else "--save")
-    board_folder(args["tensorboard"], args["save"])
+    if ranks.leads:
+        board_folder(args["tensorboard"], args["save"])
 
     torch.manual_seed(args["seed"])
-    device = pick_device(args["device"])
-    texts = load_texts(args["data"], saved["vocab"], device, args["batch_size"])
+    device = pick_device(ranks.device_name(args["device"]))
+    with ranks.rank_0_first():
+        texts = load_texts(args["data"], saved["vocab"], device, args["batch_size"])
 
-    run = start_run(SCRIPT, args, texts, device, warm_start=None if resume else saved)
+    run = start_run(SCRIPT, args, texts, device, warm_start=None if resume else saved, ranks=ranks)
     run.check_space()
     if resume:
         run.load_state(state, given)
     else:
-        loss = train.evaluate(run.model, run.criterion, texts.valid, args["bptt"], EVAL_BATCH_SIZE)
+        loss = train.evaluate(
+            run.model, run.criterion, texts.valid, args["bptt"], EVAL_BATCH_SIZE, ranks=ranks
+        )
         say(f"| before fine-tuning | {figures(loss, 'valid ')}")
         if args["save"] != path:
             run.save_model(loss)
@@ -74,8 +81,9 @@ def main() -> int:
         started=started,
         **{name: args[name] for name in train.FIT_SETTINGS},
     )
-    return train.finish(run, reason, texts.test, args["bptt"], options.go_on_command(run.save, given))
+    go_on = options.go_on_command(run.save, given, ranks.here)
+    return train.finish(run, reason, texts.test, args["bptt"], go_on)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, parallel=True)

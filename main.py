@@ -18,6 +18,7 @@ import checkpoint
 import options
 import train
 from batches import EVAL_BATCH_SIZE, Texts, load_texts
+from parallel import ALONE, find_ranks
 from run import start_run
 from utils import JsonLog, UserError, check_writable, figures, pick_device, run_script
 from watch import board_folder
@@ -49,19 +50,29 @@ def main() -> int:
     if resume:
         checkpoint.check_architecture(given, stored["args"], resume)
     args = options.settle(given, stored["args"])
+    ranks = find_ranks()
     if args["epochs"] > 0:
+        ranks.check_batch_size(args["batch_size"])
         check_writable(args["save"], "--save")
-        board_folder(args["tensorboard"], args["save"])
+        if ranks.leads:
+            board_folder(args["tensorboard"], args["save"])
+    elif ranks.leads:
+        ranks = ALONE  # rank 0 evaluates alone
+    else:
+        return 0
 
     torch.manual_seed(args["seed"])
-    device = pick_device(args["device"])
+    device = pick_device(ranks.device_name(args["device"]))
 
     columns = args["batch_size"] if args["epochs"] > 0 else 1  # nothing is trained: any training text will do
-    texts = load_texts(args["data"], stored["vocab"], device, columns, args["vocab_size"], args["min_count"])
+    with ranks.rank_0_first():
+        texts = load_texts(
+            args["data"], stored["vocab"], device, columns, args["vocab_size"], args["min_count"]
+        )
     if args["epochs"] == 0:
         return evaluate_only(saved, checkpoint.resume_paths(resume)[0], texts, args["bptt"], device)
 
-    run = start_run(SCRIPT, args, texts, device, warm_start=None if state else saved)
+    run = start_run(SCRIPT, args, texts, device, warm_start=None if state else saved, ranks=ranks)
     run.check_space()
     if state:
         run.load_state(state, given)
@@ -74,7 +85,8 @@ def main() -> int:
         started=started,
         **{name: args[name] for name in train.FIT_SETTINGS},
     )
-    return train.finish(run, reason, texts.test, args["bptt"], options.go_on_command(run.save, given))
+    go_on = options.go_on_command(run.save, given, ranks.here)
+    return train.finish(run, reason, texts.test, args["bptt"], go_on)
 
 
 def load_resumed(path: str, with_state: bool) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
@@ -100,4 +112,4 @@ def evaluate_only(
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, parallel=True)

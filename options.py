@@ -116,7 +116,7 @@ def add_training_flags(parser: ArgumentParser) -> None:
         type=minutes,
         help="write the .state and end, status 0, so many minutes after the script was loaded; 0: do not",
     )
-    flag(group, "--batch_size", type=positive, help="columns of text side by side")
+    flag(group, "--batch_size", type=positive, help="columns of text side by side, of all processes together")
     flag(group, "--bptt", type=positive, help="mean sequence length, in tokens")
     flag(group, "--max_seq_len", type=count, help="longest sequence length, in tokens; 0: no limit")
     flag(group, "--nonmono", type=count, help="epochs that the validation loss may fail to improve")
@@ -176,14 +176,18 @@ def resolve_auto(given: dict[str, Any], script: str, from_model: bool) -> dict[s
     return {**given, "resume": found}
 
 
-def go_on_command(save: str, given: dict[str, Any]) -> str:
+def go_on_command(save: str, given: dict[str, Any], processes: int = 1) -> str:
     """The shell command that goes on with the stopped run of `save`, in the same folder.
 
     What else was given lies in its state, but for how this invocation was carried out.
     """
     python = "python" if shutil.which("python") == sys.executable else sys.executable
     save = f"./{save}" if save.startswith("-") or save == "auto" else save
-    command = [python, sys.argv[0], "--resume", save]
+    start = [python]
+    if processes > 1:
+        torchrun = ["torchrun"] if python == "python" else [python, "-m", "torch.distributed.run"]
+        start = [*torchrun, f"--nproc_per_node={processes}"]
+    command = [*start, sys.argv[0], "--resume", save]
     for name in ("device", "max_steps", "max_minutes", "tensorboard"):
         if name in given:
             command += [f"--{name}", str(given[name])]

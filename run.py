@@ -18,6 +18,7 @@ import checkpoint
 from batches import Texts
 from files import RunFiles
 from model import RNNModel, State, detach
+from parallel import ALONE, Ranks
 from splitcross import SplitCrossEntropyLoss, linear_cross_entropy
 from utils import RunError, UserError, check_space, copy_whole, figures, ppl
 from watch import RunLog, board_folder, say
@@ -36,8 +37,11 @@ class Stop(Exception):  # noqa: N818 - it ends a run, it is no error
 class StopSignals:
     """While entered, Ctrl-C and SIGTERM are noted, and `check` raises Stop at the next safe place.
 
-    A second Ctrl-C interrupts at once.
+    A second Ctrl-C interrupts at once. One rank's signal stops all `ranks`, at the same `check`.
     """
+
+    def __init__(self, ranks: Ranks = ALONE) -> None:
+        self.ranks = ranks
 
     def __enter__(self) -> "StopSignals":
         self.reason = ""
@@ -53,9 +57,11 @@ class StopSignals:
             raise KeyboardInterrupt
         self.reason = signal.Signals(number).name
 
-    def check(self) -> None:
-        if self.reason:
-            raise Stop(self.reason)
+    def check(self, otherwise: str = "") -> None:
+        """Raises Stop for a signal, or for the reason given when there was no signal."""
+        reason = self.ranks.agree(self.reason or otherwise)
+        if reason:
+            raise Stop(reason)
 
 
 @dataclass
@@ -90,6 +96,7 @@ class Run:
         vocab: index -> word.
         save: where the model goes; the state goes to `save` + ".state".
         fingerprint: of the training text, to refuse a resume on another one.
+        ranks: the processes that share the work.
     """
 
     def __init__(
@@ -102,8 +109,9 @@ class Run:
         vocab: list[str],
         save: str,
         fingerprint: list[int],
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.script, self.model, self.criterion = script, model, criterion
+        self.script, self.model, self.criterion, self.ranks = script, model, criterion, ranks
         self.args, self.vocab, self.save, self.fingerprint = args, vocab, save, fingerprint
         self.weights = nn.ModuleDict({"model": model, "criterion": criterion})  # all that is trained
         self.parameters = list(self.weights.parameters())
@@ -115,12 +123,19 @@ class Run:
         self.loss = partial(criterion, cross_entropy=compiled) if compiled else criterion
         self.optimizer = make_optimizer(self.parameters, args["optimizer"], args["lr"], args["wdecay"])
         self.average: AveragedModel | None = None
-        self.hidden: list[State] = model.init_hidden(args["batch_size"])
+        self.columns = ranks.columns(args["batch_size"])  # this rank's, of the whole batch
+        self.hidden: list[State] = self.first_hidden()
         self.lengths = torch.Generator().manual_seed(args["seed"])  # batch lengths, apart from the masks
         self.progress = Progress(lr=args["lr"])
         self.grad_norm: Tensor | None = None  # of the last step, before clipping; still on the device
         self.files = RunFiles(save, args["keep_last"])
-        self.log = RunLog(f"{save}.log.jsonl", board_folder(args["tensorboard"], save))
+        self.log = RunLog(None)
+        if ranks.leads:
+            self.log = RunLog(f"{save}.log.jsonl", board_folder(args["tensorboard"], save))
+
+    def first_hidden(self) -> list[State]:
+        """The state that an epoch begins with, of this rank's columns."""
+        return self.model.init_hidden(self.columns.stop - self.columns.start)
 
     @property
     def averaging(self) -> bool:
@@ -144,31 +159,41 @@ class Run:
             "step": self.progress.step,
             "averaged": self.averaging,
         }
-        self.files.save_model(checkpoint.model_contents(self.args, self.vocab, *self.evaluated(), metrics))
+        if self.ranks.leads:
+            contents = checkpoint.model_contents(self.args, self.vocab, *self.evaluated(), metrics)
+            self.files.save_model(contents)
 
     def save_state(self, displaced: dict[str, Any] | None = None) -> bool:
         """Writes the state; False when it cannot be written: the one before is kept.
 
         Raises:
-            RunError: a weight is not finite, so that no run could go on from it; the one before is kept.
+            RunError: a weight is not finite, or not the same on all ranks, so that no run could go on from
+                it; the one before is kept.
         """
         if not all(parameter.isfinite().all() for parameter in self.parameters):
             raise self.progress.not_finite("a weight is not finite", self.progress.step)
-        return self.files.save_state(self.state(displaced))
+        self.ranks.check_same(self.parameters)
+        state = self.state(displaced)
+        return self.files.save_state(state) if self.ranks.leads else True
 
     def check_space(self) -> None:
         """Raises RunError when the disk is full before anything is trained; else not a byte is left there."""
         # The state is the largest file: the weights, and two moments of each under Adam.
         copies = 3 if self.args["optimizer"] == "adam" else 1
-        check_space(self.files.state, copies * sum(p.numel() * p.element_size() for p in self.parameters))
+        if self.ranks.leads:
+            size = copies * sum(p.numel() * p.element_size() for p in self.parameters)
+            check_space(self.files.state, size)
 
     def state(self, displaced: dict[str, Any] | None = None) -> dict[str, Any]:
         """Plain data and tensors. `displaced`: the saved model that one of mid-epoch is about to replace;
-        a whole run would still have it, so a resumed one puts it back."""
+        a whole run would still have it, so a resumed one puts it back.
+
+        Of several ranks it holds all columns of the carried state, and the generators' states in a row each.
+        """
         device = self.parameters[0].device
-        generators = {"cpu": torch.get_rng_state(), "lengths": self.lengths.get_state()}
+        generators = {"cpu": self.ranks.each(torch.get_rng_state()), "lengths": self.lengths.get_state()}
         if device.type == "cuda":
-            generators["cuda"] = torch.cuda.get_rng_state(device)
+            generators["cuda"] = self.ranks.each(torch.cuda.get_rng_state(device))
         return {
             "format": checkpoint.STATE_FORMAT,
             "script": self.script,
@@ -180,7 +205,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "generators": generators,
-            "hidden": detach(self.hidden),
+            "hidden": self.ranks.join_columns(detach(self.hidden)),
             "progress": asdict(self.progress),
             "displaced": displaced,
         }
@@ -205,13 +230,19 @@ class Run:
                 f"--resume {state_path}: a part of it does not fit this run ({reason}); remove it for a "
                 "warm start from the model alone"
             ) from None
-        if state["displaced"] is not None:
-            checkpoint.save(self.save, state["displaced"])
-        elif os.path.exists(model_path):
-            if self.save != model_path:
-                copy_whole(model_path, self.save)  # the best model so far
-            self.keep_newer_best(checkpoint.load_model(self.save, "--resume")["metrics"])
+        if self.ranks.leads:
+            self.restore_model(state["displaced"], model_path)
+        self.progress.best_loss = self.ranks.from_rank_0(self.progress.best_loss)
         say(f"| resumed at epoch {self.progress.epoch}, batch {self.progress.batch}")
+
+    def restore_model(self, displaced: dict[str, Any] | None, path: str) -> None:
+        """Puts the best model so far in its place: the displaced one, or that of `path`."""
+        if displaced is not None:
+            checkpoint.save(self.save, displaced)
+        elif os.path.exists(path):
+            if self.save != path:
+                copy_whole(path, self.save)
+            self.keep_newer_best(checkpoint.load_model(self.save, "--resume")["metrics"])
 
     def keep_newer_best(self, metrics: dict[str, Any]) -> None:
         """The file may be of a later step than the state, and better than all models before it.
@@ -240,15 +271,24 @@ class Run:
         self.progress = Progress(**state["progress"])
         if "lr" in given and given["lr"] != state["args"]["lr"]:  # else it stays divided as --when did
             self.progress.lr = given["lr"]
-        if state["hidden"][0][0].size(1) == self.hidden[0][0].size(1):
-            device = self.parameters[0].device
-            self.hidden = [tuple(tensor.to(device) for tensor in layer) for layer in state["hidden"]]
+        device = self.parameters[0].device
+        if state["hidden"][0][0].size(1) == self.args["batch_size"]:
+            self.hidden = [
+                tuple(tensor[:, self.columns].to(device) for tensor in layer) for layer in state["hidden"]
+            ]
         else:  # another --batch_size: the columns of the text are others, this epoch starts again
             self.progress.row = self.progress.batch = 0
-        torch.set_rng_state(state["generators"]["cpu"])
-        self.lengths.set_state(state["generators"]["lengths"])
-        if "cuda" in state["generators"] and self.parameters[0].device.type == "cuda":
-            torch.cuda.set_rng_state(state["generators"]["cuda"], self.parameters[0].device)
+        generators = state["generators"]
+        self.lengths.set_state(generators["lengths"])
+        masks = torch.atleast_2d(generators["cpu"])  # (ranks, ·)
+        if len(masks) != self.ranks.size:
+            say(f"| {len(masks)} processes before, {self.ranks.size} now: not bit for bit the same run")
+            self.ranks.seed(self.args["seed"], self.progress.step)
+            return
+        rank = self.ranks.rank
+        torch.set_rng_state(masks[rank].clone())  # torch (2.13) reads the start of the storage, not of a view
+        if "cuda" in generators and device.type == "cuda":
+            torch.cuda.set_rng_state(torch.atleast_2d(generators["cuda"])[rank].clone(), device)
 
 
 def make_optimizer(parameters: list[Tensor], name: str, lr: float, wdecay: float) -> torch.optim.Optimizer:
@@ -258,9 +298,15 @@ def make_optimizer(parameters: list[Tensor], name: str, lr: float, wdecay: float
 
 
 def start_run(
-    script: str, args: dict[str, Any], texts: Texts, device: torch.device, warm_start: dict[str, Any] | None
+    script: str,
+    args: dict[str, Any],
+    texts: Texts,
+    device: torch.device,
+    warm_start: dict[str, Any] | None,
+    ranks: Ranks = ALONE,
 ) -> Run:
-    """A run at its first step, from fresh weights or from those of a saved model."""
+    """A run at its first step, from fresh weights or from those of a saved model; the same on all ranks."""
+    ranks.start(device)
     dropouts = {name: args[name] for name in checkpoint.DROPOUTS}
     if warm_start:
         model, criterion = checkpoint.restore(warm_start, **dropouts)
@@ -275,6 +321,9 @@ def start_run(
         vocab=texts.vocab,
         save=args["save"],
         fingerprint=[len(texts.train), int(texts.train.sum(dtype=torch.int64))],
+        ranks=ranks,
     )
+    if not ranks.leads:  # the weights are drawn, by the same seed on all; masks are not to be the same
+        ranks.seed(args["seed"])
     say(f"Args: {args}\nModel total parameters: {sum(p.numel() for p in run.parameters)}")
     return run

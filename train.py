@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import checkpoint
 from batches import EVAL_BATCH_SIZE, TEST_BATCH_SIZE, VariableLengthSampler, eval_batches, get_batch
 from model import RNNModel, detach
-from run import Progress, Run, Stop, StopSignals
+from parallel import ALONE, Ranks
+from run import Run, Stop, StopSignals
 from splitcross import SplitCrossEntropyLoss
 from utils import JsonLog, figures
 from watch import EpochBar, say
@@ -53,6 +54,7 @@ def train_step(
     # Without fp16 the scaler is disabled, and hands everything through.
     run.optimizer.zero_grad(set_to_none=True)
     run.scaler.scale(objective).backward()
+    run.ranks.average_gradients(run.parameters)
     run.scaler.unscale_(run.optimizer)
     if clip:
         run.grad_norm = nn.utils.clip_grad_norm_(run.parameters, clip)
@@ -98,21 +100,22 @@ def train_epoch(
 
     run.model.train()
     if progress.row == 0:
-        run.hidden = run.model.init_hidden(batch_size)
+        run.hidden = run.first_hidden()
     check_stop()
     for slices in sampler:
-        unread.append(train_step(run, ids, slices, bptt, alpha, beta, clip))
+        unread.append(train_step(run, ids, slices[run.columns], bptt, alpha, beta, clip))
         rows = slices[0].stop - slices[0].start
         progress.row += rows
         progress.batch, progress.step = progress.batch + 1, progress.step + 1
 
         at_log = progress.batch % log_interval == 0
         at_checkpoint = (checkpoint_every and progress.step % checkpoint_every == 0) or (
-            checkpoint_minutes and time.monotonic() - last_checkpoint >= 60 * checkpoint_minutes
+            checkpoint_minutes
+            and run.ranks.any(time.monotonic() - last_checkpoint >= 60 * checkpoint_minutes)
         )
         at_end = progress.row == sampler.rows - 1
         if len(unread) >= read_every or at_log or at_checkpoint or at_end:
-            read_losses(progress, unread)
+            read_losses(run, unread)
             bar.show_loss(progress.loss_sum / progress.loss_count)
         bar.advance(rows * batch_size)
         if at_log:
@@ -129,15 +132,16 @@ def train_epoch(
             check_stop()
 
 
-def read_losses(progress: Progress, unread: list[Tensor]) -> None:
-    """Adds the losses of the last steps up and empties the list: a synchronisation on CUDA.
+def read_losses(run: Run, unread: list[Tensor]) -> None:
+    """Adds up the last steps' losses, means over ranks, and empties the list: a synchronisation on CUDA.
 
     Raises:
         RunError: one of them is not finite.
     """
     if not unread:
         return
-    for i, loss in enumerate(torch.stack(unread).tolist(), start=1):
+    progress, losses = run.progress, run.ranks.sum(torch.stack(unread).tolist())
+    for i, loss in enumerate((total / run.ranks.size for total in losses), start=1):
         if not math.isfinite(loss):
             raise progress.not_finite(f"the loss is {loss}", progress.step - len(unread) + i)
         progress.loss_sum, progress.loss_count = progress.loss_sum + loss, progress.loss_count + 1
@@ -178,22 +182,28 @@ def evaluate(
     bptt: int,
     batch_size: int,
     check_stop: Callable[[], None] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> float:
     """Mean negative log-likelihood over the predicted tokens, in nats, each counted once.
 
     Nothing is dropped; the state carries over from segment to segment, so `bptt` changes no figure. A text
-    of n rows predicts n - 1 of them: the first one is only read.
+    of n rows predicts n - 1 of them: the first one is only read. Columns are dealt out to `ranks`.
     """
     model.eval()
-    hidden = model.init_hidden(batch_size)
+    columns = ranks.columns(batch_size)
+    hidden = model.init_hidden(columns.stop - columns.start)
     total, count = 0.0, 0
     for source, target in eval_batches(ids, bptt, batch_size):
         check_stop()
+        source, target = source[:, columns], target[:, columns]
+        if not target.numel():
+            continue  # more ranks than columns
         output, hidden = model(source, hidden)
         total += criterion(
             model.decoder.weight, model.decoder.bias, output, target, reduction="sum"
         ).item()  # a synchronisation, but of a whole segment; summed in float64
         count += target.numel()
+    total, count = ranks.sum([total, count])
     return total / count
 
 
@@ -224,12 +234,11 @@ def fit(
     progress = run.progress
     tokens = (len(train) // settings["batch_size"] - 1) * settings["batch_size"]  # trained on in an epoch
     run.log.start(run.script, progress.epoch, progress.batch, progress.step)
-    with StopSignals() as signals:
+    with StopSignals(run.ranks) as signals:
 
         def check_time() -> None:
-            signals.check()
-            if max_minutes and time.monotonic() - started >= 60 * max_minutes:
-                raise Stop("--max_minutes")
+            late = max_minutes and time.monotonic() - started >= 60 * max_minutes
+            signals.check("--max_minutes" if late else "")
 
         def check_stop() -> None:
             check_time()
@@ -254,7 +263,8 @@ def fit(
                     run.start_averaging()
                     run.log.write("averaging", loss, epoch=progress.epoch, step=progress.step)
                 if progress.epoch in when:
-                    run.files.copy_model(f"{run.save}.e{progress.epoch}")
+                    if run.ranks.leads:
+                        run.files.copy_model(f"{run.save}.e{progress.epoch}")
                     progress.lr /= 10
                 progress.epoch, progress.row, progress.batch, progress.epoch_s = progress.epoch + 1, 0, 0, 0.0
                 progress.loss_sum, progress.loss_count = 0.0, 0
@@ -287,7 +297,7 @@ def validate(
         RunError: the loss is not finite.
     """
     progress = run.progress
-    loss = evaluate(*run.evaluated(), valid, bptt, EVAL_BATCH_SIZE, check_stop)
+    loss = evaluate(*run.evaluated(), valid, bptt, EVAL_BATCH_SIZE, check_stop, run.ranks)
     epoch_s = progress.epoch_s + time.perf_counter() - epoch_start
     line = f"| end of epoch {progress.epoch:3d} | time: {epoch_s:5.2f}s | {figures(loss, 'valid ')}"
     say(f"{RULE}\n{line}\n{RULE}")
@@ -305,7 +315,7 @@ def validate(
     )
     if progress.best_loss is None or loss < progress.best_loss:
         if partial and progress.best_loss is not None:
-            kept = run.save_state(displaced=run.files.best_model())
+            kept = run.save_state(displaced=run.files.best_model() if run.ranks.leads else None)
             if not kept:  # nothing would know the model before it: that one stays
                 return loss
         run.save_model(loss)
@@ -331,13 +341,16 @@ def test(save: str, ids: Tensor, bptt: int, log: JsonLog) -> float:
 def finish(run: Run, reason: str, ids: Tensor, bptt: int, go_on: str) -> int:
     """After `fit`: tests the best model, unless there is no time for it; returns the exit status.
 
+    A test at batch size 1 is a sequence: rank 0 does it alone.
+
     Raises:
         RunError: the best model or the state could not be written.
     """
+    run.ranks.end()
     run.files.require_written(models_only=True)
     if reason in ("SIGINT", *NO_TIME):
         say(f"| stopped; go on with: {go_on}")
-    if reason not in NO_TIME:
+    if reason not in NO_TIME and run.ranks.leads:
         test(run.save, ids, bptt, run.log)
     run.files.require_written()
     return 143 if reason == "SIGTERM" else 0

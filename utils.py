@@ -1,6 +1,7 @@
 """What every script needs and no method depends on: errors, whole files, the device, the run's log."""
 
 import argparse
+import atexit
 import contextlib
 import ctypes
 import fcntl
@@ -10,11 +11,14 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+
+RANK_0_FIRST_S = 3.0
 
 
 class UserError(Exception):
@@ -27,6 +31,18 @@ class RunError(UserError):
     """A run that began well and failed: one line on stderr, exit status 1."""
 
     status = 1
+
+
+class LostRankError(RunError):
+    """Another process of a data-parallel run has ended: what went wrong is for that one to say."""
+
+
+def torchrun_rank_and_size() -> tuple[int, int]:
+    """Which of how many processes this is, as torchrun tells them; without torchrun 0 of 1."""
+    rank, size = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+    if rank.isdecimal() and size.isdecimal() and int(rank) < int(size):
+        return int(rank), int(size)
+    return 0, 1
 
 
 def keep_freed_memory() -> None:
@@ -44,39 +60,77 @@ def keep_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's free end is kept
 
 
-def run_script(main: Callable[[], int | None]) -> None:
-    """Calls `main()` and exits with its status; what a user can cause becomes one line, never a traceback."""
-    name = Path(sys.argv[0]).name
+def run_script(main: Callable[[], int | None], parallel: bool = False) -> None:
+    """Calls `main()` and exits with its status; what a user can cause becomes one line, never a traceback.
+
+    Of several processes started by torchrun rank 0 speaks for all. Another one says only what is its own
+    failure: it gives rank 0 some seconds to fail for the same reason, whereupon torchrun ends the others.
+
+    Args:
+        parallel: `main` knows how to be one of several processes; else rank 0 does all of the work.
+    """
+    name, (rank, size) = Path(sys.argv[0]).name, torchrun_rank_and_size()
+    if rank and not parallel:
+        sys.exit(0)
+
+    def tell(message: str, status: int) -> int:
+        if rank:
+            signal.signal(signal.SIGTERM, lambda *_: os._exit(status))
+            time.sleep(RANK_0_FIRST_S)
+            message = f"rank {rank}: {message}"
+        print(f"{name}: {message}", file=sys.stderr)
+        return status
+
     keep_freed_memory()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # until training has something to save
     try:
-        status = main() or 0
+        with silence() if rank else contextlib.nullcontext():
+            status = main() or 0
         sys.stdout.flush()
+    except LostRankError as error:
+        status = error.status if rank else tell(f"error: {error}", error.status)
     except UserError as error:
-        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        status = error.status
+        status = tell(f"error: {' '.join(str(error).split())}", error.status)
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
-        print(f"{name}: error: {reason}; try a smaller --batch_size or --bptt", file=sys.stderr)
-        status = 1
+        status = tell(f"error: {reason}; try a smaller --batch_size or --bptt", 1)
     except BrokenPipeError:  # `... | head`: nobody reads on; keep Python from complaining at its own exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"{name}: error: {where}{error.strerror or error}", file=sys.stderr)
-        status = 1
+        status = tell(f"error: {where}{error.strerror or error}", 1)
     except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
-        status = 130
+        status = 130 if rank else tell("interrupted", 130)
+    except SystemExit as end:  # --help, SIGTERM
+        status = end.code
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler that raises would disturb Python's own exit
+    if size > 1:
+        # Python's teardown of torch's process group (2.13) aborts now and then, and torchrun would end all.
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status or 0)
     sys.exit(status)
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Inside nothing is printed."""
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield
 
 
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's own parser, with the usage left out of error messages: one line says it."""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+        raise UserError(f"{message} (see --help)")
 
 
 def number(

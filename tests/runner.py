@@ -62,12 +62,18 @@ class Running:
 
 
 def start(
-    *argv: object, cwd: Path, script: str = "main.py", file_limit: int = 0, permissions: bool = False
+    *argv: object,
+    cwd: Path,
+    script: str = "main.py",
+    file_limit: int = 0,
+    permissions: bool = False,
+    environment: dict[str, str] | None = None,
 ) -> Running:
     """Starts `python script argv` in `cwd`.
 
     file_limit: bytes that fit into a file, as on a disk that is nearly full; 0: no limit.
     permissions: file permissions stop this process, even root's.
+    environment: variables of its own.
     """
     logs = cwd / ".runs"
     logs.mkdir(exist_ok=True)
@@ -77,7 +83,9 @@ def start(
     err.touch()
     line = [script, *map(str, argv)]
     with _environment():
-        process = _context.Process(target=_run, args=(line, cwd, out, err, file_limit, permissions))
+        process = _context.Process(
+            target=_run, args=(line, cwd, out, err, file_limit, permissions, environment or {})
+        )
         process.start()
     return Running(process, out, err)
 
@@ -108,14 +116,22 @@ def _environment():
         os.environ.update(before)
 
 
-def _run(line: list[str], cwd: Path, out: Path, err: Path, file_limit: int, permissions: bool) -> None:
+def _run(
+    line: list[str],
+    cwd: Path,
+    out: Path,
+    err: Path,
+    file_limit: int,
+    permissions: bool,
+    environment: dict[str, str],
+) -> None:
     """In the new process: the script as `__main__`, with buffers flushed at each line as by `python -u`."""
     os.chdir(cwd)
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(ENVIRONMENT | environment)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if file_limit:
