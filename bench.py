@@ -12,10 +12,10 @@ floor: the step's matrix products alone, `torch.mm` over all bptt x batch rows a
     cannot reach it: its recurrent products have to wait for each other.
 
 Each of them is a process of its own, started afresh, that sleeps until it is told to do a step. They take
-turns: each does one step to warm up (ours three: see SETTLING_STEPS), which is discarded; then, round after
-round, each does one, so that a machine that slows down slows all three. Times are medians over the rounds
-(lowest-highest). ours and the floor keep freed memory, as main.py does (utils.keep_freed_memory); plain runs
-as torch comes. On a CUDA device times are read from events, the device being idle before and after.
+turns, a step each, round after round, so that a machine that slows down slows all three. The first two rounds
+warm up and are discarded; times are medians over the others (lowest-highest). ours and the floor keep freed
+memory, as main.py does (utils.keep_freed_memory); plain runs as torch comes. On a CUDA device times are read
+from events, the device being idle before and after.
 
 Peak memory is a process's high-water mark: on the CPU resident memory, interpreter and libraries included; on
 a CUDA device `torch.cuda.max_memory_allocated`. The three processes of wt103-qrnn take 17 GB together.
@@ -58,15 +58,13 @@ ROOT = Path(__file__).parent
 VARIANTS = ("ours", "plain", "floor")
 # Seconds for the rounds of a setting, and of a group of rows in table 2, unless --rounds says how many.
 STEPS_BUDGET_S, OTHERS_BUDGET_S = 45, 15
-# Steps of ours beside the warm-up: freed memory that is kept has its final size after the third step only,
-# and two rounds of a large setting would be nothing but that. What is not kept costs the same every step.
-SETTLING_STEPS = 2
+WARM_UP_ROUNDS = 2  # the memory that a process keeps has its final size after the second step
 
 
 def alternate(
     title: str, works: dict[str, Callable[[], float]], rounds: int, budget_s: float
 ) -> dict[str, list[float]]:
-    """Each work once to warm up, then all in turn, round after round: milliseconds, a value a round.
+    """All works in turn, round after round, first to warm up: milliseconds, a value a round.
 
     `rounds` 0: as many as `budget_s` allows, 2 to 15.
     """
@@ -77,9 +75,10 @@ def alternate(
         print(f"{title}: {label}: {figures}", file=sys.stderr, flush=True)
         return found
 
-    begin = time.perf_counter()
-    one_round("warm-up, discarded")
-    round_s = time.perf_counter() - begin
+    for _ in range(WARM_UP_ROUNDS):
+        begin = time.perf_counter()
+        one_round("warm-up, discarded")
+        round_s = time.perf_counter() - begin
     rounds = rounds or min(15, max(2, round(budget_s / round_s)))
     found = [one_round(f"round {i} of {rounds}") for i in range(1, rounds + 1)]
     return {name: [times[name] for times in found] for name in works}
@@ -91,8 +90,6 @@ def bench_steps(names: list[str], device: str, tiny: bool, rounds: int) -> Itera
         ntoken, args = setting(name, tiny)
         with contextlib.ExitStack() as stack:
             workers = {kind: stack.enter_context(Worker(kind, name, device, tiny)) for kind in VARIANTS}
-            for _ in range(SETTLING_STEPS):
-                workers["ours"].ask("step")
             works = {kind: partial(worker.ask, "step") for kind, worker in workers.items()}
             times = alternate(name, works, rounds, STEPS_BUDGET_S)
             peaks = {kind: worker.finish() for kind, worker in workers.items()}
@@ -280,7 +277,7 @@ def others_table(entries: list[dict[str, Any]]) -> str:
 def profile(name: str, tiny: bool, device: torch.device) -> str:
     """torch's profile of one step of ours, once its memory has settled."""
     step = ours(name, tiny, device)["step"]
-    for _ in range(1 + SETTLING_STEPS):
+    for _ in range(WARM_UP_ROUNDS):
         step()
     with torch.profiler.profile() as profiler:
         step()
@@ -327,6 +324,9 @@ def main() -> None:
         return
     if args.json:
         check_writable(args.json, "--json")
+    missing = [split for split in SPLITS if args.data and not Path(args.data, f"{split}.txt").is_file()]
+    if missing:
+        raise UserError(f"--data {args.data}: has no {missing[0]}.txt; give a folder with all three splits")
     facts, steps, others = machine(device), [], []
     facts_line = "  ".join(f"{name}: {value}" for name, value in facts.items())
     if 1 in args.tables:

@@ -294,7 +294,8 @@ class Run:
 def make_optimizer(parameters: list[Tensor], name: str, lr: float, wdecay: float) -> torch.optim.Optimizer:
     """SGD (NT-ASGD's descent) or Adam, with weight decay, over model and criterion alike."""
     kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[name]
-    return kind(parameters, lr=lr, weight_decay=wdecay)
+    fused = parameters[0].device.type == "cpu" or None  # one pass, without temporaries; None: torch decides
+    return kind(parameters, lr=lr, weight_decay=wdecay, fused=fused)
 
 
 def start_run(

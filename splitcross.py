@@ -9,12 +9,16 @@ The words are sorted by frequency. With splits `s_1 < ... < s_K` the head is a s
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils import UserError
+
+# Rows of logits at once: enough for a matrix product at its full speed, few enough to stay near a core.
+BLOCK_ROWS, BLOCK_ELEMENTS = 512, 2**22
 
 
 def default_splits(ntoken: int) -> list[int]:
@@ -23,11 +27,71 @@ def default_splits(ntoken: int) -> list[int]:
     return [split for split in splits if split < ntoken]
 
 
+class BlockedCrossEntropy(torch.autograd.Function):
+    """The loss of all positions together and its gradients, by one block of logits after the other.
+
+    `F.linear` and `F.cross_entropy` hold (N, V) three times over. Here a block of rows becomes its own
+    gradient in place, enters the gradients of both factors, and is overwritten by the next. The result is the
+    sum over `count`; `train` says whether gradients will be asked for.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hiddens: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, count: int, train: bool
+    ) -> Tensor:
+        N, V = len(hiddens), len(weight)
+        rows = min(N, max(BLOCK_ROWS, BLOCK_ELEMENTS // V))
+        block = hiddens.new_empty(rows, V)
+        if train:
+            d_hiddens, d_weight = torch.empty_like(hiddens), torch.empty_like(weight)
+            d_bias = torch.zeros_like(bias)
+        total = 0.0
+        for start in range(0, N, rows):
+            x, target = hiddens[start : start + rows], targets[start : start + rows, None]
+            logits = torch.addmm(bias, x, weight.T, out=block[: len(x)])  # (rows, V)
+            highest = logits.amax(1, keepdim=True)
+            expected = logits.gather(1, target)
+            powers = logits.sub_(highest).exp_()
+            norm = powers.sum(1, keepdim=True)
+            total += (norm.log() + highest - expected).sum(dtype=torch.float64).item()
+            if train:
+                grad = powers.div_(norm.mul_(count))  # p / count, and (p - 1) / count at the target
+                grad.scatter_add_(1, target, torch.full_like(expected, -1 / count))
+                torch.mm(grad, weight, out=d_hiddens[start : start + rows])
+                new = start == 0  # with beta 0 what lies in d_weight is not looked at
+                torch.addmm(d_weight, grad.T, x, beta=0 if new else 1, out=d_weight)
+                d_bias.add_(grad.sum(0))
+        if train:
+            ctx.save_for_backward(d_hiddens, d_weight, d_bias)
+        return hiddens.new_tensor(total / count)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # By 1, as in training, they are handed over as they are: the weight's is as large as the weight.
+        return *(x if grad == 1 else x * grad for x in ctx.saved_tensors), None, None, None
+
+
 def linear_cross_entropy(
-    hiddens: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, reduction: str
+    hiddens: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, count: int | None
 ) -> Tensor:
-    """Projection and loss: (N, H), (V, H), (V,), (N,) -> a scalar, or (N,) by "none", in nats."""
-    return F.cross_entropy(F.linear(hiddens, weight, bias), targets, reduction=reduction)
+    """Projection and loss: (N, H), (V, H), (V,), (N,) -> the sum over `count`, in nats; None: (N,), each."""
+    losses = F.cross_entropy(F.linear(hiddens, weight, bias), targets, reduction="none")
+    return losses if count is None else losses.sum() / count
+
+
+def blocked_cross_entropy(
+    hiddens: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, count: int | None
+) -> Tensor:
+    """The same in blocks where that is quicker and smaller: on the CPU, for a sum.
+
+    Under autocast the products are in half precision, and F.linear knows how.
+    """
+    if count is None or hiddens.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return linear_cross_entropy(hiddens, weight, bias, targets, count)
+    bias = weight.new_zeros(len(weight)) if bias is None else bias
+    train = torch.is_grad_enabled() and (hiddens.requires_grad or weight.requires_grad or bias.requires_grad)
+    return BlockedCrossEntropy.apply(hiddens, weight, bias, targets, count, train)
 
 
 class SplitCrossEntropyLoss(nn.Module):
@@ -61,7 +125,7 @@ class SplitCrossEntropyLoss(nn.Module):
         hiddens: Tensor,
         targets: Tensor,
         reduction: str = "mean",
-        cross_entropy: Callable[..., Tensor] = linear_cross_entropy,
+        cross_entropy: Callable[..., Tensor] = blocked_cross_entropy,
     ) -> Tensor:
         """The loss of `targets` in nats: a scalar, or (N,) without a reduction.
 
@@ -70,27 +134,27 @@ class SplitCrossEntropyLoss(nn.Module):
             hiddens: (N, H), or (T, B, H).
             targets: (N,), or (T, B), of integers in [0, V).
             reduction: "mean" over the N positions, "sum", or "none": one loss a position.
-            cross_entropy: `linear_cross_entropy`, or a compiled one.
+            cross_entropy: `blocked_cross_entropy`, or a compiled `linear_cross_entropy`.
         """
         hiddens, targets = hiddens.flatten(0, -2), targets.reshape(-1)  # (N, H), (N,)
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction {reduction!r}: use 'mean', 'sum' or 'none'")
+        count = {"mean": targets.numel(), "sum": 1, "none": None}[reduction]
         if not self.splits:
-            return cross_entropy(hiddens, weight, bias, targets, reduction)
+            return cross_entropy(hiddens, weight, bias, targets, count)
 
         weights, biases = self.clusters(weight, bias)
         edges = torch.tensor(self.splits, device=targets.device)
         cluster = torch.bucketize(targets, edges, right=True)  # (N,): 0 in the head, else 1 .. K
         # In the head a word of cluster k is its tombstone, entry s_1 + k - 1.
         head_targets = torch.where(cluster == 0, targets, self.splits[0] + cluster - 1)
-        part = "none" if reduction == "none" else "sum"
-        total = cross_entropy(hiddens, *self.head(weights[0], biases[0]), head_targets, part)
+        total = cross_entropy(hiddens, *self.head(weights[0], biases[0]), head_targets, count)
         for k, first in enumerate(self.splits, start=1):
             hit = (cluster == k).nonzero().squeeze(1)  # a synchronisation on CUDA: the sizes decide the work
             if hit.numel():
-                loss = cross_entropy(hiddens[hit], weights[k], biases[k], targets[hit] - first, part)
-                total = total.index_add(0, hit, loss) if part == "none" else total + loss
-        return total / targets.numel() if reduction == "mean" else total
+                loss = cross_entropy(hiddens[hit], weights[k], biases[k], targets[hit] - first, count)
+                total = total.index_add(0, hit, loss) if count is None else total + loss
+        return total
 
     def logprob(self, weight: Tensor, bias: Tensor | None, hiddens: Tensor) -> Tensor:
         """Log-probabilities of every word: (N, H) -> (N, V), in nats."""

@@ -46,17 +46,17 @@ def torchrun_rank_and_size() -> tuple[int, int]:
 
 
 def keep_freed_memory() -> None:
-    """Keeps large tensors' memory in the process when they are freed, and has it in large pages.
+    """Keeps the memory of freed tensors in the process, and has large tensors in large pages.
 
     A training step frees and allocates the same sizes again and again. Mapped anew each time, every page of
-    them costs a fault: a quarter of all CPU time was spent there. Large pages alone leave a fifth of that;
-    they also align the tensors to pages, without which the kept blocks are not found again. Has an effect
-    on Linux with glibc only, and before torch has allocated anything.
+    them costs a fault: a quarter of all CPU time was spent there. Large pages leave a fifth of that, keeping
+    what was freed leaves nothing; but the very largest, which rarely fit into each other's places, would
+    double a process if kept. Has an effect on Linux with glibc only, and before torch has allocated anything.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no allocation gets a mapping of its own
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: 32 MB, the most there is; only what is larger is given back
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's free end is kept
 
 
