@@ -154,8 +154,8 @@ def floor(name: str, tiny: bool, device: torch.device) -> Works:
 
 def evaluation_sizes(tiny: bool) -> dict[str, tuple[int, int]]:
     """Columns and tokens of the two kinds of evaluation; test has segments of 1,024 tokens."""
-    rows = 21 if tiny else 1021  # validation's segments of 102 rows fill it; one is a target only
-    return {"valid": (EVAL_BATCH_SIZE, EVAL_BATCH_SIZE * rows), "test": (TEST_BATCH_SIZE, 41 if tiny else 2049)}
+    valid, test = (21, 41) if tiny else (1021, 2049)  # rows that whole segments fill, and a last target
+    return {"valid": (EVAL_BATCH_SIZE, EVAL_BATCH_SIZE * valid), "test": (TEST_BATCH_SIZE, test)}
 
 
 def evaluation(name: str, tiny: bool, device: torch.device) -> Works:

@@ -204,15 +204,15 @@ def test_device_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]
 
 
 def test_works_take_turns(capsys: pytest.CaptureFixture[str]) -> None:
-    """Each once to warm up, which is discarded, then all of them every round."""
+    """Each twice to warm up, which is discarded, then all of them every round."""
     order = []
 
     def work(name: str) -> Callable[[], float]:
         return lambda: order.append(name) or float(len(order))
 
     found = bench.alternate("title", {"a": work("a"), "b": work("b")}, rounds=2, budget_s=0)
-    assert found == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
-    assert order == ["a", "b"] * 3
+    assert found == {"a": [5.0, 7.0], "b": [6.0, 8.0]}
+    assert order == ["a", "b"] * 4
 
 
 def test_worker_is_a_process_of_its_own() -> None:

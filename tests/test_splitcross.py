@@ -5,13 +5,22 @@ import pytest
 import reference
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import splitcross
 from splitcross import SplitCrossEntropyLoss, default_splits
 from utils import UserError
 
 V, H, N = 41, 7, 23
 SPLITS = [(), (9,), (5, 12), (3, 8, 20), (1, 2, 40)]
+
+
+@pytest.fixture(params=[512, 5], ids=lambda rows: f"blocks of {rows}", autouse=True)
+def _blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test with all positions in one block of logits, and with several blocks, the last one shorter."""
+    monkeypatch.setattr(splitcross, "BLOCK_ROWS", request.param)
+    monkeypatch.setattr(splitcross, "BLOCK_ELEMENTS", 1)
 
 
 def make(splits: tuple[int, ...], dtype: torch.dtype = torch.float64, scale: float = 1.0, n: int = N):
@@ -119,6 +128,38 @@ def test_gradients_are_those_of_plain_torch(splits, dtype):
     tolerance = 1e-12 if dtype is torch.float64 else 2e-7
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=10 * tolerance, atol=tolerance)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that any operation gives."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        found = operation(*args, **(kwargs or {}))
+        sizes = [t.numel() for t in torch.utils._pytree.tree_leaves(found) if isinstance(t, Tensor)]
+        self.elements = max(self.elements, *sizes, 0)
+        return found
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_logits_of_all_positions_never_exist_at_once(train):
+    """Loss and gradients of 600 positions and 41 words make no tensor above a block of logits."""
+    criterion, weight, bias, hiddens, _ = make((), n=600)
+    targets = torch.randint(V, (600,))
+    with torch.set_grad_enabled(train), Largest() as largest:
+        loss = criterion(weight, bias, hiddens, targets)
+    assert loss.requires_grad == train
+    assert largest.elements == max(splitcross.BLOCK_ROWS * V, 600 * H)
+
+
+def test_a_gradient_of_the_gradient_is_refused():
+    """The blocks' gradients are numbers, not a graph: a second derivative is an error, not a zero."""
+    criterion, weight, bias, hiddens, targets = make(())
+    loss = criterion(weight, bias, hiddens, targets).square()
+    (gradient,) = torch.autograd.grad(loss, hiddens, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 def test_clusters_not_hit_are_not_touched():
