@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 import torch
 
@@ -78,7 +78,8 @@ def run_script(main: Callable[[], int | None], parallel: bool = False) -> None:
             signal.signal(signal.SIGTERM, lambda *_: os._exit(status))
             time.sleep(RANK_0_FIRST_S)
             message = f"rank {rank}: {message}"
-        print(f"{name}: {message}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # stderr may be full too
+            print(f"{name}: {message}", file=sys.stderr, flush=True)
         return status
 
     keep_freed_memory()
@@ -86,7 +87,6 @@ def run_script(main: Callable[[], int | None], parallel: bool = False) -> None:
     try:
         with silence() if rank else contextlib.nullcontext():
             status = main() or 0
-        sys.stdout.flush()
     except LostRankError as error:
         status = error.status if rank else tell(f"error: {error}", error.status)
     except UserError as error:
@@ -94,12 +94,12 @@ def run_script(main: Callable[[], int | None], parallel: bool = False) -> None:
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
         status = tell(f"error: {reason}; try a smaller --batch_size or --bptt", 1)
-    except BrokenPipeError:  # `... | head`: nobody reads on; keep Python from complaining at its own exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # `... | head`: nobody reads on
         status = 1
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        status = tell(f"error: {where}{error.strerror or error}", 1)
+        where = error.filename or (flush_or_drop(sys.stdout) and "stdout")
+        reason = error.strerror or error
+        status = tell(f"error: {where}: {reason}" if where else f"error: {reason}", 1)
     except KeyboardInterrupt:
         status = 130 if rank else tell("interrupted", 130)
     except SystemExit as end:  # --help, SIGTERM
@@ -109,10 +109,27 @@ def run_script(main: Callable[[], int | None], parallel: bool = False) -> None:
     if size > 1:
         # Python's teardown of torch's process group (2.13) aborts now and then, and torchrun would end all.
         atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status or 0)
-    sys.exit(status)
+    lost = flush_or_drop(sys.stdout)
+    if lost:
+        tell(f"warning: stdout: {lost}; the last lines are not there", 0)
+    flush_or_drop(sys.stderr)
+    leave = os._exit if size > 1 else sys.exit
+    leave(status or 0)
+
+
+def flush_or_drop(stream: TextIO | None) -> str:
+    """Writes out what was printed; a full disk drops it, and the reason is returned, else "".
+
+    Python would try again as it exits, and end with a status of its own (120). A reader that has gone away
+    (`| head`) is no reason.
+    """
+    try:
+        if stream is not None:  # as it is when it was closed before the start
+            stream.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return "" if isinstance(error, BrokenPipeError) else error.strerror
+    return ""
 
 
 @contextlib.contextmanager
