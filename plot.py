@@ -19,6 +19,9 @@ from typing import Any
 from utils import ArgumentParser, UserError, check_writable, ppl, run_script, write_whole
 
 SUFFIX = ".log.jsonl"
+# Numbers that say where in a run a line belongs. They may be missing.
+PLACES = ("step", "epoch", "batch", "batches", "ms_per_batch", "epoch_s")
+LARGEST_LOSS = 300.0  # nats a token; the perplexity of a larger one leaves no room around it on an axis
 # Okabe and Ito's palette: told apart by colour-blind eyes too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
@@ -65,7 +68,7 @@ def read_log(path: str) -> list[dict[str, Any]]:
     """The entries of a log; lines that a full disk or a kill cut short are passed over.
 
     Raises:
-        UserError: it is missing or empty, or has no figures.
+        UserError: it is missing or empty, has no figures, or is another program's.
     """
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
@@ -73,12 +76,17 @@ def read_log(path: str) -> list[dict[str, Any]]:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give a model that main.py trained, or its log") from None
     entries = []
-    for line in lines:
+    for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(entry, dict) and isinstance(entry.get("kind"), str):
+            for name in PLACES:
+                if not is_number(entry.get(name, 0)):
+                    raise UserError(
+                        f"{path}: {name!r} in line {number} is no number; give a log that main.py wrote"
+                    )
             entries.append(entry)
     if not any(is_figure(entry) for entry in entries):
         what = "has no figures yet" if lines else "is empty"
@@ -86,11 +94,20 @@ def read_log(path: str) -> list[dict[str, Any]]:
     return entries
 
 
+def is_number(value: object, most: float = 1e15) -> bool:
+    """Whether it is one that an axis can show: finite, of no more than `most` either way."""
+    return isinstance(value, int | float) and -most <= value <= most
+
+
 def is_figure(entry: dict[str, Any]) -> bool:
-    """Whether it is a training or validation loss, with its place in the run."""
-    needed = {"train": ("loss", "epoch", "step", "batch", "batches"), "valid": ("loss", "epoch", "step")}
-    numbers = [entry.get(name) for name in needed.get(entry["kind"], ("none",))]
-    return all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
+    """Whether it is a training or validation loss that can be drawn: finite, and with its place in the run.
+
+    A validation in mid-epoch (--max_steps) is none: the whole run would not have had it.
+    """
+    needed = {"train": ("epoch", "step", "batch", "batches"), "valid": ("epoch", "step")}
+    places = needed.get(entry["kind"], ("none",))
+    placed = all(name in entry for name in places) and not entry.get("partial")
+    return placed and is_number(entry.get("loss"), LARGEST_LOSS)
 
 
 def split_runs(entries: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -100,45 +117,62 @@ def split_runs(entries: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     an invocation goes on; a log from before there was one shows it by a step that is smaller than the last.
     """
     runs: list[list[dict[str, Any]]] = [[]]
+    steps: list[int] = []  # of the figures of the last run: they only grow
     for entry in entries:
         is_start, step = entry["kind"] == "start", entry.get("step")
-        steps = [old["step"] for old in runs[-1] if is_figure(old)]
         if steps and step is not None and (is_start or step < steps[-1]):
             if step == 0 if is_start else step <= steps[0]:
                 runs.append([])
-            last = step if is_start else step - 1
-            runs[-1] = [old for old in runs[-1] if old.get("step", last) <= last]
+                steps = []
+            else:
+                last = step if is_start else step - 1
+                drop_past(last, runs[-1])
+                while steps and steps[-1] > last:
+                    steps.pop()
         runs[-1].append(entry)
+        if is_figure(entry):
+            steps.append(step)
     return [run for run in runs if any(is_figure(entry) for entry in run)]
+
+
+def drop_past(last: int, run: list[dict[str, Any]]) -> None:
+    """Takes what was logged past step `last` from the end of `run`."""
+    kept = []
+    while run and not (is_figure(run[-1]) and run[-1]["step"] <= last):
+        entry = run.pop()
+        if entry.get("step", last) <= last:
+            kept.append(entry)
+    run.extend(reversed(kept))
 
 
 def make_curve(name: str, entries: list[dict[str, Any]]) -> Curve:
     """The points of one run; its clock is the sum of what the epochs took, in training and validation."""
     curve = Curve(name)
-    epochs_s = {}  # of the epochs that are over, by number
+    before_s = 0.0  # all epochs before this one
+    whole_s = 0.0  # this epoch, once it is over
     spent_s = 0.0  # in this epoch so far
     batch, epoch = 0, 0  # of the line before
     for entry in entries:
         kind = entry["kind"]
-        if kind == "test" and isinstance(entry.get("loss"), int | float):
+        if kind == "test" and is_number(entry.get("loss")):
             curve.test = ppl(entry["loss"])
-        if kind == "start":
-            batch, epoch = entry.get("batch", 0), entry.get("epoch", 0)
         if kind == "averaging" and curve.valid:
             curve.switch = curve.valid[-1]
-        if not is_figure(entry):
+        if kind != "start" and not is_figure(entry):
             continue
-        if entry["epoch"] != epoch:
-            batch, epoch, spent_s = 0, entry["epoch"], 0.0
-        before_s = sum(s for number, s in epochs_s.items() if number < epoch)
-        if kind == "train":
+        if entry.get("epoch", 0) != epoch:
+            before_s, whole_s, spent_s = before_s + whole_s, 0.0, 0.0
+            batch, epoch = 0, entry.get("epoch", 0)
+        if kind == "start":
+            batch = entry.get("batch", 0)
+        elif kind == "train":
             spent_s += entry.get("ms_per_batch", 0.0) / 1000 * max(0, entry["batch"] - batch)
             batch = entry["batch"]
             at = epoch - 1 + min(1.0, batch / max(1, entry["batches"]))
             curve.train.append(Point(at, (before_s + spent_s) / 3600, ppl(entry["loss"])))
-        elif not entry.get("partial"):
-            epochs_s[epoch] = entry.get("epoch_s", spent_s)
-            curve.valid.append(Point(epoch, (before_s + epochs_s[epoch]) / 3600, ppl(entry["loss"])))
+        else:
+            whole_s = entry.get("epoch_s", spent_s)
+            curve.valid.append(Point(epoch, (before_s + whole_s) / 3600, ppl(entry["loss"])))
     return curve
 
 
@@ -160,9 +194,10 @@ def ticks(low: float, high: float) -> list[float]:
     """Round numbers within the limits, five to a dozen of them: evenly spread on a log scale if possible."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
-        found = [step * 10**power for power in powers for step in steps if low <= step * 10**power <= high]
+        values = [step * 10.0**power for power in powers for step in steps]
+        found = [value for value in values if low <= value <= high]
         if len(found) >= 5:
-            return found
+            return found[:: math.ceil(len(found) / 14)]
     size = 10 ** math.floor(math.log10((high - low) / 5))
     step = max(size * factor for factor in (1, 2, 5) if size * factor <= (high - low) / 5)
     return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,38 @@ def test_the_clock_of_a_resumed_run():
     assert [point.hours * 3600 for point in curve.train] == pytest.approx([4, 6, 8, 17])
 
 
+def test_the_clock_of_a_run_resumed_at_an_epochs_end():
+    """What the epoch before took counts once."""
+    log = [begin(0), train(5), train(10), valid(1, epoch_s=12), begin(10, 2), train(15, 2)]
+    curve = make_curve("a", split_runs(log)[0])
+    assert [point.hours * 3600 for point in curve.train] == pytest.approx([5, 10, 17])
+
+
+def test_a_log_of_100_000_lines_is_read_in_seconds(tmp_path):
+    """Reading is linear: epochs, steps and resumed stretches, each by the thousand; it takes a second."""
+
+    def too_long(*_: object) -> None:
+        raise AssertionError("20 s are over")
+
+    log = [begin(0)]
+    for epoch in range(1, 2001):
+        log += [train(50 * (epoch - 1) + i, epoch, batches=50) for i in range(1, 51)]
+        log.append({**valid(epoch), "step": 50 * epoch})
+        if epoch % 2 == 0:
+            log += [begin(50 * epoch - 5, epoch, 45), *log[-6:]]
+    (tmp_path / "a.pt.log.jsonl").write_text("\n".join(map(json.dumps, log)))
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(20)
+    try:
+        (curve,) = read_curves([str(tmp_path / "a.pt")])
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert len(log) > 100_000
+    assert (len(curve.train), len(curve.valid)) == (100_000, 2000)
+    assert curve.valid[-1].hours * 3600 == pytest.approx(2000 * 12)
+
+
 def test_a_validation_in_mid_epoch_is_no_point_of_the_curve():
     """--max_steps validates where it stops; the whole run would not have."""
     log = [begin(0), train(5), valid(1, 3.0, partial=True), begin(5, 1, 5), train(10), valid(1, 4.0)]
@@ -107,7 +140,9 @@ def test_names_differ(tmp_path):
     assert names == ["x/m", "y/m", "y/m, fine-tuned"]
 
 
-@pytest.mark.parametrize("low_high", [(50, 60), (55, 120), (80, 700), (3, 20), (20, 90000), (1.9, 2.1)])
+@pytest.mark.parametrize(
+    "low_high", [(50, 60), (55, 120), (80, 700), (3, 20), (20, 90000), (1.9, 2.1), (1e-99, 1e120)]
+)
 def test_ticks_are_round_and_neither_few_nor_many(low_high):
     """Five to a dozen, whatever the range."""
     found = ticks(*low_high)
@@ -149,12 +184,27 @@ def test_a_picture_is_written(run):
         assert f"<!-- {text}" in svg
 
 
+def test_points_that_no_axis_can_hold_are_left_out(run):
+    """A diverged epoch costs no picture: at 709 nats the perplexity is infinite, long before, no sight."""
+    losses = (4.0, 709.0, 1e4, 299.0)
+    log = [begin(0), train(5), *(valid(i, loss) for i, loss in enumerate(losses, 1)), train(45, 5, 710.0)]
+    (run / "up.pt.log.jsonl").write_text("\n".join(map(json.dumps, log)))
+    (curve,) = read_curves([str(run / "up.pt")])
+    assert [point.epoch for point in curve.valid] == [1, 4]
+    assert len(curve.train) == 1
+    result = plot("up.pt", cwd=run)
+    assert (result.status, result.err) == (0, ""), result
+
+
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
         (["none.pt"], "none.pt.log.jsonl"),
         (["empty.pt"], "is empty"),
         (["m.pt", "tests_only.log.jsonl"], "no figures"),
+        (["partial.pt"], "no figures"),
+        (["text.pt"], "'step' in line 2"),
+        (["list.pt"], "'ms_per_batch' in line 1"),
         (["m.pt", "--out", "m.gif"], "--out m.gif"),
         (["m.pt", "--out", "nowhere/m.png"], "--out nowhere/m.png"),
         ([], "RUN"),
@@ -164,6 +214,12 @@ def test_bad_input_is_one_line(run, argv, named):
     """Status 2; the file or flag, and what to do; no picture."""
     (run / "empty.pt.log.jsonl").touch()
     (run / "tests_only.log.jsonl").write_text('{"kind": "test", "loss": 4.0}\n')
+    for name, entries in {
+        "partial": [begin(0), valid(1, partial=True)],
+        "text": [begin(0), {**train(5), "step": "5"}],
+        "list": [{**train(5), "ms_per_batch": [1]}],
+    }.items():
+        (run / f"{name}.pt.log.jsonl").write_text("\n".join(map(json.dumps, entries)))
     result = plot(*argv, cwd=run)
     assert (result.status, len(result.err.splitlines())) == (2, 1), result
     assert named in result.err
