@@ -19,6 +19,7 @@ import signal
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,17 @@ FAREWELL_S = 10.0  # then a rank leaves without the others
 LARGE = 1 << 20  # elements; a gradient of more is averaged where it lies, the others side by side
 REASONS = ("", "--max_minutes", "SIGINT", "SIGTERM")  # to stop; the later one wins
 SEED_STRIDE = 1_000_003  # torch's CPU generator looks at the lower 32 bits of a seed
+# What torch, Gloo and NCCL say when another rank has gone; and when it is this one that cannot go on.
+LOST = re.compile(
+    r"(closed|reset) by|closed the connection|socket closed|pair closure|broken pipe|refused|timed? ?out"
+    r"|remote process|unreachable|no route",
+    re.IGNORECASE,
+)
+FAILED_HERE = re.compile(
+    r"server socket|gai error|no space|out of memory|cannot allocate|too many open files", re.IGNORECASE
+)
+# Flags that may well differ between machines.
+OF_ONE_MACHINE = ("data", "save", "output", "resume", "device", "tensorboard", "keep_last")
 
 
 class Ranks:
@@ -100,8 +112,15 @@ class Ranks:
         if self.size == 1:
             yield
             return
-        with others_alive(), killable():
-            self.store = next(dist.rendezvous("env://", self.rank, self.size, timeout=PATIENCE))[0]
+        try:
+            with others_alive(), killable():
+                self.store = next(dist.rendezvous("env://", self.rank, self.size, timeout=PATIENCE))[0]
+        except ValueError as error:
+            reason = str(error).rpartition("rendezvous: ")[2]
+            raise UserError(
+                f"WORLD_SIZE {self.size}: {reason}; start with torchrun, which says where rank 0 is, or "
+                "unset RANK and WORLD_SIZE"
+            ) from None
         while self.rank and not self.is_set("rank 0 was here"):
             time.sleep(0.02)
         yield
@@ -124,6 +143,25 @@ class Ranks:
             dist.init_process_group(
                 backend, store=self.store, rank=self.rank, world_size=self.size, timeout=PATIENCE
             )
+
+    def check_alike(self, facts: dict[str, Any]) -> None:
+        """Raises UserError when ranks would not do the same: other flags, files or a state. Collective.
+
+        `facts`: plain data, under names for a person. Ranks that part here would wait for each other, or mix
+        up what they exchange: machines without a common disk, say, where one finds a state to go on with.
+        """
+        if self.size == 1:
+            return
+        found = [{}] * self.size
+        with others_alive():
+            dist.all_gather_object(found, facts)
+        for rank, others in enumerate(found):
+            for name, first in found[0].items():
+                if others.get(name) != first:
+                    raise UserError(
+                        f"{name}: {first} on rank 0, {others.get(name)} on rank {rank}; start all ranks with "
+                        "the same command, --data and --save on a disk that all machines share"
+                    )
 
     def end(self) -> None:
         """The last word between the ranks: from here on each may take its time.
@@ -249,15 +287,28 @@ def find_ranks() -> Ranks:
 
 @contextlib.contextmanager
 def others_alive() -> Iterator[None]:
-    """Inside ranks talk to each other; that one cannot be reached becomes a LostRankError."""
+    """Inside ranks talk to each other.
+
+    Raises:
+        LostRankError: another one cannot be reached, or keeps silent for too long.
+        RunError: it fails here: no memory, no port, no space in /dev/shm, ... This rank has to say so.
+    """
     try:
         yield
-    except (RuntimeError, ValueError) as error:  # dist's own errors are RuntimeErrors
-        reason = (
-            re.sub(r"^\[\S*\] ", "", str(error)).splitlines()[0].split(". ")[0]
-        )  # no place in C++, no advice
-        raise LostRankError(
-            f"another rank has ended or cannot be reached ({reason}); it, or torchrun, says why"
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # dist's own errors are RuntimeErrors; Gloo's are nothing else
+        text = re.sub(r"^\[\S*\] ", "", str(error))  # without the place in C++
+        nccl = text.rpartition("Last error:\n")[2].strip()  # its own words come last
+        reason = (nccl or text).partition("\n")[0]
+        network = isinstance(error, dist.DistNetworkError | dist.DistStoreError) or LOST.search(str(error))
+        if network and not FAILED_HERE.search(reason):
+            raise LostRankError(
+                f"another rank has ended or cannot be reached ({reason.split('. ')[0]}); it, or torchrun, "
+                "says why"
+            ) from None
+        raise RunError(
+            f"cannot work with the other ranks ({reason}); mend that, and go on with --resume"
         ) from None
 
 

@@ -18,7 +18,7 @@ import checkpoint
 from batches import Texts
 from files import RunFiles
 from model import RNNModel, State, detach
-from parallel import ALONE, Ranks
+from parallel import ALONE, OF_ONE_MACHINE, Ranks
 from splitcross import SplitCrossEntropyLoss, linear_cross_entropy
 from utils import RunError, UserError, check_space, copy_whole, figures, ppl
 from watch import RunLog, board_folder, say
@@ -230,6 +230,7 @@ class Run:
                 f"--resume {state_path}: a part of it does not fit this run ({reason}); remove it for a "
                 "warm start from the model alone"
             ) from None
+        self.ranks.check_alike({"step of the .state": self.progress.step})
         if self.ranks.leads:
             self.restore_model(state["displaced"], model_path)
         self.progress.best_loss = self.ranks.from_rank_0(self.progress.best_loss)
@@ -323,6 +324,16 @@ def start_run(
         save=args["save"],
         fingerprint=[len(texts.train), int(texts.train.sum(dtype=torch.int64))],
         ranks=ranks,
+    )
+    alike = {f"--{name}": value for name, value in args.items() if name not in OF_ONE_MACHINE}
+    ranks.check_alike(
+        {
+            "goes on with a run": bool(args["resume"]),
+            "the script": script,
+            **alike,
+            "words": len(texts.vocab),
+            "tokens to train on, and a sum of them": run.fingerprint,
+        }
     )
     if not ranks.leads:  # the weights are drawn, by the same seed on all; masks are not to be the same
         ranks.seed(args["seed"])

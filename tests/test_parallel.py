@@ -6,6 +6,7 @@ Most runs are real processes started with the variables that torchrun sets, some
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +19,9 @@ import torch
 from conftest import SMALL, Trained
 from runner import ENVIRONMENT, ROOT, TIMEOUT, Result, Running, start
 from test_resume_cli import assert_same_end, seen
+
+import parallel
+import utils
 
 NO_DROPOUT = [w for name in ("", "h", "i", "e") for w in (f"--dropout{name}", 0)] + ["--wdrop", 0]
 EVERY = [*SMALL, "--save", "m.pt", "--log-interval", 1]  # a batch of 4 columns
@@ -267,6 +271,94 @@ def test_a_rank_that_fails_alone_says_so(corpus, tmp_path):
     assert (result.status, result.out) == (2, "")
     assert re.fullmatch(r"main.py: rank 1: error: --data nowhere: there is no .*\n", result.err), result.err
     assert ranks[0].result() == (-signal.SIGTERM, "", "")
+
+
+GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:538] "
+NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, {}, NCCL version 2.27.5\n{}"
+SYSTEM = NCCL.format(
+    "unhandled system error (run with NCCL_DEBUG=INFO for details)",
+    "ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device error. \n"
+    "Last error:\n{}",
+)
+REMOTE = NCCL.format(
+    "remote process exited or there was a network error",
+    "ncclRemoteError: A call failed possibly due to a network error.\nLast error:\n",
+)
+SHM = "Error while creating shared memory segment /dev/shm/nccl-a, error: No space left on device (28)"
+FULL_GPU = "Cuda failure 2 'out of memory'"
+PORT = "The server socket has failed to listen on any local network address. port: 1, name: EADDRINUSE"
+TORCH = torch.distributed
+GONE = "another rank has ended"
+FAILURES = [
+    (RuntimeError(f"{GLOO}Connection closed by peer [127.0.0.1]:36517"), GONE),
+    (RuntimeError(f"{GLOO}Read error [127.0.0.1]:36517: Connection reset by peer"), GONE),
+    (RuntimeError("Timed out waiting 1800000ms for recv operation to complete"), GONE),
+    (RuntimeError("Application timeout caused pair closure"), GONE),
+    (TORCH.DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed."), GONE),
+    (TORCH.DistStoreError("wait timeout after 1800000ms, keys: /0"), GONE),
+    (TORCH.DistBackendError(REMOTE), GONE),
+    (TORCH.DistBackendError(SYSTEM.format(SHM)), SHM),
+    (TORCH.DistBackendError(SYSTEM.format(FULL_GPU)), FULL_GPU),
+    (TORCH.DistNetworkError(PORT), PORT),
+    (RuntimeError(f"{GLOO}Gloo connectFullMesh failed: Too many open files"), "Too many open files"),
+    (torch.OutOfMemoryError("CUDA out of memory."), "CUDA out of memory"),
+]
+
+
+@pytest.mark.parametrize(("error", "says"), FAILURES)
+def test_who_has_failed(error, says):
+    """A lost rank's error is for that one to say; a failure of this one comes with its reason."""
+    with pytest.raises((utils.RunError, torch.OutOfMemoryError)) as caught, parallel.others_alive():
+        raise error
+    assert isinstance(caught.value, utils.LostRankError) == (says == GONE)
+    assert says in str(caught.value)
+
+
+def test_a_port_that_is_taken(tmp_path):
+    """Rank 0's own failure: it gives the port and does not look for another rank."""
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        shared = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        result = start(*EVERY, cwd=tmp_path, environment=shared).result()
+    assert (result.status, len(result.err.splitlines())) == (1, 1), result
+    assert "another rank" not in result.err
+    assert port in result.err
+    assert "use" in result.err
+
+
+def test_ranks_without_torchrun(tmp_path):
+    """WORLD_SIZE without MASTER_ADDR, as a cluster may set it: one line with the variable that is missing."""
+    result = start(*EVERY, cwd=tmp_path, environment={"WORLD_SIZE": "2", "RANK": "0"}).result()
+    assert (result.status, len(result.err.splitlines())) == (2, 1), result
+    assert "main.py: error: WORLD_SIZE 2: environment variable MASTER_ADDR" in result.err
+
+
+@pytest.mark.parametrize(
+    ("last", "named"),
+    [
+        (["--batch_size", 8], "--batch_size: 4 on rank 0, 8 on rank 1;"),
+        (["--save", "new.pt"], "goes on with a run: True on rank 0, False on rank 1;"),
+        (["--resume", "old.pt"], "step of the .state: 7 on rank 0, 3 on rank 1;"),
+    ],
+)
+def test_ranks_that_would_not_do_the_same(corpus, tmp_path, last, named):
+    """Other flags, or machines without a common disk: refused by all before a step, nothing is written."""
+    flags = ["--data", corpus, *EVERY, "--resume", "auto"]
+    for steps in (3, 7):
+        assert start(*flags, "--max_steps", steps, cwd=tmp_path).result().status == 0
+        if steps == 3:
+            for suffix in ("", ".state"):
+                shutil.copy(tmp_path / f"m.pt{suffix}", tmp_path / f"old.pt{suffix}")
+    before = (tmp_path / "m.pt").read_bytes()
+    ranks = start_ranks(2, *flags, cwd=tmp_path, last=tuple(last))
+    results = [rank.result() for rank in ranks]
+    for result, who in zip(results, ("", "rank 1: "), strict=True):
+        assert (result.status, len(result.err.splitlines())) == (2, 1), result
+        assert f"main.py: {who}error: {named}" in result.err
+    assert (tmp_path / "m.pt").read_bytes() == before
+    assert "| epoch" not in results[0].out
 
 
 def test_torchrun_says_once_what_is_wrong(tmp_path):
