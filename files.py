@@ -37,6 +37,7 @@ class RunFiles:
         self.failing: dict[str, RunError] = {}  # the files that could not be written the last time, and why
         self.in_state = False  # the state on the disk holds the model that waits
         self.said = False
+        self.said_copy = False  # that a numbered state could not be written
         self.at_end = False  # of the run: from now on `require_written` says what is missing
 
     def save_model(self, contents: dict[str, Any]) -> None:
@@ -88,8 +89,13 @@ class RunFiles:
                 data = Path(self.state).read_bytes()
                 checkpoint.save_bytes(copy, lambda file: file.write(data))
 
-        if not self.attempt(copy, link):
-            del self.failing[copy]  # the next state has a copy of its own
+        try:
+            link()
+        except (checkpoint.NotWrittenError, OSError) as error:
+            if not self.said_copy:  # apart from `said`: the state itself has been written
+                self.said_copy = True
+                reason = getattr(error, "reason", None) or error.strerror
+                warn(f"{copy}: cannot be written ({reason}); the run goes on, without copies that do not fit")
             return
         with contextlib.suppress(OSError):
             folder, name = os.path.split(self.state)

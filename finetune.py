@@ -52,7 +52,7 @@ def main() -> int:
     ranks.check_batch_size(args["batch_size"])
     check_writable(args["save"], "--output" if "output" in given else "--save")
     if ranks.leads:
-        board_folder(args["tensorboard"], args["save"])
+        board_folder(args["tensorboard"], args["save"], SCRIPT)
 
     torch.manual_seed(args["seed"])
     device = pick_device(ranks.device_name(args["device"]))

@@ -55,7 +55,7 @@ def main() -> int:
         ranks.check_batch_size(args["batch_size"])
         check_writable(args["save"], "--save")
         if ranks.leads:
-            board_folder(args["tensorboard"], args["save"])
+            board_folder(args["tensorboard"], args["save"], SCRIPT)
     elif ranks.leads:
         ranks = ALONE  # rank 0 evaluates alone
     else:

@@ -155,7 +155,7 @@ def add_run_flags(parser: ArgumentParser) -> None:
     flag(
         group, "--keep_last", type=count, help="keep the newest K states, as .state.STEP; 0: only the .state"
     )
-    flag(group, "--tensorboard", metavar="DIR", help="figures for TensorBoard, in DIR/name of the model")
+    flag(group, "--tensorboard", metavar="DIR", help="figures for TensorBoard, in DIR/SAVE (SAVE.finetune)")
 
 
 def resolve_auto(given: dict[str, Any], script: str, from_model: bool) -> dict[str, Any]:

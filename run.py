@@ -131,7 +131,7 @@ class Run:
         self.files = RunFiles(save, args["keep_last"])
         self.log = RunLog(None)
         if ranks.leads:
-            self.log = RunLog(f"{save}.log.jsonl", board_folder(args["tensorboard"], save))
+            self.log = RunLog(f"{save}.log.jsonl", board_folder(args["tensorboard"], save, script))
 
     def first_hidden(self) -> list[State]:
         """The state that an epoch begins with, of this rank's columns."""

@@ -124,11 +124,11 @@ class RunLog(JsonLog):
             self.add_to_board(entry)
 
     def open_board(self, step: int) -> None:
-        """Begins a file of events; points past `step`, of an invocation that was killed, are hidden."""
+        """Begins a file of events. A resumed run hides points past `step`, of the invocation before it."""
         # The writer's thread hands its error to the next call; it need not print a traceback too.
         hook = threading.excepthook
         threading.excepthook = lambda args: isinstance(args.exc_value, OSError) or hook(args)
-        self.on_board(lambda writer: None, purge_step=step + 1 if step else 0)
+        self.on_board(lambda writer: None, purge_step=step + 1 if step else None)
         atexit.register(self.on_board, lambda writer: writer.close())
 
     def add_to_board(self, entry: dict[str, Any]) -> None:
@@ -186,8 +186,10 @@ def summary_writer() -> type:
     return SummaryWriter
 
 
-def board_folder(tensorboard: str | None, save: str) -> str | None:
-    """The folder of this run's events in `--tensorboard DIR`, called as the model; made if it is missing.
+def board_folder(tensorboard: str | None, save: str, script: str) -> str | None:
+    """The folder of this run's events in `--tensorboard DIR`, made if it is missing.
+
+    It is called as the model, its folders included; training and fine-tuning of one model are two curves.
 
     Raises:
         UserError: it cannot be written, or TensorBoard is not installed.
@@ -195,7 +197,9 @@ def board_folder(tensorboard: str | None, save: str) -> str | None:
     if not tensorboard:
         return None
     summary_writer()
-    folder = os.path.join(tensorboard, os.path.basename(save))
+    parts = [part for part in os.path.relpath(save).split(os.sep) if part != ".."]
+    suffix = "" if script == "main.py" else "." + script.removesuffix(".py")
+    folder = os.path.join(tensorboard, *parts) + suffix
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
