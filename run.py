@@ -20,7 +20,7 @@ from files import RunFiles
 from model import RNNModel, State, detach
 from parallel import ALONE, OF_ONE_MACHINE, Ranks
 from splitcross import SplitCrossEntropyLoss, linear_cross_entropy
-from utils import RunError, UserError, check_space, copy_whole, figures, ppl
+from utils import RunError, UserError, check_space, copy_whole, figures, keep_freed_memory, ppl
 from watch import RunLog, board_folder, say
 
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -309,6 +309,10 @@ def start_run(
 ) -> Run:
     """A run at its first step, from fresh weights or from those of a saved model; the same on all ranks."""
     ranks.start(device)
+    # The gates of all positions, 16 bytes a hidden unit: where they are too large to be kept when freed,
+    # keeping what is half as large gains 1 % of time and costs 8 % of memory (WikiText-2's LSTM).
+    if 16 * args["batch_size"] * args["bptt"] * args["nhid"] > 2**25:
+        keep_freed_memory(2**24)
     dropouts = {name: args[name] for name in checkpoint.DROPOUTS}
     if warm_start:
         model, criterion = checkpoint.restore(warm_start, **dropouts)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from utils import UserError
 
 # Rows of logits at once: enough for a matrix product at its full speed, few enough to stay near a core.
-BLOCK_ROWS, BLOCK_ELEMENTS = 512, 2**22
+BLOCK_ROWS, BLOCK_ELEMENTS = 256, 5 * 2**20
 
 
 def default_splits(ntoken: int) -> list[int]:

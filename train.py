@@ -36,6 +36,7 @@ def train_step(
 ) -> Tensor:
     """One optimizer step over one batch; returns its loss (a scalar, still on the device, nats a token)."""
     source, target = get_batch(ids, slices)  # (T, B) each
+    run.optimizer.zero_grad(set_to_none=True)  # now: what the forward pass needs can take their place
 
     # Longer batches take longer steps (AWD, section 5), under every optimizer.
     for group in run.optimizer.param_groups:
@@ -52,7 +53,6 @@ def train_step(
         objective = objective + beta * (raw[-1][1:].float() - raw[-1][:-1].float()).pow(2).mean()
 
     # Without fp16 the scaler is disabled, and hands everything through.
-    run.optimizer.zero_grad(set_to_none=True)
     run.scaler.scale(objective).backward()
     run.ranks.average_gradients(run.parameters)
     run.scaler.unscale_(run.optimizer)

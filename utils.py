@@ -45,18 +45,19 @@ def torchrun_rank_and_size() -> tuple[int, int]:
     return 0, 1
 
 
-def keep_freed_memory() -> None:
-    """Keeps the memory of freed tensors in the process, and has large tensors in large pages.
+def keep_freed_memory(largest: int = 2**25) -> None:
+    """Keeps the memory of freed tensors of up to `largest` bytes, and has large tensors in large pages.
 
     A training step frees and allocates the same sizes again and again. Mapped anew each time, every page of
     them costs a fault: a quarter of all CPU time was spent there. Large pages leave a fifth of that, keeping
-    what was freed leaves nothing; but the very largest, which rarely fit into each other's places, would
-    double a process if kept. Has an effect on Linux with glibc only, and before torch has allocated anything.
+    what was freed leaves nothing; but the largest, which rarely fit into each other's places, would double a
+    process if kept. 32 MB is the most that glibc takes. Has an effect on Linux with glibc only; large pages
+    only when it is called before torch has allocated anything.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: 32 MB, the most there is; only what is larger is given back
+        mallopt(-3, largest)  # M_MMAP_THRESHOLD
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's free end is kept
 
 
