@@ -8,7 +8,6 @@ one runs no code of whoever made it.
 """
 
 import io
-import os
 import pickle
 import re
 import zipfile
@@ -61,19 +60,14 @@ def resume_paths(path: str) -> tuple[str, str]:
     return path, str(state_path(path))
 
 
-def find_resumable(save: str, script: str, from_model: bool) -> str:
-    """What `--resume auto` goes on with: `save` if it has a state (or, `from_model`, a model), else "".
-
-    Without `from_model` a state that another script left is none to go on with.
+def state_script(save: str) -> str | None:
+    """The script whose state lies beside `save`; "" when there is none, None when it does not say.
 
     Raises:
-        UserError: there is a state that cannot be read.
+        UserError: it cannot be read.
     """
-    state = state_path(save)
-    if from_model:
-        return save if state.exists() or os.path.exists(save) else ""
-    found = state.exists() and load(state, "--resume auto", STATE_FORMAT).get("script") == script
-    return save if found else ""
+    path = state_path(save)
+    return load(path, "--resume auto", STATE_FORMAT).get("script") if path.exists() else ""
 
 
 def save(path: str | Path, contents: dict[str, Any]) -> None:
@@ -146,18 +140,6 @@ def model_contents(
     }
 
 
-def save_model(
-    path: str | Path,
-    args: dict[str, Any],
-    vocab: list[str],
-    model: RNNModel,
-    criterion: SplitCrossEntropyLoss,
-    metrics: dict[str, Any],
-) -> None:
-    """Saves a model; raises as `save` does."""
-    save(path, model_contents(args, vocab, model, criterion, metrics))
-
-
 def load_model(path: str | Path, flag: str) -> dict[str, Any]:
     """Reads a saved model and checks that it is whole: its parts, their types, and every tensor's shape.
 
@@ -187,7 +169,8 @@ def load_state(path: str | Path, flag: str, script: str) -> dict[str, Any]:
     check_parts({**state, **parts, "metrics": {}}, path, flag)
     if state["script"] != script:
         raise UserError(
-            f"{flag} {path}: is the state of {state['script']}, which can go on with it; remove it to "
+            f"{flag} {path}: is the state of {state['script']}, not of {script}; go on with "
+            f"{state['script']} --resume, fine-tune with --output NEW to keep both states, or remove it to "
             "warm-start from the model"
         )
     return state

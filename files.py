@@ -9,7 +9,7 @@ import contextlib
 import io
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -141,6 +141,24 @@ class RunFiles:
             kept += ", the new one waits in memory"
         return f"{kept}; the run goes on and tries again at every checkpoint and epoch's end"
 
+    @contextlib.contextmanager
+    def last_try(self) -> Iterator[None]:
+        """Inside, an error that ends the run does not take along, without a word, the models that wait."""
+        try:
+            yield
+        except BaseException:
+            self.at_end = True
+            self.retry()
+            for path in self.waiting:
+                end = f"is in {self.state}" if self.is_in_state(path) else "is lost"
+                reason = self.failing[path].reason
+                warn(f"{path}: cannot be written ({reason}); what was there is kept, the new one {end}")
+            raise
+
+    def is_in_state(self, path: str) -> bool:
+        """Whether this model waits, and the state on the disk holds it: a resumed run puts it in place."""
+        return path == self.save and self.in_state
+
     def require_written(self, models_only: bool = False) -> None:
         """At the end of a run: tries what waits once more.
 
@@ -153,7 +171,7 @@ class RunFiles:
         if not missing:
             return
         error = self.failing[missing[0]]
-        if missing[0] == self.save and self.in_state:
+        if self.is_in_state(missing[0]):
             error = RunError(
                 f"{self.save}: cannot be written ({error.reason}); the best model is in {self.state}: "
                 f"free some space, then --resume {self.save} puts it in place"

@@ -17,11 +17,11 @@ import torch
 import checkpoint
 import options
 import train
-from batches import EVAL_BATCH_SIZE, load_texts
+from batches import load_texts
 from parallel import find_ranks
 from run import start_run
-from utils import check_writable, figures, pick_device, run_script
-from watch import board_folder, say
+from utils import check_writable, pick_device, run_script
+from watch import board_folder
 
 SCRIPT = "finetune.py"
 # A new fine-tuning starts its own course: these do not come from the training that made the model.
@@ -64,14 +64,11 @@ def main() -> int:
     if resume:
         run.load_state(state, given)
     else:
-        loss = train.evaluate(
-            run.model, run.criterion, texts.valid, args["bptt"], EVAL_BATCH_SIZE, ranks=ranks
-        )
-        say(f"| before fine-tuning | {figures(loss, 'valid ')}")
+        loss = train.evaluate_start(run, texts.valid, args["bptt"], "before fine-tuning")
         if args["save"] != path:
             run.save_model(loss)
-        run.progress.best_loss = loss  # only a better model replaces the file
         run.start_averaging()
+    del state, saved  # several times the weights, on every rank
 
     reason = train.fit(
         run,

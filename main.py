@@ -76,6 +76,9 @@ def main() -> int:
     run.check_space()
     if state:
         run.load_state(state, given)
+    elif saved and os.path.realpath(args["save"]) == os.path.realpath(checkpoint.resume_paths(resume)[0]):
+        train.evaluate_start(run, texts.valid, args["bptt"], "warm start")
+    del state, saved, stored  # several times the weights, on every rank
 
     reason = train.fit(
         run,

@@ -5,6 +5,7 @@ contradicts the shape of a saved model is an error.
 """
 
 import argparse
+import os
 import shlex
 import shutil
 import sys
@@ -161,7 +162,8 @@ def add_run_flags(parser: ArgumentParser) -> None:
 def resolve_auto(given: dict[str, Any], script: str, from_model: bool) -> dict[str, Any]:
     """The flags with `--resume auto` replaced by what there is to go on with, and a line that says which.
 
-    `from_model`: a model without a state is something to go on with.
+    `from_model`: a model without a state is something to start from, and one that another script has gone on
+    with is at its end here: nothing is left but to evaluate it.
 
     Raises:
         UserError: --save is not given, or its state cannot be read.
@@ -171,9 +173,19 @@ def resolve_auto(given: dict[str, Any], script: str, from_model: bool) -> dict[s
     if "save" not in given:
         raise UserError("--resume auto: needs a name that stays the same; give --save too")
     save = given.get("output", given["save"])
-    found = checkpoint.find_resumable(save, script, from_model)
-    print(f"| --resume auto: {f'goes on with {found}' if found else f'no run of {save} yet, starts one'}")
-    return {**given, "resume": found}
+    found_script = checkpoint.state_script(save)
+    found: dict[str, Any] = {"resume": save}
+    if found_script in (script, None):
+        what = f"goes on with {save}"
+    elif from_model and found_script:
+        what = f"{found_script} has gone on with {save}, its training is over: evaluates it"
+        found["epochs"] = 0
+    elif from_model and os.path.exists(save):
+        what = f"warm start from {save}, which has no .state"
+    else:
+        what, found["resume"] = f"no run of {save} yet, starts one", ""
+    print(f"| --resume auto: {what}")
+    return {**given, **found}
 
 
 def go_on_command(save: str, given: dict[str, Any], processes: int = 1) -> str:

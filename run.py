@@ -1,13 +1,12 @@
-"""A run: what training changes, how it is written down, and how it is told to stop.
+"""A run: what training changes, and how it is written down.
 
 `Run.state()` holds everything that an exact resume needs; the class itself knows nothing of files but names.
 """
 
 import os
-import signal
+import time
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from types import FrameType
 from typing import Any
 
 import torch
@@ -26,44 +25,6 @@ from watch import RunLog, board_folder, say
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Stop(Exception):  # noqa: N818 - it ends a run, it is no error
-    """Training ends here, between two steps: `reason` is "SIGINT", "SIGTERM" or the flag that said so."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
-
-class StopSignals:
-    """While entered, Ctrl-C and SIGTERM are noted, and `check` raises Stop at the next safe place.
-
-    A second Ctrl-C interrupts at once. One rank's signal stops all `ranks`, at the same `check`.
-    """
-
-    def __init__(self, ranks: Ranks = ALONE) -> None:
-        self.ranks = ranks
-
-    def __enter__(self) -> "StopSignals":
-        self.reason = ""
-        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def note(self, number: int, frame: FrameType | None) -> None:
-        if self.reason == "SIGINT" and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.reason = signal.Signals(number).name
-
-    def check(self, otherwise: str = "") -> None:
-        """Raises Stop for a signal, or for the reason given when there was no signal."""
-        reason = self.ranks.agree(self.reason or otherwise)
-        if reason:
-            raise Stop(reason)
-
-
 @dataclass
 class Progress:
     """Where a run stands: plain numbers, saved with its state."""
@@ -75,7 +36,7 @@ class Progress:
     step: int = 0  # optimizer steps of the whole run
     loss_sum: float = 0.0  # over the batches since the last log line
     loss_count: int = 0
-    epoch_s: float = 0.0  # spent in this epoch by earlier processes
+    epoch_s: float = 0.0  # spent in this epoch, as of `Run.count_time`
     best_loss: float | None = None  # validation, nats a token, of the saved model
     history: list[float] = field(default_factory=list)  # validation loss of every epoch
 
@@ -129,9 +90,20 @@ class Run:
         self.progress = Progress(lr=args["lr"])
         self.grad_norm: Tensor | None = None  # of the last step, before clipping; still on the device
         self.files = RunFiles(save, args["keep_last"])
+        self.start_clock()
         self.log = RunLog(None)
         if ranks.leads:
             self.log = RunLog(f"{save}.log.jsonl", board_folder(args["tensorboard"], save, script))
+
+    def start_clock(self) -> None:
+        """From here on time counts as the epoch's."""
+        self.counted_until = time.perf_counter()
+
+    def count_time(self) -> None:
+        """Brings the epoch's seconds up to date."""
+        now = time.perf_counter()
+        self.progress.epoch_s += now - self.counted_until
+        self.counted_until = now
 
     def first_hidden(self) -> list[State]:
         """The state that an epoch begins with, of this rank's columns."""
@@ -153,6 +125,8 @@ class Run:
     def save_model(self, loss: float) -> None:
         """Writes the model, now or once the disk takes it."""
         metrics = {
+            "script": self.script,
+            "fingerprint": self.fingerprint,
             "valid_loss": loss,
             "valid_ppl": ppl(loss),
             "epoch": self.progress.epoch,
@@ -173,13 +147,15 @@ class Run:
         if not all(parameter.isfinite().all() for parameter in self.parameters):
             raise self.progress.not_finite("a weight is not finite", self.progress.step)
         self.ranks.check_same(self.parameters)
+        self.count_time()
         state = self.state(displaced)
         return self.files.save_state(state) if self.ranks.leads else True
 
     def check_space(self) -> None:
         """Raises RunError when the disk is full before anything is trained; else not a byte is left there."""
-        # The state is the largest file: the weights, and two moments of each under Adam.
-        copies = 3 if self.args["optimizer"] == "adam" else 1
+        # The state is the largest file: the weights, and of each two moments under Adam, under SGD the mean
+        # once it averages (a model that --max_steps displaces is left out).
+        copies = 3 if self.args["optimizer"] == "adam" else 2
         if self.ranks.leads:
             size = copies * sum(p.numel() * p.element_size() for p in self.parameters)
             check_space(self.files.state, size)
@@ -237,25 +213,34 @@ class Run:
         say(f"| resumed at epoch {self.progress.epoch}, batch {self.progress.batch}")
 
     def restore_model(self, displaced: dict[str, Any] | None, path: str) -> None:
-        """Puts the best model so far in its place: the displaced one, or that of `path`."""
-        if displaced is not None:
+        """Puts the best model so far in its place: that of `path`, or the displaced one.
+
+        The file may be of a later step than the state, and better than all models before it: the state is a
+        copy from earlier, or could not be written after that model was. Only a better model replaces it: on
+        the CPU, the same one at the latest.
+        """
+        metrics = checkpoint.load_model(path, "--resume")["metrics"] if os.path.exists(path) else None
+        newer = metrics is not None and self.is_newer_best(metrics)
+        if displaced is not None and not newer:
             checkpoint.save(self.save, displaced)
-        elif os.path.exists(path):
-            if self.save != path:
-                copy_whole(path, self.save)
-            self.keep_newer_best(checkpoint.load_model(self.save, "--resume")["metrics"])
+        elif metrics is not None and self.save != path:
+            copy_whole(path, self.save)
+        if newer:
+            loss = self.progress.best_loss = metrics["valid_loss"]
+            say(f"| {self.save} is of step {metrics['step']}: kept until a better one | {figures(loss)}")
+        elif metrics is None and displaced is None and self.progress.best_loss is not None:
+            self.progress.best_loss = None
+            say(f"| {path}: the best model is not there; the next validation saves one, better or not")
 
-    def keep_newer_best(self, metrics: dict[str, Any]) -> None:
-        """The file may be of a later step than the state, and better than all models before it.
+    def is_newer_best(self, metrics: dict[str, Any]) -> bool:
+        """Whether a saved model is of a later step of this run than its state, and the best so far.
 
-        The state is a copy from earlier, or could not be written after that model was. Only a better model
-        replaces it: on the CPU, the same one at the latest.
+        A model of another script or text is none of its steps: its loss says nothing here.
         """
         loss, best = metrics.get("valid_loss"), self.progress.best_loss
-        newer = metrics.get("step", 0) > self.progress.step
-        if newer and loss is not None and best is not None and loss < best:
-            self.progress.best_loss = loss
-            say(f"| {self.save} is of step {metrics['step']}: kept until a better one | {figures(loss)}")
+        same = metrics.get("script") == self.script and metrics.get("fingerprint") == self.fingerprint
+        newer = same and metrics.get("step", 0) > self.progress.step
+        return newer and loss is not None and (best is None or loss < best)
 
     def restore(self, state: dict[str, Any], given: dict[str, Any]) -> None:
         """The parts of a state, each to its place."""

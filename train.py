@@ -4,6 +4,7 @@ Losses are nats a token and leave the regularisation out. Method: Merity, Keskar
 ("AWD"): section 3 for NT-ASGD, 4.6 for the regularisation of activations (AR, TAR), 5 for batch lengths.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -16,8 +17,9 @@ import checkpoint
 from batches import EVAL_BATCH_SIZE, TEST_BATCH_SIZE, VariableLengthSampler, eval_batches, get_batch
 from model import RNNModel, detach
 from parallel import ALONE, Ranks
-from run import Run, Stop, StopSignals
+from run import Run
 from splitcross import SplitCrossEntropyLoss
+from stop import Stop, StopSignals
 from utils import JsonLog, figures
 from watch import EpochBar, say
 
@@ -129,7 +131,11 @@ def train_epoch(
             run.save_state()
             last_checkpoint = time.monotonic()
         if not at_end:
-            check_stop()
+            try:
+                check_stop()
+            except Stop:
+                read_losses(run, unread)  # they belong to the state that is about to be written
+                raise
 
 
 def read_losses(run: Run, unread: list[Tensor]) -> None:
@@ -234,7 +240,8 @@ def fit(
     progress = run.progress
     tokens = (len(train) // settings["batch_size"] - 1) * settings["batch_size"]  # trained on in an epoch
     run.log.start(run.script, progress.epoch, progress.batch, progress.step)
-    with StopSignals(run.ranks) as signals:
+    run.start_clock()
+    with StopSignals(run.ranks) as signals, run.files.last_try():
 
         def check_time() -> None:
             late = max_minutes and time.monotonic() - started >= 60 * max_minutes
@@ -245,18 +252,19 @@ def fit(
             if max_steps and progress.step >= max_steps:
                 raise Stop("--max_steps")
 
+        def check_sigterm() -> None:
+            if signals.terminated():
+                raise Stop("SIGTERM")
+
+        reason = "epochs"
         try:
             while progress.epoch <= epochs:
                 if on_stall == "stop" and has_stalled(progress.history, nonmono):
-                    return "stall"
-                epoch_start = time.perf_counter()
-                try:
-                    with EpochBar(progress.epoch, progress.row * settings["batch_size"], tokens) as bar:
-                        train_epoch(run, train, check_stop=check_stop, bar=bar, **settings)
-                    loss = validate(run, valid, settings["bptt"], epoch_start, check_time)
-                except Stop:
-                    progress.epoch_s += time.perf_counter() - epoch_start
-                    raise
+                    reason = "stall"
+                    break
+                with EpochBar(progress.epoch, progress.row * settings["batch_size"], tokens) as bar:
+                    train_epoch(run, train, check_stop=check_stop, bar=bar, **settings)
+                loss = validate(run, valid, settings["bptt"], check_time)
                 progress.history.append(loss)
                 if on_stall == "average" and not run.averaging and has_stalled(progress.history, nonmono):
                     say("| switching to averaging (NT-ASGD)")
@@ -270,21 +278,21 @@ def fit(
                 progress.loss_sum, progress.loss_count = 0.0, 0
                 run.save_state()
         except Stop as stop:
-            run.files.at_end = True
+            reason, run.files.at_end = stop.reason, True
             run.save_state()
             # Without a model of its own yet (or by --max_steps), the run ends with the weights it has.
-            has_new = progress.best_loss is None or (stop.reason == "--max_steps" and progress.row)
-            if has_new and stop.reason not in NO_TIME:
-                validate(run, valid, settings["bptt"], time.perf_counter(), lambda: None, partial=True)
-            return stop.reason
-    return "epochs"
+            has_new = progress.best_loss is None or (reason == "--max_steps" and progress.row)
+            if has_new and reason not in NO_TIME:
+                with contextlib.suppress(Stop):
+                    validate(run, valid, settings["bptt"], check_sigterm, partial=True)
+        # It may have come after the last check: then there is no time for a test either.
+        return "SIGTERM" if signals.terminated() else reason
 
 
 def validate(
     run: Run,
     valid: Tensor,
     bptt: int,
-    epoch_start: float,
     check_stop: Callable[[], None],
     partial: bool = False,
 ) -> float:
@@ -298,8 +306,8 @@ def validate(
     """
     progress = run.progress
     loss = evaluate(*run.evaluated(), valid, bptt, EVAL_BATCH_SIZE, check_stop, run.ranks)
-    epoch_s = progress.epoch_s + time.perf_counter() - epoch_start
-    line = f"| end of epoch {progress.epoch:3d} | time: {epoch_s:5.2f}s | {figures(loss, 'valid ')}"
+    run.count_time()
+    line = f"| end of epoch {progress.epoch:3d} | time: {progress.epoch_s:5.2f}s | {figures(loss, 'valid ')}"
     say(f"{RULE}\n{line}\n{RULE}")
     if not math.isfinite(loss):
         raise progress.not_finite(f"the validation loss is {loss}", progress.step)
@@ -309,7 +317,7 @@ def validate(
         epoch=progress.epoch,
         step=progress.step,
         lr=progress.lr,
-        epoch_s=epoch_s,
+        epoch_s=progress.epoch_s,
         averaged=run.averaging,
         partial=partial,
     )
@@ -320,6 +328,14 @@ def validate(
                 return loss
         run.save_model(loss)
         progress.best_loss = loss
+    return loss
+
+
+def evaluate_start(run: Run, valid: Tensor, bptt: int, what: str) -> float:
+    """Evaluates the model that a run starts from, and prints it: only a better one will replace it."""
+    loss = evaluate(run.model, run.criterion, valid, bptt, EVAL_BATCH_SIZE, ranks=run.ranks)
+    say(f"| {what} | {figures(loss, 'valid ')}")
+    run.progress.best_loss = loss if math.isfinite(loss) else None
     return loss
 
 

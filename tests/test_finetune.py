@@ -118,8 +118,19 @@ def test_killed_and_resumed_it_ends_where_the_whole_run_ends(base, whole, number
 def test_main_does_not_resume_a_fine_tuning(whole):
     """The state says who made it; the wrong script is told which one can go on."""
     before = whole.path.read_bytes()
-    assert one_line(run_cli("--resume", "m.pt", cwd=whole.folder), "m.pt.state", "finetune.py")
+    result = run_cli("--resume", "m.pt", cwd=whole.folder)
+    assert one_line(result, "m.pt.state", "finetune.py --resume", "--output")
     assert whole.path.read_bytes() == before
+
+
+def test_main_submitted_again_after_a_fine_tuning_just_evaluates(whole):
+    """A job of main.py, then finetune.py under the same name, sent again: training is over, status 0."""
+    before = {p.name: p.read_bytes() for p in whole.folder.glob("m.pt*")}
+    result = run_cli("--save", "m.pt", "--resume", "auto", "--epochs", 2, cwd=whole.folder)
+    assert result.status == 0, result
+    assert "its training is over" in result.out.splitlines()[0]
+    assert result.out.splitlines()[-2] == whole.result.out.splitlines()[-2]
+    assert {p.name: p.read_bytes() for p in whole.folder.glob("m.pt*")} == before
 
 
 def test_main_evaluates_a_fine_tuned_model(whole):

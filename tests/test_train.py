@@ -253,7 +253,8 @@ def test_a_saved_model_is_restored_to_evaluate(tmp_path, kind):
     model, criterion = checkpoint.build(
         args, vocab, dropout=0.5, dropouth=0.5, dropouti=0.5, dropoute=0.5, wdrop=0.5
     )
-    checkpoint.save_model(tmp_path / "m.pt", args, vocab, model, criterion, {"valid_loss": 1.0})
+    contents = checkpoint.model_contents(args, vocab, model, criterion, {"valid_loss": 1.0})
+    checkpoint.save(tmp_path / "m.pt", contents)
     saved = checkpoint.load_model(tmp_path / "m.pt", "--save")
     assert saved["vocab"] == vocab
     ids = torch.randint(0, V, (200,))

@@ -34,7 +34,7 @@ def save_model(
     path: Path, rnn_type: str = "LSTM", splits: tuple[int, ...] = (), vocab: list[str] = WORDS
 ) -> Path:
     args, model, criterion = make_model(rnn_type, splits, vocab)
-    checkpoint.save_model(path, args, vocab, model, criterion, {})
+    checkpoint.save(path, checkpoint.model_contents(args, vocab, model, criterion, {}))
     return path
 
 
