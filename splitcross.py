@@ -83,11 +83,12 @@ def linear_cross_entropy(
 def blocked_cross_entropy(
     hiddens: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, count: int | None
 ) -> Tensor:
-    """The same in blocks where that is quicker and smaller: on the CPU, for a sum.
+    """The same in blocks where that is quicker and smaller: on the CPU, for the sum of some positions.
 
     Under autocast the products are in half precision, and F.linear knows how.
     """
-    if count is None or hiddens.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    on_cpu = hiddens.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    if count is None or not len(hiddens) or not on_cpu:
         return linear_cross_entropy(hiddens, weight, bias, targets, count)
     bias = weight.new_zeros(len(weight)) if bias is None else bias
     train = torch.is_grad_enabled() and (hiddens.requires_grad or weight.requires_grad or bias.requires_grad)

@@ -54,6 +54,7 @@ def train_step(
     if beta and len(source) > 1:  # TAR: small changes from one time step to the next
         objective = objective + beta * (raw[-1][1:].float() - raw[-1][:-1].float()).pow(2).mean()
 
+    del output, raw, dropped  # so that the backward pass frees each layer's as it goes
     # Without fp16 the scaler is disabled, and hands everything through.
     run.scaler.scale(objective).backward()
     run.ranks.average_gradients(run.parameters)

@@ -208,6 +208,16 @@ def test_any_set_of_clusters(targets):
     assert loss.item() == pytest.approx(-expected.mean(), rel=1e-12)
 
 
+@pytest.mark.parametrize("splits", SPLITS)
+def test_no_positions_sum_to_nothing_with_gradients_of_zero(splits):
+    criterion, weight, bias, hiddens, targets = make(splits)
+    loss = criterion(weight, bias, hiddens[:0], targets[:0], reduction="sum")
+    loss.backward()
+    assert loss.item() == 0
+    assert not weight.grad.any()
+    assert criterion(weight, bias, hiddens[:0], targets[:0]).isnan()
+
+
 def test_time_and_batch_may_stay_apart():
     """Hiddens (T, B, H) with targets (T, B) give the loss of (N, H) with (N,)."""
     criterion, weight, bias, hiddens, targets = make((5, 12), n=24)
