@@ -260,7 +260,7 @@ def draw(curves: list[Curve], format: str) -> bytes:
     panels[0].set_ylim(low, high)
     panels[0].yaxis.set_major_locator(FixedLocator(ticks(low, high)))
     panels[0].yaxis.set_minor_locator(NullLocator())
-    panels[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+    panels[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     panels[0].set_ylabel("perplexity")
 
     grey = "#555555"
