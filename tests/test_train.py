@@ -9,6 +9,7 @@ import pytest
 import reference
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import checkpoint
 from batches import Texts, VariableLengthSampler, get_batch
@@ -95,6 +96,27 @@ def assert_same(run: Run, by_hand: ByHand) -> None:
         torch.testing.assert_close(
             found, other.detach(), rtol=1e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations_are_freed_during_the_backward_pass(make_run, monkeypatch, kind):
+    """When the embedding's gradient is there, the last one, no layer's output is in memory any more."""
+    run = make_run(model=kind, nlayers=3, dropouth=0.2, dropout=0.2)
+    outputs, gone = [], []
+    forward = run.model.forward
+
+    def watched(*args: object, **how: object):
+        output, hidden, raw, dropped = forward(*args, **how)
+        outputs.extend(StorageWeakRef(x.untyped_storage()) for x in (*raw, *dropped))
+        return output, hidden, raw, dropped
+
+    monkeypatch.setattr(run.model, "forward", watched)
+    run.model.encoder.weight.register_post_accumulate_grad_hook(
+        lambda _: gone.extend(output.expired() for output in outputs)
+    )
+    ids = torch.randint(0, V, (2000,))
+    train_step(run, ids, draws(1, ids)[0], BPTT, 2.0, 1.0, 0.25)
+    assert gone == [True] * 6
 
 
 @pytest.mark.parametrize("kind", KINDS)
