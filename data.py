@@ -164,7 +164,7 @@ def _encode(
             sizes[-1] += len(words)
         if sizes[-1] < 2:
             problem = "has a single token" if sizes[-1] else "is empty"
-            raise UserError(f"{table.place}: {problem}; every split needs two or more")
+            raise UserError(f"{table.place}: {problem}; every split needs two tokens or more")
         types = types or len(table)  # the training text's
     if rule.vocab is None:
         found.seek(0)

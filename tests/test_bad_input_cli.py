@@ -1,6 +1,7 @@
 """What goes wrong with main.py ends with a status and one line, never a traceback, and costs no file."""
 
 import os
+import pickle
 import random
 import shutil
 from pathlib import Path
@@ -263,7 +264,20 @@ def malicious(path: Path) -> None:
     torch.save({"format": "awd-lm model 1", "args": Trap(path.parent / "trapped")}, path)
 
 
-DAMAGES = [cut, cut_half, empty, noise, text, other_tensors, only_a_tensor, pickled_object, malicious]
+def malicious_of_protocol_4(path: Path) -> None:
+    """torch warns of the protocol, beside our own line."""
+    path.write_bytes(pickle.dumps(Trap(path.parent / "trapped"), protocol=4))
+
+
+def pickle_of_nothing(path: Path) -> None:
+    """torch's reader ends with an IndexError."""
+    path.write_bytes(b"\x80\x02.")
+
+
+DAMAGES = [
+    *(cut, cut_half, empty, noise, text, other_tensors, only_a_tensor, pickled_object, malicious),
+    *(malicious_of_protocol_4, pickle_of_nothing),
+]
 
 
 @pytest.mark.parametrize("suffix", ["", ".state"])
