@@ -5,81 +5,66 @@
     python finetune.py --resume PTB.ft.pt                                 # go on with a stopped run
     python finetune.py --save PTB.pt --resume auto --max_minutes 60       # a cluster's job, each time
 
-The file is replaced only by a better model, whole or not at all. The architecture and every setting that is
-not given come from the file. Method: Merity, Keskar, Socher, arXiv 1708.02182, section 5.
+The file is replaced only by a better model, whole or not at all. The architecture and every setting that is not
+given come from the file. Method: Merity, Keskar, Socher, arXiv 1708.02182, section 5.
 """
 
-import time
+from argparse import Namespace
 from typing import Any
 
-import torch
-
-import checkpoint
-import options
 import train
-from batches import load_texts
-from parallel import find_ranks
-from run import start_run
-from utils import check_writable, pick_device, run_script
-from watch import board_folder
+from harness import files, flags
+from harness.log import say
+from harness.script import run_script
+from harness.start import begin, find_state, start_run
+from utils import UserError
 
 SCRIPT = "finetune.py"
 # A new fine-tuning starts its own course: these do not come from the training that made the model.
 OWN = ("epochs", "optimizer", "lr", "when", "nonmono")
+OUTPUT = flags.Flag("--output", {}, None, "write the better model here and leave --save as it is")
 
 
 def parse_args() -> dict[str, Any]:
     """The flags given on the command line, and no others."""
-    parser = options.make_parser(__doc__)
-    options.add_run_flags(parser)
-    options.add_model_flags(parser)
-    options.add_training_flags(parser)
-    parser.add_argument("--output", help="write the better model here and leave --save as it is")
+    parser = flags.ArgumentParser(__doc__, flags.RUN, flags.MODEL, flags.REGULARISATION, flags.OPTIMISATION)
+    parser.add_flags("finetune.py alone", [OUTPUT])
     return vars(parser.parse_args())
 
 
 def main() -> int:
-    started = time.monotonic()
-    given = options.resolve_auto(parse_args(), SCRIPT, from_model=False)
-    resume = given.get("resume", "")
-    path, state_path = checkpoint.resume_paths(resume) if resume else (given.get("save", "PTB.pt"), "")
-    state = checkpoint.load_state(state_path, "--resume", SCRIPT) if resume else None
-    saved = state or checkpoint.load_model(path, "--save")
-    checkpoint.check_architecture(given, saved["args"], path)
-    stored = saved["args"] if resume else {k: v for k, v in saved["args"].items() if k not in OWN}
-    args = {**options.settle(given, stored), "save": given.get("output", given.get("save", path))}
-    ranks = find_ranks()
-    ranks.check_batch_size(args["batch_size"])
-    check_writable(args["save"], "--output" if "output" in given else "--save")
-    if ranks.leads:
-        board_folder(args["tensorboard"], args["save"], SCRIPT)
-
-    torch.manual_seed(args["seed"])
-    device = pick_device(ranks.device_name(args["device"]))
-    with ranks.rank_0_first():
-        texts = load_texts(args["data"], saved["vocab"], device, args["batch_size"])
-
-    run = start_run(SCRIPT, args, texts, device, warm_start=None if resume else saved, ranks=ranks)
-    run.check_space()
-    if resume:
-        run.load_state(state, given)
-    else:
-        loss = train.evaluate_start(run, texts.valid, args["bptt"], "before fine-tuning")
-        if args["save"] != path:
+    start = begin(parse_args(), find_start)  # the device, the processes, the settings, what there is to go on with
+    args = start.args
+    run = start_run(SCRIPT, start)  # seed, corpus, model, optimizer
+    if start.saved:
+        loss = train.evaluate_start(run, "before fine-tuning")
+        if args.save != start.given.get("save", args.save):
             run.save_model(loss)
         run.start_averaging()
-    del state, saved  # several times the weights, on every rank
+    deadline_s = start.began_s + 60 * args.max_minutes if args.max_minutes else None
+    del start  # a state is several times the weights
+    why = train.fit(run, "stop", deadline_s)
+    return train.finish(run, why)
 
-    reason = train.fit(
-        run,
-        texts.train,
-        texts.valid,
-        on_stall="stop",
-        started=started,
-        **{name: args[name] for name in train.FIT_SETTINGS},
-    )
-    go_on = options.go_on_command(run.save, given, ranks.here)
-    return train.finish(run, reason, texts.test, args["bptt"], go_on)
+
+def find_start(given: dict[str, Any]) -> tuple[Namespace, dict[str, Any] | None, dict[str, Any] | None]:
+    """The settings, and the state to go on from or else the model to fine-tune."""
+    path, state = find_state(given, SCRIPT)
+    auto = given.get("resume") == "auto"
+    if state and state["script"] == SCRIPT:
+        saved, stored = None, state["args"]
+    elif path and not auto:
+        raise UserError(f"--resume {path}.state: there is no such file; fine-tune with --save {path}")
+    else:
+        path, state = given.get("save", "PTB.pt"), None
+        saved = files.load_model(path, "--save")
+        stored = {name: value for name, value in saved["args"].items() if name not in OWN}
+    if auto:
+        say(f"| --resume auto: {f'goes on with {path}' if state else f'no run of {path} yet, starts one'}")
+    flags.check_shape(given, stored, path)
+    args = flags.resolve_args({**given, "resume": path if state else ""}, stored)
+    args.save = given.get("output", given.get("save", path))
+    return args, state, saved
 
 
 if __name__ == "__main__":

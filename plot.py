@@ -8,7 +8,6 @@ Training and validation perplexity over epochs and over time, from the logs that
 (SAVE.log.jsonl). Stars mark the best validation, dashed lines the switch to averaging.
 """
 
-import argparse
 import io
 import json
 import math
@@ -16,12 +15,16 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from utils import ArgumentParser, UserError, check_writable, ppl, run_script, write_whole
+from harness.files import check_writable, write
+from harness.flags import ArgumentParser
+from harness.log import ppl
+from harness.script import run_script
+from utils import UserError
 
 SUFFIX = ".log.jsonl"
 # Numbers that say where in a run a line belongs. They may be missing.
 PLACES = ("step", "epoch", "batch", "batches", "ms_per_batch", "epoch_s")
-LARGEST_LOSS = 300.0  # nats a token; the perplexity of a larger one leaves no room around it on an axis
+LARGEST_LOSS = 300.0  # nats per token; the perplexity of a larger one leaves no room around it on an axis
 # Okabe and Ito's palette: told apart by colour-blind eyes too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
@@ -56,11 +59,9 @@ class Curve:
 
 
 def parse_args() -> dict[str, Any]:
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a model, or its .log.jsonl")
-    parser.add_argument(
-        "--out", help="the picture: .png, .pdf or .svg (default: the first RUN's name + .png)"
-    )
+    parser.add_argument("--out", help="the picture: .png, .pdf or .svg (default: the first RUN's name + .png)")
     return vars(parser.parse_args())
 
 
@@ -296,13 +297,13 @@ def limits(curves: list[Curve]) -> tuple[float, float]:
 
 def main() -> int:
     args = parse_args()
-    out = args["out"] or args["runs"][0].removesuffix(SUFFIX) + ".png"
+    out = args.get("out") or args["runs"][0].removesuffix(SUFFIX) + ".png"
     format = os.path.splitext(out)[1].lstrip(".").lower()
     if format not in ("png", "pdf", "svg"):
         raise UserError(f"--out {out}: is no name of a picture; let it end in .png, .pdf or .svg")
     check_writable(out, "--out")
     picture = draw(read_curves(args["runs"]), format)
-    write_whole(out, lambda file: file.write(picture))
+    write(out, lambda file: file.write(picture))
     print(f"| curves written to {out}")
     return 0
 

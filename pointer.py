@@ -12,22 +12,24 @@ arXiv 1612.04426 ("Cache"), section 3; the window is used from its first pair on
 
 import itertools
 import math
+from argparse import Namespace
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-import checkpoint
-import options
-from batches import eval_batches
-from data import read_corpus
+from data import eval_batches, read_corpus
+from harness import flags
+from harness.files import open_model
+from harness.flags import COUNT, POSITIVE, SWITCH, Flag, number
+from harness.log import DOUBLE_RULE, RunLog, figures, ppl, say
+from harness.script import run_script
 from model import RNNModel
 from splitcross import SplitCrossEntropyLoss
-from utils import JsonLog, RunError, figures, number, pick_device, ppl, run_script
+from utils import RunError
 
 BLOCK = 128  # positions at once: their scores of a window of 4,000 (2 MB) stay in a core's cache
-LOGITS = 1024  # positions whose (·, V) logits exist at once
+SEGMENT = 1024  # positions at once, at least, as the matrix products like; the most whose logits exist at once
 
 
 def pointer_prob(
@@ -97,13 +99,14 @@ def pointer_loss(
     """Mean negative log-likelihood with the pointer under every combination of settings.
 
     One pass over the text: the model's forward and the products of states are shared by all settings, the
-    softmax over them by all λ. State and pairs carry over from segment to segment: `bptt` changes no figure.
+    softmax over them by all λ. What layers carry, and the pairs, go on from segment to segment: `bptt` changes no
+    figure.
 
     Args:
         ids: (n,), the text; its first token is only read.
 
     Returns:
-        (S, L, W), float64, in nats a predicted token.
+        (S, L, W), float64, in nats per predicted token.
     """
     model.eval()
     windows = [min(window, len(ids)) for window in windows]  # no more pairs than that
@@ -111,11 +114,11 @@ def pointer_loss(
     hidden = model.init_hidden(1)
     states, words = weight.new_empty(0, weight.size(1)), ids.new_empty(0, dtype=torch.long)
     total = torch.zeros(len(thetas), len(lambdas), len(windows), dtype=torch.float64)
-    for source, target in eval_batches(ids, bptt, 1):
+    for source, target in eval_batches(ids, max(bptt, SEGMENT), 1):
         output, hidden, raw, _ = model(source, hidden, return_h=True)
         losses = [
             criterion(weight, bias, h, w, reduction="none")
-            for h, w in zip(output.split(LOGITS), target.squeeze(1).split(LOGITS), strict=True)
+            for h, w in zip(output.split(SEGMENT), target.squeeze(1).split(SEGMENT), strict=True)
         ]
         log_vocab = -torch.cat(losses).cpu().double()  # (T,); not every device has float64
 
@@ -134,78 +137,61 @@ def search(
 ) -> tuple[float, float, int]:
     """Prints the grid of losses (S, L, W) as a table of perplexities; returns the best θ, λ and window."""
     for w, window in enumerate(windows):
-        print(f"| window {window} | val ppl, a row per theta, a column per lambdasm")
-        print(f"| {'theta':>8} |" + "".join(f"{lambdasm:9g}" for lambdasm in lambdas))
+        say(f"| window {window} | val ppl, a row per theta, a column per lambdasm")
+        say(f"| {'theta':>8} |" + "".join(f"{lambdasm:9g}" for lambdasm in lambdas))
         for theta, row in zip(thetas, loss[:, :, w].tolist(), strict=True):
-            print(f"| {theta:8g} |" + "".join(f"{ppl(value):9.2f}" for value in row))
+            say(f"| {theta:8g} |" + "".join(f"{ppl(value):9.2f}" for value in row))
     best = list(itertools.product(thetas, lambdas, windows))[int(loss.argmin())]
-    print(f"| best on val: --theta {best[0]:g} --lambdasm {best[1]:g} --window {best[2]}", flush=True)
+    say(f"| best on val: --theta {best[0]:g} --lambdasm {best[1]:g} --window {best[2]}")
     return best
 
 
-def parse_args() -> dict[str, Any]:
-    """All settings; what the saved model already answers only where it was given."""
-    parser = options.make_parser(__doc__)
-    options.add_model_flags(parser)
-    group = parser.add_argument_group("evaluation")
-    group.add_argument("--data", help="folder with train.txt, valid.txt, test.txt (default: the model's own)")
-    group.add_argument("--save", required=True, help="the saved model; its .log.jsonl gets the figures too")
-    group.add_argument(
-        "--bptt",
-        type=options.positive,
-        default=2000,
-        help="tokens at once; no figure changes (default: 2000)",
-    )
-    options.flag(group, "--device", help="auto, cpu, cuda, cuda:N or mps")
-    group.add_argument("--cuda", dest="device", action="store_const", const="auto", help="as --device auto")
-    group = parser.add_argument_group("pointer (the defaults are for the Penn Treebank)")
-    theta, share = number(float, 0, most=1000), number(float, 0, most=1)
-    group.add_argument("--theta", type=theta, default=1.0, help="sharpness of the attention, θ (default: 1)")
-    group.add_argument("--lambdasm", type=share, default=0.1, help="share of the pointer, λ (default: 0.1)")
-    group.add_argument("--window", type=options.count, default=500, help="pairs it sees (default: 500)")
-    group = parser.add_argument_group("search")
-    group.add_argument(
-        "--search", action="store_true", default=False, help="find theta, lambdasm and window on validation"
-    )
-    grid = [0.1, 0.2, 0.3, 0.45, 0.7, 1.0, 1.4]
-    group.add_argument("--search_thetas", type=theta, nargs="+", default=grid, help=f"default: {grid}")
-    grid = [0.03, 0.05, 0.08, 0.1, 0.13, 0.16, 0.2, 0.25, 0.35]
-    group.add_argument("--search_lambdas", type=share, nargs="+", default=grid, help=f"default: {grid}")
-    group.add_argument("--search_windows", type=options.count, nargs="+", help="default: that of --window")
-    return vars(parser.parse_args())
+THETA, SHARE = {"type": number(float, 0, most=1000)}, {"type": number(float, 0, most=1)}
+POINTER = [
+    Flag("--theta", THETA, 1.0, "sharpness of the attention, θ"),
+    Flag("--lambdasm", SHARE, 0.1, "share of the pointer, λ"),
+    Flag("--window", COUNT, 500, "pairs of state and next word that it sees"),
+    Flag("--bptt", POSITIVE, 2000, "tokens at once; no figure changes"),
+]
+SEARCH = [
+    Flag("--search", SWITCH, False, "find theta, lambdasm and window on the validation text"),
+    Flag("--search_thetas", {**THETA, "nargs": "+"}, [0.1, 0.2, 0.3, 0.45, 0.7, 1.0, 1.4], "the values tried"),
+    Flag("--search_lambdas", {**SHARE, "nargs": "+"}, [0.03, 0.05, 0.08, 0.1, 0.13, 0.16, 0.2, 0.25, 0.35],
+         "the values tried"),
+    Flag("--search_windows", {**COUNT, "nargs": "+"}, None, "the values tried (default: that of --window)"),
+]  # fmt: skip
+
+
+def parse_args() -> Namespace:
+    groups = ("pointer (the defaults are for the Penn Treebank)", POINTER), ("search", SEARCH)
+    return flags.parse_evaluation(__doc__, *groups)
 
 
 def main() -> None:
     args = parse_args()
-    saved = checkpoint.load_model(args["save"], "--save")
-    checkpoint.check_architecture(args, saved["args"], args["save"])
-    device = pick_device(args.get("device", "auto"))
-    model, criterion = (module.to(device) for module in checkpoint.restore(saved))
-    data = args.get("data") or saved["args"].get("data") or options.DEFAULTS["data"]
-    corpus = read_corpus(data, saved["vocab"])
-    log = JsonLog(f"{args['save']}.log.jsonl")
+    saved = open_model(args)
+    corpus = read_corpus(args.data or saved.args.data, saved.vocab)
+    log = RunLog(f"{args.save}.log.jsonl")
 
-    def evaluate(ids: Tensor, grid: tuple[Sequence[float], Sequence[float], Sequence[int]]) -> Tensor:
-        return pointer_loss(model, criterion, ids.to(device), args["bptt"], *grid)
+    def evaluate(ids: Tensor, *grid: Sequence[float]) -> Tensor:
+        return pointer_loss(saved.model, saved.criterion, ids.to(saved.device), args.bptt, *grid)
 
-    best = args["theta"], args["lambdasm"], args["window"]
-    grid = [best[0]], [best[1]], [best[2]]
-    if args["search"]:
-        grid = args["search_thetas"], args["search_lambdas"], args.get("search_windows", [args["window"]])
-    valid = evaluate(corpus.valid, grid)
-    if args["search"]:
+    best = args.theta, args.lambdasm, args.window
+    grid = [[value] for value in best]
+    if args.search:
+        grid = args.search_thetas, args.search_lambdas, args.search_windows or [args.window]
+    valid = evaluate(corpus.valid, *grid)
+    if args.search:
         best = search(valid, *grid)
     report("val", valid.min().item(), best, log)
-    report("test", evaluate(corpus.test, tuple([value] for value in best)).item(), best, log)
+    report("test", evaluate(corpus.test, *([value] for value in best)).item(), best, log)
 
 
-def report(split: str, loss: float, settings: tuple[float, float, int], log: JsonLog) -> None:
-    """Prints and logs the figures of one split."""
+def report(split: str, loss: float, settings: tuple[float, float, int], log: RunLog) -> None:
+    """Prints and logs the figures of one text."""
     if math.isnan(loss):
         raise RunError(f"the {split} loss is {loss}: the model's weights are not finite; use another model")
-    print("=" * 89)
-    print(f"| End of pointer | {figures(loss, f'{split} ', bpc=False)}")
-    print("=" * 89, flush=True)
+    say(f"{DOUBLE_RULE}\n| End of pointer | {figures(loss, f'{split} ', bpc=False)}\n{DOUBLE_RULE}")
     theta, lambdasm, window = settings
     log.write("pointer", loss, split=split, theta=theta, lambdasm=lambdasm, window=window)
 

@@ -1,23 +1,32 @@
-"""The scores of sentences under a model: what `generate.py --score` prints.
+"""The surprisal of sentences under a saved model: log-probability and perplexity of every line of a file.
 
-    python generate.py --save PTB.pt --score sentences.txt          # each line by itself
-    python generate.py --save PTB.pt --score article.txt --carry    # line after line, as one text
+    python score.py --save PTB.pt sentences.txt          # each line by itself
+    python score.py --save PTB.pt article.txt --carry    # line after line, as one text
+
+A line has the form of the corpus: words apart by spaces (`_` for a space in a character model of the Penn
+Treebank). It is scored after an `<eos>`, and the `<eos>` that ends it counts as a token. One row per line, tab
+separated: its number, tokens, unknown words, log-probability in nats, perplexity, the unknown words. What all
+lines come to together goes to stderr.
 
 Shapes: T time, B lines side by side.
 """
 
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 
 import torch
 
-from compat import LabelEncoder
-from data import encode_line
-from model import RNNModel, State
+from data import EOS, encode_line, make_encoder
+from harness import flags
+from harness.files import open_model
+from harness.flags import SWITCH, Flag
+from harness.log import ppl
+from harness.script import run_script
+from model import Hidden, RNNModel
 from splitcross import SplitCrossEntropyLoss
-from utils import UserError, ppl
-from words import EOS
+from utils import UserError
 
 BATCH = 16  # lines scored side by side, when the state is reset between them
 ROWS = 1024  # positions at once, of all lines together
@@ -25,8 +34,8 @@ ROWS = 1024  # positions at once, of all lines together
 
 @torch.no_grad()
 def line_logprobs(
-    model: RNNModel, criterion: SplitCrossEntropyLoss, lines: list[list[int]], eos: int, hidden: list[State]
-) -> tuple[list[float], list[State]]:
+    model: RNNModel, criterion: SplitCrossEntropyLoss, lines: list[list[int]], eos: int, hidden: list[Hidden]
+) -> tuple[list[float], list[Hidden]]:
     """Log-probabilities of B lines in nats, each with the `<eos>` that ends it, and the state at the end.
 
     Args:
@@ -61,45 +70,54 @@ def read_lines(path: str) -> Iterator[str]:
             for number, line in enumerate(file, start=1):
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError:
-        raise UserError(
-            f"--score {path}: not UTF-8 in line {number}; convert the file, e.g. with iconv"
-        ) from None
+        raise UserError(f"{path}: not UTF-8 in line {number}; convert the file, e.g. with iconv") from None
     except OSError as error:
-        raise UserError(f"--score {path}: cannot be read: {error.strerror}; give a text file") from None
+        raise UserError(f"{path}: cannot be read: {error.strerror}; give a text file") from None
     if not number:
-        raise UserError(f"--score {path}: is empty; give a text with at least one line")
+        raise UserError(f"{path}: is empty; give a text with at least one line")
 
 
 def score(
-    model: RNNModel, criterion: SplitCrossEntropyLoss, path: str, encoder: LabelEncoder, carry: bool
-) -> Iterator[str]:
-    """Yields the table that `--score` prints: its head, a row for each line of the file, the total.
+    model: RNNModel, criterion: SplitCrossEntropyLoss, path: str, vocab: list[str], carry: bool
+) -> Iterator[tuple[object, ...]]:
+    """Yields a row for each line of a file: tokens, unknown, log-probability, the unknown words.
 
     Raises:
         UserError: see `read_lines`; or a word is unknown and there is no `<unk>`.
     """
-    total = Counter()
-    lines, hidden = read_lines(path), model.init_hidden(1)
+    encoder, lines, hidden, first = make_encoder(vocab), read_lines(path), model.init_hidden(1), 1
+    eos = encoder.token_to_index[EOS]
     while batch := list(islice(lines, 1 if carry else BATCH)):
-        first = total["lines"] + 1
-        ids = [encode_line(line, encoder, f"--score {path}, line {i}") for i, line in enumerate(batch, first)]
+        ids = [encode_line(line, encoder, f"{path}, line {i}") for i, line in enumerate(batch, first)]
         start = hidden if carry else model.init_hidden(len(batch))
-        logprobs, hidden = line_logprobs(model, criterion, ids, encoder.token_to_index[EOS], start)
-        if first == 1:  # the file can be read
-            yield row("line", "tokens", "unknown", "logprob", "ppl", "unknown words")
+        logprobs, hidden = line_logprobs(model, criterion, ids, eos, start)
         for line, logprob in zip(batch, logprobs, strict=True):
             words = line.split()
             unknown = [word for word in words if word not in encoder.token_to_index]
-            total.update(lines=1, tokens=len(words) + 1, unknown=len(unknown), logprob=logprob)
-            yield row(total["lines"], *figures(len(words) + 1, len(unknown), logprob), " ".join(unknown))
-    yield row("total", *figures(total["tokens"], total["unknown"], total["logprob"]), "")
+            yield len(words) + 1, len(unknown), logprob, " ".join(unknown)
+        first += len(batch)
 
 
-def figures(tokens: int, unknown: int, logprob: float) -> tuple[int, int, str, str]:
-    """The cells that a line and the total have in common."""
-    return tokens, unknown, f"{logprob:.4f}", f"{ppl(-logprob / tokens):.2f}"
+def main() -> None:
+    how = [
+        Flag("text", {"metavar": "FILE"}, None, "the text, one sentence per line"),
+        Flag("--carry", SWITCH, False, "go on from line to line, as in one text (else each starts afresh)"),
+    ]
+    args = flags.parse_evaluation(__doc__, ("scores", how))
+    saved = open_model(args)
+    if EOS not in saved.vocab:
+        raise UserError(f"--save {args.save}: has no {EOS} in its vocabulary; use a model of main.py's")
+    total = Counter()
+    for row in score(saved.model, saved.criterion, args.text, saved.vocab, args.carry):
+        tokens, unknown, logprob, words = row
+        if not total:  # the file can be read
+            print("line", "tokens", "unknown", "logprob", "ppl", "unknown words", sep="\t")
+        total.update(lines=1, tokens=tokens, unknown=unknown, logprob=logprob)
+        print(total["lines"], tokens, unknown, f"{logprob:.4f}", f"{ppl(-logprob / tokens):.2f}", words, sep="\t")
+    figures = f"logprob {total['logprob']:.4f} | ppl {ppl(-total['logprob'] / total['tokens']):.2f}"
+    counts = " | ".join(f"{name} {total[name]}" for name in ("lines", "tokens", "unknown"))
+    print(f"| total | {counts} | {figures}", file=sys.stderr)
 
 
-def row(*cells: int | str) -> str:
-    """A row of the table, tabs between its cells."""
-    return "\t".join(map(str, cells)) + "\n"
+if __name__ == "__main__":
+    run_script(main)

@@ -15,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils import UserError
-
 # Rows of logits at once: enough for a matrix product at its full speed, few enough to stay near a core.
 BLOCK_ROWS, BLOCK_ELEMENTS = 256, 5 * 2**20
 
@@ -107,14 +105,14 @@ class SplitCrossEntropyLoss(nn.Module):
             Absent without splits.
 
     Raises:
-        UserError: the splits do not ascend from 1, or reach past the vocabulary.
+        ValueError: the splits do not ascend from 1, or reach past the vocabulary.
     """
 
     def __init__(self, hidden_size: int, splits: list[int] | tuple[int, ...] = ()) -> None:
         super().__init__()
         self.splits = [int(split) for split in splits]
         if any(a >= b for a, b in pairwise([0, *self.splits])):
-            raise UserError(f"splits {self.splits}: have to ascend from 1 at least; sort them, each once")
+            raise ValueError(f"splits {self.splits}: have to ascend from 1 at least; sort them, each once")
         if self.splits:
             self.tail_vectors = nn.Parameter(torch.zeros(len(self.splits), hidden_size))
             self.tail_bias = nn.Parameter(torch.zeros(len(self.splits)))
@@ -177,7 +175,7 @@ class SplitCrossEntropyLoss(nn.Module):
         (V, H), where every slice would add a matrix of zeros of that size.
         """
         if self.splits[-1] >= weight.size(0):
-            raise UserError(
+            raise ValueError(
                 f"splits {self.splits}: the last one has to lie below the vocabulary's size, {weight.size(0)}"
             )
         edges = [0, *self.splits, weight.size(0)]

@@ -23,7 +23,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEV
 TIMEOUT = 60  # seconds until a run counts as hung
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["pytest", "torch", "torch._dynamo", "compat"])  # what torch.optim imports
+_context.set_forkserver_preload(["pytest", "torch", "torch._dynamo", "utils"])  # what torch.optim imports
 
 
 class Result(NamedTuple):

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import pytest
 
+from tools.corpora import CORPORA
+
 SCRIPT = Path(__file__).resolve().parent.parent / "getdata.sh"
 SPLITS = ("train", "valid", "test")
 WORDS = {
@@ -77,7 +79,7 @@ def mirror() -> Iterator[Mirror]:
 
 
 def known(texts: dict[str, str] = WORDS) -> dict:
-    """The counts and checksums of a small corpus, in the form of corpora.py's own table."""
+    """The counts and checksums of a small corpus, in the form of a row of CORPORA."""
     table: dict = {"types": len({"<eos>", *" ".join(texts.values()).split()})}
     for split, text in texts.items():
         tokens = len(text.split()) + text.count("\n")
@@ -187,6 +189,15 @@ def test_pennchar_spells_the_words(tmp_path: Path, mirror: Mirror) -> None:
     assert texts(tmp_path, "pennchar")["train"].startswith("t h e _ c a t _ < u n k > _ s a t _ o n _ N _ m")
 
 
+def test_pennchar_without_penn_is_not_made(tmp_path: Path) -> None:
+    """Where penn cannot be fetched: status 1, and neither of the two appears."""
+    done = run(tmp_path, "http://127.0.0.1:9", "pennchar")
+    assert done.returncode == 1
+    assert "penn: no source gave it" in done.stderr
+    assert nothing_left(tmp_path, "penn")
+    assert nothing_left(tmp_path, "pennchar")
+
+
 def test_enwik8_is_bytes_and_newline_is_eos(tmp_path: Path, mirror: Mirror) -> None:
     """90, 5 and 5 per cent of the bytes as numbers; read back they are the bytes."""
     data = bytes(range(256)) * 50 + "é\r\n\n x".encode() * 100
@@ -234,7 +245,7 @@ def test_wrong_checksum_is_refused(tmp_path: Path, mirror: Mirror) -> None:
 
 
 def test_real_checksums_refuse_another_text(tmp_path: Path, mirror: Mirror) -> None:
-    """Without AWD_CHECKS the table of corpora.py counts: the small text is not the Penn Treebank."""
+    """Without AWD_CHECKS the table CORPORA counts: the small text is not the Penn Treebank."""
     env = os.environ | {"AWD_MIRROR": mirror.url, "no_proxy": "*"}
     done = subprocess.run([SCRIPT, "penn"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
@@ -319,6 +330,54 @@ def test_unknown_name_is_usage(tmp_path: Path) -> None:
     assert "wikitext-103" in done.stderr
 
 
+def test_help_is_the_comment_at_the_top_with_every_corpus(tmp_path: Path) -> None:
+    """--help names the corpora of the table, AWD_MIRROR and AWD_CHECKS, and fetches nothing."""
+    done = run(tmp_path, "http://127.0.0.1:9", "--help")
+    assert done.returncode == 0
+    assert f"every corpus: {' '.join(CORPORA)}\n" in done.stdout
+    assert "AWD_MIRROR=URL" in done.stdout
+    assert "AWD_CHECKS=FILE" in done.stdout
+    assert not (tmp_path / "data").exists()
+
+
+def test_getdata_knows_exactly_the_rows_of_the_table(tmp_path: Path) -> None:
+    """Each name of CORPORA is accepted, and the list of names is theirs."""
+    done = run(tmp_path, "http://127.0.0.1:9", "--check", *CORPORA)
+    assert done.returncode == 1
+    assert done.stderr.count("not complete in data/") == len(CORPORA)
+    done = run(tmp_path, "http://127.0.0.1:9", "nothing")
+    assert done.stderr == f"getdata.sh: nothing: no such corpus; there are: {' '.join(CORPORA)}, all\n"
+
+
+@pytest.mark.parametrize("name", CORPORA)
+def test_row_is_complete(name: str) -> None:
+    """A converter; addresses, or a base that is there, or neither; all counts and checksums or none."""
+    row = CORPORA[name]
+    assert callable(row.convert)
+    assert not (row.sources and row.base)
+    assert row.base is None or row.base in CORPORA
+    for addresses in row.sources:
+        files = [address.rpartition("/")[2] for address in addresses]
+        assert all(files)
+        assert len(set(files)) == len(files) > 0
+        assert all(address.startswith(("http://", "https://")) and " " not in address for address in addresses)
+    assert set(row.checks) in (set(), {*SPLITS, "types"})
+    for split in SPLITS if row.checks else ():
+        tokens, digest = row.checks[split]
+        assert tokens > 0
+        assert digest is None or (len(digest) == 64 and int(digest, 16))
+
+
+@pytest.mark.parametrize("words", [[], ["make"], ["sources", "pen"], ["fetch", "penn"], ["check", "penn"]])
+def test_corpora_called_wrongly_is_usage(words: list[str]) -> None:
+    """Status 2, the commands and the names; no traceback."""
+    script = SCRIPT.parent / "tools/corpora.py"
+    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "NAME is one of: penn " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_files_of_torchnlp_in_the_folder_stay(tmp_path: Path, mirror: Mirror) -> None:
     """data/wikitext-2 may already hold torchnlp's own files; the three splits join them."""
     mirror.files["wikitext-2-v1.zip"] = wikitext("wikitext-2")
@@ -371,7 +430,5 @@ def test_pydocs_is_the_same_text_twice_and_shares_no_sentence(
     assert len(set(words["train"])) < 10_000
     assert set(words["test"]) <= set(words["train"]) | {"<unk>"}
     assert all(word == word.lower() for word in set(words["train"]) - {"N"})
-    whole = {
-        split: {line for line in text.splitlines() if "<unk>" not in line} for split, text in built.items()
-    }
+    whole = {split: {line for line in text.splitlines() if "<unk>" not in line} for split, text in built.items()}
     assert not whole["train"] & (whole["valid"] | whole["test"])

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import checkpoint
-from model import RNNModel
+from harness import files
+from harness.script import run_script
+from model import DROPOUTS, RNNModel, build
 from splitcross import SplitCrossEntropyLoss
-from utils import run_script
 
 ROOT = Path(__file__).parent.parent
 WORDS = ["<eos>", "<unk>", *(f"w{i}" for i in range(48))]
@@ -24,7 +25,7 @@ def make_model(
     """The args, model and criterion (evaluation mode, float32) of two layers of random weights."""
     torch.manual_seed(seed)
     args = {"model": rnn_type, "emsize": 12, "nhid": 16, "nlayers": 2, "tied": True, "splits": list(splits)}
-    model, criterion = checkpoint.build(args, vocab, **dict.fromkeys(checkpoint.DROPOUTS, 0.0))
+    model, criterion = build({**args, **dict.fromkeys(DROPOUTS, 0.0)}, len(vocab))
     for parameter in [*model.parameters(), *criterion.parameters()]:
         torch.nn.init.normal_(parameter, std=0.5)
     return args, model.eval(), criterion.eval()
@@ -34,7 +35,7 @@ def save_model(
     path: Path, rnn_type: str = "LSTM", splits: tuple[int, ...] = (), vocab: list[str] = WORDS
 ) -> Path:
     args, model, criterion = make_model(rnn_type, splits, vocab)
-    checkpoint.save(path, checkpoint.model_contents(args, vocab, model, criterion, {}))
+    files.save(str(path), files.model_contents(Namespace(**args), vocab, model, criterion, {}))
     return path
 
 

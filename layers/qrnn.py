@@ -8,10 +8,10 @@ Bradbury et al., arXiv 1611.01576, section 2 ("fo-pooling"):
 
 Shapes: T time, B batch, E the layer's input features, H hidden.
 
-The recurrence is a scan on the CPU, a kernel (`qrnn.cu`, launched by `qrnn_cuda.py`) on an NVIDIA GPU. Both
-store what they are given, half precision included, and calculate in float32 (float64 for float64), under
-`torch.autocast` too: c moves by f · (z - c) a step, and with 8 bits of mantissa whatever is below 1/256 of c
-would be rounded away, step after step. The carried c keeps its own dtype.
+Everything after the product is one autograd function: a scan on the CPU, a kernel (`qrnn.cu`, launched by
+`qrnn_cuda.py`) on an NVIDIA GPU. Both store what they are given, half precision included, and calculate in
+float32 (float64 for float64), under `torch.autocast` too: c moves by f · (z - c) per step, and with 8 bits of
+mantissa whatever is below 1/256 of c would be rounded away, step after step. The carried c keeps its dtype.
 """
 
 from types import ModuleType
@@ -34,35 +34,9 @@ def pick_kernels(x: Tensor) -> ModuleType | None:
     """`qrnn_cuda` when `x` is on a CUDA device and the kernels can be had; None for the scan."""
     if x.device.type != "cuda":
         return None
-    import qrnn_cuda  # only here: on the CPU nothing of it is loaded
+    from layers import qrnn_cuda  # only here: on the CPU nothing of it is loaded
 
     return qrnn_cuda if qrnn_cuda.available(x.device.index) else None
-
-
-def scan_forward(f: Tensor, z: Tensor, c0: Tensor | None) -> Tensor:
-    """f, z (T, B, H), c0 (B, H) or None -> c (T, B, H)."""
-    f, z = f.to(wide(f.dtype)), z.to(wide(z.dtype))
-    c = torch.empty_like(z, memory_format=torch.contiguous_format)
-    before = torch.zeros_like(z[0]) if c0 is None else c0
-    for t in range(len(z)):
-        before = torch.lerp(before, z[t], f[t], out=c[t])
-    return c
-
-
-def scan_backward(
-    grad: Tensor, f: Tensor, z: Tensor, c: Tensor, c0: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of f, z (T, B, H) and c0 (B, H), from those of c (T, B, H)."""
-    grad, f, z, c = (x.to(wide(x.dtype)) for x in (grad, f, z, c))
-    dc = grad.clone()  # the gradient of c_t, by way of all later steps too
-    keep = 1 - f
-    for t in range(len(dc) - 2, -1, -1):
-        dc[t].addcmul_(keep[t + 1], dc[t + 1])
-    dc0 = keep[0] * dc[0]
-    df = keep  # no longer needed, so its memory is
-    torch.sub(z[1:], c[:-1], out=df[1:])
-    df[0] = z[0] if c0 is None else z[0] - c0
-    return df.mul_(dc), dc.mul_(f), dc0
 
 
 def steps_per_block(T: int, lanes: int, device: torch.device) -> int:
@@ -89,7 +63,7 @@ def activate(y: Tensor, scratch: Tensor) -> Tensor:
     return scratch
 
 
-def gates_forward(y: Tensor, c0: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def scan_forward(y: Tensor, c0: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """y (T, B, 3H), c0 (B, H) or None -> out, c (T, B, H), c_last (B, H)."""
     y = y.to(wide(y.dtype))
     T, B, H = len(y), y.shape[1], y.shape[2] // 3
@@ -106,9 +80,7 @@ def gates_forward(y: Tensor, c0: Tensor | None) -> tuple[Tensor, Tensor, Tensor]
     return out, c, c[-1].clone()  # a clone: the carried state must not hold on to all of c
 
 
-def gates_backward(
-    g_out: Tensor, g_last: Tensor, y: Tensor, c: Tensor, c0: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def scan_backward(g_out: Tensor, g_last: Tensor, y: Tensor, c: Tensor, c0: Tensor | None) -> tuple[Tensor, Tensor]:
     """The gradients of y (T, B, 3H) and c0 (B, H), from those of out (T, B, H) and c_last (B, H).
 
     The activations are calculated again from y: a block's fit in the cache, while those of all T steps
@@ -139,32 +111,12 @@ def gates_backward(
 
 
 class ForgetMult(torch.autograd.Function):
-    """c_t = f_t · z_t + (1 - f_t) · c_{t-1}; see `forget_mult`."""
-
-    @staticmethod
-    def forward(ctx: Any, f: Tensor, z: Tensor, c0: Tensor | None) -> Tensor:
-        ctx.kernels = pick_kernels(z)
-        run = ctx.kernels.forget_mult_forward if ctx.kernels else scan_forward
-        c = run(f, z, c0).to(z.dtype)
-        ctx.save_for_backward(f, z, c, c0)
-        return c
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        f, z, c, c0 = ctx.saved_tensors
-        run = ctx.kernels.forget_mult_backward if ctx.kernels else scan_backward
-        df, dz, dc0 = run(grad, f, z, c, c0)
-        return df.to(f.dtype), dz.to(z.dtype), None if c0 is None else dc0
-
-
-class QRNNGates(torch.autograd.Function):
-    """tanh, both sigmoids, the recurrence and the output gate in one; see `qrnn_gates`."""
+    """tanh, both sigmoids, the recurrence and the output gate in one; see `forget_mult`."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, c0: Tensor | None) -> tuple[Tensor, Tensor]:
         ctx.kernels = pick_kernels(y)
-        run = ctx.kernels.gates_forward if ctx.kernels else gates_forward
+        run = ctx.kernels.forward if ctx.kernels else scan_forward
         out, c, c_last = run(y, c0)
         ctx.save_for_backward(y, c.to(y.dtype), c0)
         return out.to(y.dtype), c_last
@@ -173,62 +125,35 @@ class QRNNGates(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g_out: Tensor, g_last: Tensor) -> tuple[Tensor, Tensor | None]:
         y, c, c0 = ctx.saved_tensors
-        run = ctx.kernels.gates_backward if ctx.kernels else gates_backward
+        run = ctx.kernels.backward if ctx.kernels else scan_backward
         dy, dc0 = run(g_out, g_last, y, c, c0)
         return dy.to(y.dtype), None if c0 is None else dc0
 
 
-def check(name: str, x: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
-    """Raises ValueError unless `x` has this shape and lies where `like` lies: kernels trust what they get."""
-    if x.shape != shape:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}; {shape} is needed")
-    if x.device != like.device:
-        raise ValueError(f"{name} is on {x.device}, the rest on {like.device}; move one of them")
-
-
-def forget_mult(f: Tensor, z: Tensor, c0: Tensor | None = None) -> Tensor:
-    """c_t = f_t · z_t + (1 - f_t) · c_{t-1} (Bradbury et al., equation 4), differentiable once.
-
-    Args:
-        f, z: (T, B, H), any strides, T at least 1.
-        c0: (B, H), the state before the first step; None for zeros.
-
-    Returns:
-        c: (T, B, H), of the dtype of f and z.
-
-    Raises:
-        ValueError: shapes or devices do not agree.
-    """
-    if z.dim() != 3 or 0 in z.shape or not z.is_floating_point():
-        raise ValueError(f"z is {z.dtype} of shape {tuple(z.shape)}; floats (T, B, H), none 0, are needed")
-    check("f", f, tuple(z.shape), z)
-    dtype = torch.promote_types(f.dtype, z.dtype)
-    if c0 is not None:
-        check("c0", c0, tuple(z.shape[1:]), z)
-        c0 = c0.to(wide(dtype))
-    return ForgetMult.apply(f.to(dtype), z.to(dtype), c0)
-
-
-def qrnn_gates(y: Tensor, c0: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def forget_mult(y: Tensor, c0: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The pointwise part of a QRNN layer in one pass (formulas at the top of the file), differentiable once.
 
     Args:
         y: (T, B, 3H), what the linear product gives, z, f, o side by side; any strides, T at least 1.
-        c0: (B, H), the state before the first step; None for zeros.
+        c0: (B, H), c before the first step; None for zeros.
 
     Returns:
         out: (T, B, H), of y's dtype.
-        c_last: (B, H), the state after the last step, of c0's dtype.
+        c_last: (B, H), c after the last step, of c0's dtype.
 
     Raises:
-        ValueError: shapes or devices do not agree.
+        ValueError: shapes or devices do not agree: kernels trust what they get.
     """
     if y.dim() != 3 or 0 in y.shape or y.shape[2] % 3 or not y.is_floating_point():
         raise ValueError(f"y is {y.dtype} of shape {tuple(y.shape)}; floats (T, B, 3H), none 0, are needed")
     if c0 is None:
-        return QRNNGates.apply(y, None)
-    check("c0", c0, (y.shape[1], y.shape[2] // 3), y)
-    out, c_last = QRNNGates.apply(y, c0.to(wide(y.dtype)))
+        return ForgetMult.apply(y, None)
+    shape = (y.shape[1], y.shape[2] // 3)
+    if c0.shape != shape:
+        raise ValueError(f"c0 has shape {tuple(c0.shape)}; {shape} is needed")
+    if c0.device != y.device:
+        raise ValueError(f"c0 is on {c0.device}, y on {y.device}; move one of them")
+    out, c_last = ForgetMult.apply(y, c0.to(wide(y.dtype)))
     return out, c_last.to(c0.dtype)
 
 
@@ -236,29 +161,38 @@ class QRNNLayer(nn.Module):
     """One QRNN layer: `linear.weight` (3H, window · E), rows z, f, o and columns x_t then x_{t-1}, and
     `linear.bias` (3H,).
 
-    The state is (c (1, B, H),), with window 2 (c, last input (1, B, E)): what a batch needs of the one
-    before it travels with the state, and the module remembers nothing.
+    It carries (c (1, B, H),), with window 2 (c, last input (1, B, E)): what a batch needs of the one before
+    it travels beside it, and the module remembers nothing.
+
+    Raises:
+        ValueError: the window is neither 1 nor 2.
     """
 
     def __init__(self, input_size: int, hidden_size: int, window: int = 1) -> None:
         super().__init__()
         if window not in (1, 2):
-            raise ValueError(f"window {window}: a QRNN layer looks at 1 or 2 inputs a step")
+            raise ValueError(f"window {window}: a QRNN layer looks at 1 or 2 inputs per step")
         self.input_size, self.hidden_size, self.window = input_size, hidden_size, window
         self.linear = nn.Linear(window * input_size, 3 * hidden_size)
 
-    def forward(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """x (T, B, E) and the state of the batch before -> out (T, B, H) and the state to carry."""
-        if self.window == 1:
-            (c,) = state
-            out, c = qrnn_gates(self.linear(x), c[0])
-            return out, (c.unsqueeze(0),)
-        c, x_last = state
-        before = torch.cat([x_last, x[:-1]])  # x_{t-1}, (T, B, E)
-        out, c = qrnn_gates(self.linear(torch.cat([x, before], dim=-1)), c[0])
-        return out, (c.unsqueeze(0), x[-1:].clone())  # a clone: a saved state must not drag x along
+    def reset_parameters(self) -> None:
+        """Uniform ±1/sqrt(inputs), as torch's own linear layer."""
+        bound = self.linear.in_features**-0.5
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
 
-    def init_state(self, batch_size: int) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, hidden: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """x (T, B, E) and what the batch before left -> out (T, B, H) and what to carry."""
+        if self.window == 1:
+            (c,) = hidden
+            out, c = forget_mult(self.linear(x), c[0])
+            return out, (c.unsqueeze(0),)
+        c, x_last = hidden
+        before = torch.cat([x_last, x[:-1]])  # x_{t-1}, (T, B, E)
+        out, c = forget_mult(self.linear(torch.cat([x, before], dim=-1)), c[0])
+        return out, (c.unsqueeze(0), x[-1:].clone())  # a clone: what is saved must not drag x along
+
+    def init_hidden(self, batch_size: int) -> tuple[Tensor, ...]:
         """Zeros, of the parameters' dtype and device."""
         bias = self.linear.bias
         c = bias.new_zeros(1, batch_size, self.hidden_size)

@@ -1,4 +1,4 @@
-// The recurrence of the QRNN on a GPU: ForgetMult by itself, and fused with all that is pointwise in a layer.
+// ForgetMult on a GPU, with all that is pointwise in a QRNN layer.
 // Bradbury et al., arXiv 1611.01576, section 2; formulas at the top of qrnn.py, launches in qrnn_cuda.py.
 //
 // One thread walks one lane, a (batch, feature) pair, over time. Neighbouring threads have neighbouring
@@ -8,15 +8,16 @@
 // S is the type in memory (float, double, half, bfloat16), A the type of the arithmetic and of the carried
 // state (double for double, else float). c0 may be null: zeros.
 //
-// What these kernels cost is memory traffic. Numbers of S read and written a step and lane:
+// What these kernels cost is memory traffic. Numbers of S read and written per step and lane, beside what the
+// same costs in separate passes:
 //
-//                   apart                                              fused
-//     forward       tanh 2, sigmoids 4, ForgetMult 3, o*c 3    = 12    read z f o, write out c             = 5
-//     backward      o*c 5, ForgetMult 6, activations 9,        = 26    read g z f o c, write dz df do      = 8
+//                   apart                                              here
+//     forward       tanh 2, sigmoids 4, recurrence 3, o*c 3    = 12    read z f o, write out c             = 5
+//     backward      o*c 5, recurrence 6, activations 9,        = 26    read g z f o c, write dz df do      = 8
 //                   joining dz, df, do to dY 6
 //     both          38, in float 152 bytes                             13, in float 52 bytes: 2.9 times less
 //
-// The fused backward calculates the activations again instead of reading them. No header is included: NVRTC
+// The backward pass calculates the activations again instead of reading them. No header is included: NVRTC
 // then needs none, and a C++ compiler can build this text against a shim (tests/cuda_shim.h).
 
 typedef long long i64;
@@ -62,49 +63,10 @@ __device__ inline A tanh_of(A x) { return A(2) * sigmoid(A(2) * x) - A(1); }
   for (i64 lane = (i64)blockIdx.x * blockDim.x + threadIdx.x; lane < (lanes);                 \
        lane += (i64)gridDim.x * blockDim.x)
 
-// f, z, c (T, lanes); c0 (lanes,).
-template <typename S, typename A>
-__device__ inline void forget_mult_forward(const S* f, const S* z,
-                                           const A* c0, S* c, i64 T, i64 lanes) {
-  FOR_EACH_LANE(lane, lanes) {
-    A state = c0 ? c0[lane] : A(0);
-#pragma unroll 4  // loads of later steps do not wait for the state: several in flight hide the memory's latency
-    for (i64 t = 0; t < T; ++t) {
-      const i64 i = t * lanes + lane;
-      const A f_t = load(f[i]);
-      state = f_t * load(z[i]) + (A(1) - f_t) * state;
-      store(&c[i], state);
-    }
-  }
-}
-
-// g (the gradient of c), f, z, c -> df, dz (T, lanes); c0 -> dc0 (lanes,).
-template <typename S, typename A>
-__device__ inline void forget_mult_backward(const S* g, const S* f,
-                                            const S* z, const S* c,
-                                            const A* c0, S* df,
-                                            S* dz, A* dc0, i64 T, i64 lanes) {
-  FOR_EACH_LANE(lane, lanes) {
-    A dc = 0;  // the gradient of c_t, by way of all later steps too
-    auto step = [&](i64 t, A before) {
-      const i64 i = t * lanes + lane;
-      const A f_t = load(f[i]);
-      dc += load(g[i]);
-      store(&df[i], dc * (load(z[i]) - before));
-      store(&dz[i], dc * f_t);
-      dc *= A(1) - f_t;
-    };
-#pragma unroll 4
-    for (i64 t = T - 1; t > 0; --t) step(t, load(c[(t - 1) * lanes + lane]));
-    step(0, c0 ? c0[lane] : A(0));  // out of the loop, which then has no branch to hold up its loads
-    dc0[lane] = dc;
-  }
-}
-
 // y (T, B, 3H), z, f, o side by side -> out, c (T, B, H); c0 -> c_last (B, H).
 template <typename S, typename A>
-__device__ inline void gates_forward(const S* y, const A* c0, S* out,
-                                     S* c, A* c_last, i64 T, i64 B, i64 H) {
+__device__ inline void forget_mult_forward(const S* y, const A* c0, S* out, S* c, A* c_last,
+                                           i64 T, i64 B, i64 H) {
   const i64 lanes = B * H;
   FOR_EACH_LANE(lane, lanes) {
     const S* from = y + lane / H * 3 * H + lane % H;  // y_z of this lane at step 0; y_f is H further
@@ -123,10 +85,8 @@ __device__ inline void gates_forward(const S* y, const A* c0, S* out,
 
 // g_out (T, B, H), g_last (B, H): the gradients of out and c_last; y, c, c0 as above -> dy (T, B, 3H), dc0 (B, H).
 template <typename S, typename A>
-__device__ inline void gates_backward(const S* g_out, const A* g_last,
-                                      const S* y, const S* c,
-                                      const A* c0, S* dy, A* dc0,
-                                      i64 T, i64 B, i64 H) {
+__device__ inline void forget_mult_backward(const S* g_out, const A* g_last, const S* y, const S* c,
+                                            const A* c0, S* dy, A* dc0, i64 T, i64 B, i64 H) {
   const i64 lanes = B * H;
   FOR_EACH_LANE(lane, lanes) {
     const i64 first = lane / H * 3 * H + lane % H;
@@ -150,27 +110,19 @@ __device__ inline void gates_backward(const S* g_out, const A* g_last,
   }
 }
 
-// The kernels by name and type: forget_mult_forward_float, ..., gates_backward_bfloat16. `__restrict__` here,
-// on the kernel's own parameters, is what lets the compiler move a step's loads above earlier stores.
+// The kernels by name and type: forget_mult_forward_float, ..., forget_mult_backward_bfloat16. `__restrict__`
+// here, on the kernel's own parameters, is what lets the compiler move a step's loads above earlier stores.
 #define IN(type, name) const type *__restrict__ name
 #define OUT(type, name) type *__restrict__ name
 #define KERNELS(NAME, S, A)                                                                                  \
-  extern "C" __global__ void forget_mult_forward_##NAME(IN(S, f), IN(S, z), IN(A, c0), OUT(S, c), i64 T,     \
-                                                        i64 lanes) {                                         \
-    forget_mult_forward<S, A>(f, z, c0, c, T, lanes);                                                        \
+  extern "C" __global__ void forget_mult_forward_##NAME(IN(S, y), IN(A, c0), OUT(S, out), OUT(S, c),         \
+                                                        OUT(A, c_last), i64 T, i64 B, i64 H) {               \
+    forget_mult_forward<S, A>(y, c0, out, c, c_last, T, B, H);                                               \
   }                                                                                                          \
-  extern "C" __global__ void forget_mult_backward_##NAME(IN(S, g), IN(S, f), IN(S, z), IN(S, c), IN(A, c0),  \
-                                                         OUT(S, df), OUT(S, dz), OUT(A, dc0), i64 T,         \
-                                                         i64 lanes) {                                        \
-    forget_mult_backward<S, A>(g, f, z, c, c0, df, dz, dc0, T, lanes);                                       \
-  }                                                                                                          \
-  extern "C" __global__ void gates_forward_##NAME(IN(S, y), IN(A, c0), OUT(S, out), OUT(S, c),               \
-                                                  OUT(A, c_last), i64 T, i64 B, i64 H) {                     \
-    gates_forward<S, A>(y, c0, out, c, c_last, T, B, H);                                                     \
-  }                                                                                                          \
-  extern "C" __global__ void gates_backward_##NAME(IN(S, g_out), IN(A, g_last), IN(S, y), IN(S, c),          \
-                                                   IN(A, c0), OUT(S, dy), OUT(A, dc0), i64 T, i64 B, i64 H) {\
-    gates_backward<S, A>(g_out, g_last, y, c, c0, dy, dc0, T, B, H);                                         \
+  extern "C" __global__ void forget_mult_backward_##NAME(IN(S, g_out), IN(A, g_last), IN(S, y), IN(S, c),    \
+                                                         IN(A, c0), OUT(S, dy), OUT(A, dc0), i64 T, i64 B,   \
+                                                         i64 H) {                                            \
+    forget_mult_backward<S, A>(g_out, g_last, y, c, c0, dy, dc0, T, B, H);                                   \
   }
 
 KERNELS(float, float, float)

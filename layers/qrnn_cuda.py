@@ -1,6 +1,6 @@
 """Compiles, loads and launches the kernels of `qrnn.cu`. Imported by `qrnn.py` for CUDA tensors only.
 
-The text is compiled once a process and architecture by NVRTC (through pynvrtc), loaded once a device and
+The text is compiled once per process and architecture by NVRTC (through pynvrtc), loaded once per device and
 launched on torch's current stream of that device (through CuPy).
 
 Shapes: T time, B batch, H hidden. S is the dtype in memory, A that of the arithmetic (float64 for float64,
@@ -18,17 +18,9 @@ from torch import Tensor
 
 SOURCE = Path(__file__).with_name("qrnn.cu")
 INSTALL = "python -m pip install -r requirements-cuda.txt"
-BLOCK = 128  # threads a block: a few warps, so that B·H = 31,000 lanes still spread over all processors
-OPTIONS = [
-    "--std=c++17",
-    "--prec-div=false",
-]  # division to 2 ulp: enough for σ, and no branch
-NAMES = {
-    torch.float32: "float",
-    torch.float64: "double",
-    torch.float16: "half",
-    torch.bfloat16: "bfloat16",
-}
+BLOCK = 128  # threads per block: a few warps, so that B·H = 31,000 lanes still spread over all processors
+OPTIONS = ["--std=c++17", "--prec-div=false"]  # division to 2 ulp: enough for σ, and no branch
+NAMES = {torch.float32: "float", torch.float64: "double", torch.float16: "half", torch.bfloat16: "bfloat16"}
 
 
 @functools.cache
@@ -81,7 +73,7 @@ def available(index: int) -> bool:
 
 
 def launch(kernel: str, like: Tensor, lanes: int, *arguments: Tensor | int | None) -> None:
-    """Runs `kernel` for the dtype and on the device of `like`, a thread a lane; None is a null pointer."""
+    """Runs `kernel` for the dtype and on the device of `like`, one thread per lane; None is a null pointer."""
     import cupy
 
     index = like.device.index
@@ -105,48 +97,23 @@ def arithmetic(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def forget_mult_forward(f: Tensor, z: Tensor, c0: Tensor | None) -> Tensor:
-    """f, z (T, B, H) of S, c0 (B, H) of A or None -> c (T, B, H) of S."""
-    f, z = contiguous(z.dtype, f, z)
-    (c0,) = contiguous(arithmetic(z.dtype), c0)
-    c = torch.empty_like(z)
-    lanes = z[0].numel()
-    launch("forget_mult_forward", z, lanes, f, z, c0, c, len(z), lanes)
-    return c
-
-
-def forget_mult_backward(
-    grad: Tensor, f: Tensor, z: Tensor, c: Tensor, c0: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of f, z (T, B, H) of S and c0 (B, H) of A, from those of c (T, B, H)."""
-    grad, f, z, c = contiguous(z.dtype, grad, f, z, c)
-    (c0,) = contiguous(arithmetic(z.dtype), c0)
-    df, dz = torch.empty_like(z), torch.empty_like(z)
-    dc0 = torch.empty_like(z[0], dtype=arithmetic(z.dtype))
-    lanes = z[0].numel()
-    launch("forget_mult_backward", z, lanes, grad, f, z, c, c0, df, dz, dc0, len(z), lanes)
-    return df, dz, dc0
-
-
-def gates_forward(y: Tensor, c0: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def forward(y: Tensor, c0: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """y (T, B, 3H) of S, c0 (B, H) of A or None -> out, c (T, B, H) of S, c_last (B, H) of A."""
     T, B, H = y.shape[0], y.shape[1], y.shape[2] // 3
     (y,) = contiguous(y.dtype, y)
     (c0,) = contiguous(arithmetic(y.dtype), c0)
     out, c = y.new_empty(T, B, H), y.new_empty(T, B, H)
     c_last = y.new_empty(B, H, dtype=arithmetic(y.dtype))
-    launch("gates_forward", y, B * H, y, c0, out, c, c_last, T, B, H)
+    launch("forget_mult_forward", y, B * H, y, c0, out, c, c_last, T, B, H)
     return out, c, c_last
 
 
-def gates_backward(
-    g_out: Tensor, g_last: Tensor, y: Tensor, c: Tensor, c0: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def backward(g_out: Tensor, g_last: Tensor, y: Tensor, c: Tensor, c0: Tensor | None) -> tuple[Tensor, Tensor]:
     """The gradients of y (T, B, 3H) of S and c0 (B, H) of A, from those of out (T, B, H), c_last (B, H)."""
     T, B, H = c.shape
     g_out, y, c = contiguous(y.dtype, g_out, y, c)
     g_last, c0 = contiguous(arithmetic(y.dtype), g_last, c0)
     dy = torch.empty_like(y)
     dc0 = torch.empty_like(g_last)
-    launch("gates_backward", y, B * H, g_out, g_last, y, c, c0, dy, dc0, T, B, H)
+    launch("forget_mult_backward", y, B * H, g_out, g_last, y, c, c0, dy, dc0, T, B, H)
     return dy, dc0

@@ -1,0 +1,1 @@
+"""What surrounds a training run: flags, files on disk, processes, what is printed, resume."""

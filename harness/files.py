@@ -1,0 +1,238 @@
+"""What is written to disk: the saved model, and beside it the state of the run that made it.
+
+    SAVE         {'format', 'args', 'vocab', 'model', 'criterion', 'metrics'}: the weights to evaluate with
+    SAVE.state   everything that an exact resume needs: raw weights, mean, optimizer, generators, position
+
+Both are plain data and tensors, written whole or not at all, and loaded with `weights_only=True`: loading one
+runs no code of whoever made it.
+"""
+
+import contextlib
+import os
+import pickle
+import re
+import shutil
+import warnings
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from harness.flags import DEFAULTS, check_shape
+from model import DROPOUTS, RNNModel, build
+from splitcross import SplitCrossEntropyLoss
+from utils import RunError, UserError, out_of_memory, pick_device, replacing
+
+MODEL_FORMAT, STATE_FORMAT = "awd-lm model 1", "awd-lm state 2"
+WHAT = {MODEL_FORMAT: "a saved model", STATE_FORMAT: "the state of a run"}
+PARTS = {"args": dict, "vocab": list, "model": dict, "criterion": dict, "metrics": dict}  # of a model
+STATE_PARTS = {
+    **{"script": str, "fingerprint": str, "args": dict, "vocab": list, "weights": dict, "mean": dict | None},
+    **{"optimizer": dict, "scaler": dict, "generators": dict, "hidden": list, "at": dict},
+}
+
+
+class NotWrittenError(RunError):
+    """A file could not be written: `reason` says why; what lay there before is untouched."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        hint = "free some space or give another --save"
+        super().__init__(f"{path}: cannot be written ({reason}), what was there is kept; {hint}")
+        self.reason = reason
+
+
+def write(path: str, fill: Callable[[BinaryIO], object]) -> None:
+    """Writes what `fill(file)` puts into a file to `path`, whole or not at all.
+
+    Raises:
+        NotWrittenError: the disk does not take it. Whatever else goes wrong in `fill` is raised as it is.
+    """
+    try:
+        with replacing(path) as file:
+            fill(file)
+    except (OSError, RuntimeError) as error:
+        # torch's zip writer may turn a full disk into a RuntimeError of its own
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise NotWrittenError(path, cause.strerror or str(cause)) from error
+
+
+def save(path: str, contents: dict[str, Any]) -> None:
+    """Writes plain data and CPU tensors; raises as `write` does."""
+    write(path, lambda file: torch.save(contents, file))
+
+
+def copy(source: str, target: str) -> None:
+    """Copies a file, whole or not at all; raises as `write` does."""
+    with open(source, "rb") as original:
+        write(target, lambda file: shutil.copyfileobj(original, file))
+
+
+def check_writable(path: str, flag: str, size: int = 0) -> None:
+    """Raises when no file of `size` bytes can be made beside `path`: better now than after the first epoch.
+
+    Raises:
+        UserError: it is a folder, or lies where nothing can be written.
+        NotWrittenError: there is no space.
+    """
+    if os.path.isdir(path):
+        raise UserError(f"{flag} {path}: is a folder; give the name of a file")
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            if size and hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        if size:
+            raise NotWrittenError(path, f"{error.strerror}; it takes {size / 2**20:.0f} MiB") from None
+        hint = "choose a folder that can be written to"
+        raise UserError(f"{flag} {path}: {error.strerror}; {hint}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+
+
+def load(path: str, flag: str, kind: str) -> dict[str, Any]:
+    """Reads a file that `save` wrote, onto the CPU. `kind`: its format.
+
+    Raises:
+        UserError: it is missing, truncated, something else, or holds more than plain data and tensors.
+    """
+    what = WHAT[kind]
+    try:
+        with open(path, "rb") as file, warnings.catch_warnings(action="ignore"):  # torch's, of damaged files
+            contents = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{flag} {path}: {error.strerror}; give the path of {what}") from None
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{flag} {path}: holds more than tensors and plain data, or something else than {what}; "
+            "refused, since loading it could run code: save the model again with main.py"
+        ) from None
+    except Exception as error:  # what a damaged pickle makes of the reader has no end: IndexError, ...
+        if out_of_memory(error):
+            raise
+        raise UserError(
+            f"{flag} {path}: is truncated, damaged or not {what}; use another copy, or train again"
+        ) from None
+    if not isinstance(contents, dict) or contents.get("format") != kind:
+        raise UserError(f"{flag} {path}: is not {what} of this toolkit ({kind!r}); give a file that main.py wrote")
+    return contents
+
+
+def model_contents(
+    args: Namespace, vocab: list[str], model: nn.Module, criterion: nn.Module, metrics: dict[str, Any]
+) -> dict[str, Any]:
+    """What a saved model holds: the weights to evaluate with; `metrics`: plain data, losses in nats."""
+    parts = {
+        part: {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
+        for part, module in (("model", model), ("criterion", criterion))
+    }
+    return {"format": MODEL_FORMAT, "args": vars(args), "vocab": vocab, **parts, "metrics": metrics}
+
+
+def load_model(path: str, flag: str) -> dict[str, Any]:
+    """Reads a saved model and checks that it is whole: its parts, their types, and every tensor's shape.
+
+    A setting that is newer than the file gets its default.
+
+    Raises:
+        UserError: see `load`; or its parts do not fit each other.
+    """
+    saved = load(path, flag, MODEL_FORMAT)
+    check_parts(saved, PARTS, f"{flag} {path}")
+    saved["args"] = {**DEFAULTS, **saved["args"]}
+    check_tensors(saved, f"{flag} {path}")
+    return saved
+
+
+def load_state(path: str, flag: str) -> dict[str, Any]:
+    """Reads the state of a run; what only a run can check, `Run.load_state` does.
+
+    Raises:
+        UserError: see `load`; or its parts do not fit each other.
+    """
+    state = load(path, flag, STATE_FORMAT)
+    check_parts(state, STATE_PARTS, f"{flag} {path}")
+    parts: dict[str, dict[str, Any]] = {"model": {}, "criterion": {}}
+    for name, tensor in state["weights"].items():
+        part, _, rest = str(name).partition(".")
+        parts.setdefault(part, {})[rest] = tensor
+    check_tensors({**state, **parts}, f"{flag} {path}")
+    return state
+
+
+def check_parts(contents: dict[str, Any], parts: dict[str, Any], place: str) -> None:
+    """Raises UserError unless all parts of a file are there, each of its type."""
+    for name, kind in parts.items():
+        if name not in contents or not isinstance(contents[name], kind):
+            raise UserError(f"{place}: its {name!r} is missing or of another type; use another copy")
+
+
+def check_tensors(saved: dict[str, Any], place: str) -> None:
+    """Raises UserError unless the tensors are those of the model that `args` and `vocab` describe.
+
+    The model is built on the meta device, where no size costs memory.
+    """
+    args, vocab = saved["args"], saved["vocab"]
+    if not vocab or not all(isinstance(word, str) for word in vocab) or len(set(vocab)) != len(vocab):
+        raise UserError(f"{place}: its vocabulary is not a list of distinct words; use another copy")
+    nlayers = args.get("nlayers")
+    if not isinstance(nlayers, int) or not 0 < nlayers <= len(saved["model"]):
+        raise UserError(f"{place}: its args say {nlayers!r} layers; use another copy")
+    try:
+        with torch.device("meta"):
+            modules = build({**args, **dict.fromkeys(DROPOUTS, 0.0)}, len(vocab))
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"{place}: its args describe no model ({error}); use another copy") from None
+    for part, module in zip(("model", "criterion"), modules, strict=True):
+        expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+        found = {strip_raw(name): tuple(getattr(tensor, "shape", ())) for name, tensor in saved[part].items()}
+        if expected != found:
+            odd = sorted(map(str, set(expected.items()) ^ set(found.items())))[0]
+            raise UserError(f"{place}: its {part} does not fit its args and vocabulary ({odd}); use another copy")
+
+
+def strip_raw(name: str) -> str:
+    """The name that a parameter has without weight drop."""
+    return re.sub(r"_raw$", "", str(name))
+
+
+def fit_names(tensors: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """The tensors under the names that `module` knows them by: with `_raw` where it drops that weight."""
+    names = {strip_raw(name): name for name in module.state_dict()}
+    return {names.get(strip_raw(name), name): tensor for name, tensor in tensors.items()}
+
+
+class Opened(NamedTuple):
+    """A saved model to evaluate with: nothing is dropped, its weights are on the device."""
+
+    model: RNNModel
+    criterion: SplitCrossEntropyLoss
+    vocab: list[str]
+    args: Namespace  # of the run that made it
+    device: torch.device
+
+
+def to_evaluate(saved: dict[str, Any], device: torch.device) -> Opened:
+    """The model of a file from `load_model`."""
+    model, criterion = build({**saved["args"], **dict.fromkeys(DROPOUTS, 0.0)}, len(saved["vocab"]))
+    model.load_state_dict(fit_names(saved["model"], model))
+    criterion.load_state_dict(saved["criterion"])
+    modules = (module.to(device).eval() for module in (model, criterion))
+    return Opened(*modules, saved["vocab"], Namespace(**saved["args"]), device)
+
+
+def open_model(args: Namespace) -> Opened:
+    """What a script evaluates, by its flags --save and --device.
+
+    Raises:
+        UserError: see `load_model`; a flag contradicts the model's shape; the device is not there.
+    """
+    saved = load_model(Path(args.save), "--save")
+    check_shape(vars(args), saved["args"], args.save)
+    return to_evaluate(saved, pick_device(args.device))

@@ -1,0 +1,185 @@
+"""The settings of all scripts, in one table: a flag is added, stored, defaulted and checked by its row.
+
+    python main.py --help
+
+A flag given on the command line wins over what a file says, and that over the default; one that contradicts the
+shape of a saved model is an error.
+"""
+
+import argparse
+import math
+import time
+from argparse import Namespace
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
+
+from model import LAYERS
+from optim import OPTIMIZERS
+from utils import UserError
+
+
+def number(
+    kind: type[int] | type[float], least: float, most: float = math.inf, below: float = math.inf
+) -> Callable[[str], Any]:
+    """An argparse type: an int or float in `[least, most]`, smaller than `below`, and finite."""
+
+    def parse(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of type {kind.__name__}") from None
+        if not (least <= value <= most and value < below and math.isfinite(value)):
+            limit = f" and below {below:g}" if below < math.inf else f" and at most {most:g}"
+            limit = "" if below == most == math.inf else limit
+            raise argparse.ArgumentTypeError(f"{text} is out of range; give at least {least:g}{limit}")
+        return value
+
+    return parse
+
+
+PROBABILITY = {"type": number(float, 0, below=1)}
+POSITIVE = {"type": number(int, 1, most=10**9)}
+FACTOR = {"type": number(float, 0, most=1e38)}  # float32 ends at 3.4e38
+COUNT = {"type": number(int, 0)}
+SWITCH = {"action": "store_true"}
+
+
+class Flag(NamedTuple):
+    """A setting. `names`: as written on the command line; the last one is its name in the namespace."""
+
+    names: str
+    kind: dict[str, Any]  # what argparse has to know
+    default: Any
+    help: str
+    shapes: bool = False  # shapes the model: a saved one answers it
+    stored: bool = True  # travels to a resumed run: it says what is computed, not how that is carried out
+
+    @property
+    def name(self) -> str:
+        return self.kind.get("dest") or self.names.split()[-1].lstrip("-")
+
+
+HOW = {"stored": False}
+SHAPE = {"shapes": True}
+FLAGS: dict[str, list[Flag]] = {
+    "run": [
+        Flag("--data", {}, "data/penn", "folder with train.txt, valid.txt, test.txt; or penn_treebank, "
+             "wikitext_2 (PyTorch-NLP fetches)"),
+        Flag("--device", {}, "auto", "auto, cpu, cuda, cuda:N or mps", **HOW),
+        Flag("--cuda", {"dest": "device", "action": "store_const", "const": "auto"}, None, "as --device auto"),
+        Flag("--amp", {"choices": ["none", "bf16", "fp16"]}, "none", "mixed precision in training alone"),
+        Flag("--compile", SWITCH, False, "torch.compile the loss: slow to start, then faster"),
+        Flag("--save", {}, None, "file of the model; beside it .state (to resume) and .log.jsonl", **HOW),
+        Flag("--resume", {}, "", "go on from this model and its .state, or warm-start from the model alone; "
+             "auto: from --save if it is there, else start afresh", **HOW),
+        Flag("--log-interval --log_interval", POSITIVE, 200, "batches between two log lines"),
+        Flag("--checkpoint_every", COUNT, 0, "also write the .state every N steps; 0: do not"),
+        Flag("--tensorboard", {"metavar": "DIR"}, None, "figures for TensorBoard too, in DIR", **HOW),
+    ],
+    "model (a saved one answers this itself)": [
+        Flag("--model", {"choices": list(LAYERS)}, "LSTM", "kind of the recurrent layers", **SHAPE),
+        Flag("--emsize", POSITIVE, 400, "size of the word embeddings", **SHAPE),
+        Flag("--nhid", POSITIVE, 1150, "hidden units per layer", **SHAPE),
+        Flag("--nlayers", POSITIVE, 3, "number of recurrent layers", **SHAPE),
+        Flag("--tied", SWITCH, True, "decoder weight = embedding weight", **SHAPE),
+        Flag("--untied", {"dest": "tied", "action": "store_false"}, None, "a decoder weight of its own"),
+    ],
+    "regularisation (probabilities in [0, 1))": [
+        Flag("--dropout", PROBABILITY, 0.4, "locked dropout after the last layer"),
+        Flag("--dropouth", PROBABILITY, 0.3, "locked dropout between layers"),
+        Flag("--dropouti", PROBABILITY, 0.65, "locked dropout on the embeddings"),
+        Flag("--dropoute", PROBABILITY, 0.1, "dropout of whole word types"),
+        Flag("--wdrop", PROBABILITY, 0.5, "weight drop: hidden-to-hidden, or all of a QRNN"),
+        Flag("--alpha", FACTOR, 2.0, "activation regularisation (AR); 0: none"),
+        Flag("--beta", FACTOR, 1.0, "temporal activation regularisation (TAR); 0: none"),
+        Flag("--wdecay", FACTOR, 1.2e-6, "weight decay on all weights"),
+    ],
+    "optimisation": [
+        Flag("--lr", FACTOR, None, f"rate of a batch of length bptt (default: "
+             f"{', '.join(f'{name} {row.lr:g}' for name, row in OPTIMIZERS.items())})"),
+        Flag("--clip", FACTOR, 0.25, "clip the gradient to this norm; 0: do not"),
+        Flag("--epochs", COUNT, 8000, "train up to this epoch"),
+        Flag("--max_steps", COUNT, 0, "stop after this many optimizer steps in all; 0: do not", **HOW),
+        Flag("--max_minutes", {"type": number(float, 0)}, 0.0, "write the .state and end, status 0, so many "
+             "minutes after the start; 0: do not", **HOW),
+        Flag("--batch_size", POSITIVE, 80, "columns of text side by side, of all processes together"),
+        Flag("--bptt", POSITIVE, 70, "mean sequence length, in tokens"),
+        Flag("--max_seq_len", COUNT, 0, "longest sequence length, in tokens; 0: no limit"),
+        Flag("--nonmono", COUNT, 5, "epochs that the validation loss may fail to improve"),
+        Flag("--seed", COUNT, 1111, "of all random numbers"),
+    ],
+    "main.py alone": [
+        Flag("--optimizer", {"choices": list(OPTIMIZERS)}, "sgd", "sgd: NT-ASGD, which averages once it stalls"),
+        Flag("--when", {"type": int, "nargs": "+"}, [-1], "epochs after which the rate is divided by 10"),
+        Flag("--splits", {"type": int, "nargs": "*"}, None, "first words of a split softmax's clusters", **SHAPE),
+        Flag("--vocab_size", COUNT, 0, "keep the N most frequent words; 0: all"),
+        Flag("--min_count", COUNT, 0, "keep words seen N times or more"),
+    ],
+}  # fmt: skip
+RUN, MODEL, REGULARISATION, OPTIMISATION, MAIN = FLAGS
+BY_NAME = {flag.name: flag for group in FLAGS.values() for flag in group if "dest" not in flag.kind}
+DEFAULTS = {name: flag.default for name, flag in BY_NAME.items()}
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's parser with a script's docstring as its description, and errors of one line.
+
+    What is not given is left out of the namespace, so that its value can come from elsewhere.
+    """
+
+    def __init__(self, doc: str, *groups: str) -> None:
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=doc, formatter_class=form, argument_default=argparse.SUPPRESS)
+        for title in groups:
+            self.add_flags(title, FLAGS[title])
+
+    def add_flags(self, title: str, flags: Collection[Flag]) -> None:
+        """Adds a group of flags, their defaults told in the help text."""
+        group = self.add_argument_group(title)
+        for flag in flags:
+            untold = flag.default in (None, "", [-1]) or isinstance(flag.default, bool)
+            default = "" if untold else f" (default: {flag.default})"
+            group.add_argument(*flag.names.split(), help=(flag.help + default).replace("%", "%%"), **flag.kind)
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message} (see --help)")
+
+
+def parse_evaluation(doc: str, *groups: tuple[str, Collection[Flag]]) -> Namespace:
+    """All settings of a script that opens a saved model, groups of its own among them.
+
+    What shapes the model is there only where it was given.
+    """
+    saved = [
+        Flag("--save --checkpoint", {"required": True, "dest": "save"}, None, "the saved model"),
+        Flag("--data", {}, None, "the text, where the script reads one (default: the model's own)"),
+        *FLAGS[RUN][1:3],  # --device, --cuda
+    ]
+    parser = ArgumentParser(doc)
+    for title, flags in [("saved model", saved), *groups, (MODEL, FLAGS[MODEL])]:
+        parser.add_flags(title, flags)
+    defaults = {flag.name: flag.default for _, flags in groups for flag in flags}
+    return Namespace(**{"data": None, "device": "auto", **defaults, **vars(parser.parse_args())})
+
+
+def resolve_args(given: dict[str, Any], stored: dict[str, Any]) -> Namespace:
+    """All settings of a run: given over stored over default; a fresh name and the optimizer's own rate."""
+    stored = {name: value for name, value in stored.items() if name in BY_NAME and BY_NAME[name].stored}
+    args = Namespace(**{**DEFAULTS, **stored, **given})
+    changed = "optimizer" in given and given["optimizer"] != stored.get("optimizer")
+    if args.lr is None or (changed and "lr" not in given):
+        args.lr = OPTIMIZERS[args.optimizer].lr
+    if args.save is None:
+        args.save = args.resume or f"{time.time_ns() // 1_000_000}.pt"
+    return args
+
+
+def check_shape(given: dict[str, Any], stored: dict[str, Any], path: str) -> None:
+    """Raises UserError when a flag contradicts what the file says about the model's shape."""
+    for name, value in given.items():
+        if name in BY_NAME and BY_NAME[name].shapes and value != stored.get(name):
+            flag = f"--{name} {value}" if name != "tied" else "--tied" if value else "--untied"
+            raise UserError(
+                f"{flag}: contradicts {path}, which has {stored.get(name)}; leave the flag out, or train a new "
+                "model"
+            )

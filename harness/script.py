@@ -1,0 +1,82 @@
+"""How a script begins and ends: one line instead of a traceback, and exit statuses that mean something.
+
+python main.py --data nowhere; echo $?     # 2: usage or data; 1: a run that failed; 143: SIGTERM
+"""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+import torch
+
+from harness.ranks import find_ranks
+from utils import UserError, keep_freed_memory, out_of_memory
+
+
+def run_script(main: Callable[[], int | None], parallel: bool = False) -> None:
+    """Calls `main()` and exits with its status; what a user or a machine can cause becomes one line on stderr.
+
+    Args:
+        parallel: `main` knows how to be one of several processes; else rank 0 does all of the work.
+    """
+    ranks = find_ranks()
+    if not (ranks.is_main or parallel):
+        sys.exit(0)
+    keep_freed_memory()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # until training has something to save
+    message = ""
+    try:
+        with contextlib.nullcontext() if ranks.is_main else silence():
+            status = main() or 0
+        sys.stdout.flush()
+    except SystemExit as end:  # --help, SIGTERM
+        status = end.code or 0
+    except KeyboardInterrupt:
+        message, status = "interrupted", 130
+    except Exception as error:
+        message, status = describe(error), getattr(error, "status", 1)
+        if not message and ranks.size == 1:
+            raise  # a defect of the toolkit: its traceback is what mends it
+        message = message or f"{type(error).__name__}: {error}"
+        status = status if ranks.size == 1 else 1
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler that raises would disturb Python's own exit
+    try:
+        sys.stdout.flush()
+    except OSError:  # a full disk, or nobody reads on (`| head`): Python would try again, and say so
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if message and message != "error: Broken pipe":
+        who = f"{os.path.basename(sys.argv[0])}: " + (f"rank {ranks.rank}: " if ranks.size > 1 else "")
+        with contextlib.suppress(OSError):
+            print(f"{who}{' '.join(message.split())}", file=sys.stderr, flush=True)
+    if ranks.size > 1:
+        os._exit(status)  # Python's teardown of torch's process group (2.13) aborts now and then
+    sys.exit(status)
+
+
+def describe(error: Exception) -> str:
+    """The line for an error that is no defect of the toolkit; "" for one that is."""
+    if isinstance(error, UserError):
+        return f"error: {error}"
+    if out_of_memory(error):
+        reason = str(error).partition("DefaultCPUAllocator: ")[2] or str(error) or "out of memory"
+        reason = reason.partition(". ")[0].partition("\n")[0]
+        return f"error: {reason}; try a smaller --batch_size, --bptt or model"
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"error: {where}{error.strerror or error}"
+    if isinstance(error, torch.AcceleratorError):
+        return f"error: the device failed: {str(error).splitlines()[0]}; go on with --resume"
+    return ""
+
+
+@contextlib.contextmanager
+def silence():
+    """Inside nothing is printed: rank 0 speaks for all."""
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield

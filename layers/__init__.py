@@ -1,0 +1,1 @@
+"""Layers with a file of their own; the weight-dropped LSTM and GRU are in model.py."""

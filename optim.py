@@ -1,0 +1,53 @@
+"""How the weights move: the optimizers, the running mean of NT-ASGD, and the rule that switches it on.
+
+Method: Merity, Keskar, Socher, arXiv 1708.02182 ("AWD"), section 3 and algorithm 1.
+"""
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Optimizer(NamedTuple):
+    """A choice of `--optimizer`."""
+
+    kind: type[torch.optim.Optimizer]
+    lr: float  # the rate when none is given
+    on_stall: str  # what a stalled validation loss does: "average" the weights from then on, or "nothing"
+
+
+OPTIMIZERS = {
+    "sgd": Optimizer(torch.optim.SGD, lr=30.0, on_stall="average"),  # NT-ASGD
+    "adam": Optimizer(torch.optim.Adam, lr=1e-3, on_stall="nothing"),
+}
+
+
+def make_optimizer(parameters: list[Tensor], name: str, lr: float, wdecay: float) -> torch.optim.Optimizer:
+    """The optimizer `name` with weight decay, over the parameters of model and criterion alike."""
+    fused = parameters[0].device.type == "cpu" or None  # one pass, without temporaries; None: torch decides
+    return OPTIMIZERS[name].kind(parameters, lr=lr, weight_decay=wdecay, fused=fused)
+
+
+class Mean:
+    """The mean of the weights after each step since it was made; the descent goes on with the raw ones.
+
+    `torch.optim.ASGD` sets its rate after the step, so a rate scaled by the batch's length would lag one batch
+    behind; plain SGD with this mean beside it does not.
+    """
+
+    def __init__(self, weights: nn.Module) -> None:
+        self.weights, self.count = copy.deepcopy(weights), 0
+
+    @torch.no_grad()
+    def update(self, weights: nn.Module) -> None:
+        """Takes the weights after one more step into the mean."""
+        self.count += 1
+        torch._foreach_lerp_(list(self.weights.parameters()), list(weights.parameters()), 1 / self.count)
+
+
+def has_stalled(history: list[float], nonmono: int) -> bool:
+    """Whether the last validation loss is above the best one older than `nonmono` epochs (AWD, algorithm 1)."""
+    older = history[: max(0, len(history) - 1 - nonmono)]
+    return bool(older) and history[-1] > min(older)

