@@ -25,6 +25,7 @@ import json
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
@@ -159,7 +160,8 @@ def save_cache(path: Path, corpus: Corpus) -> None:
 
 def load_cache(path: Path, digest: str) -> Corpus | None:
     """The encoded corpus of the texts that `digest` names, memory-mapped; None if there is none, or damaged."""
-    with contextlib.suppress(Exception):  # what a damaged file makes of torch's reader has no end
+    # What a damaged file makes of torch's reader has no end: exceptions and warnings of many kinds.
+    with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
         found = torch.load(path, weights_only=True, mmap=True)
         corpus = Corpus(json.loads(found["vocab"]), *(found[field] for field in Corpus._fields[1:]))
         if corpus.digest == digest and found["check"] == checksum(corpus):
@@ -210,7 +212,7 @@ def fetch_dataset(name: str) -> list[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as fetched:
-            fetch(directory=fetched, check_files=[])
+            fetch(directory=fetched)
             for path in reversed(files):  # the training text last: with it the folder is complete
                 os.replace(next(Path(fetched).rglob(path.name)), path)
     except (OSError, ValueError, EOFError, StopIteration, HTTPException, BadZipFile) as error:

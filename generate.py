@@ -19,12 +19,8 @@ import torch
 from torch import Tensor
 
 from data import EOS, encode_line, make_encoder
-from harness import flags
-from harness.files import check_writable, open_model, write
-from harness.flags import COUNT, POSITIVE, Flag, number
-from harness.script import run_script
-from model import Hidden, RNNModel
-from splitcross import SplitCrossEntropyLoss
+from harness import COUNT, POSITIVE, Flag, check_writable, number, open_model, parse_evaluation, run_script, write
+from model import Criterion, Hidden, RNNModel
 from utils import LabelEncoder, UserError
 
 
@@ -112,7 +108,7 @@ def next_word_prob(logprob: Tensor, temperature: float, top_k: int, top_p: float
 
 @torch.no_grad()
 def next_logprob(
-    model: RNNModel, criterion: SplitCrossEntropyLoss, words: list[int], hidden: list[Hidden]
+    model: RNNModel, criterion: Criterion, words: list[int], hidden: list[Hidden]
 ) -> tuple[Tensor, list[Hidden]]:
     """Reads `words` on from `hidden`; the log-probabilities of the word after them, (V,) on the CPU."""
     source = torch.tensor(words, device=model.encoder.weight.device)[:, None]  # (T, 1)
@@ -123,7 +119,7 @@ def next_logprob(
 
 def generate(
     model: RNNModel,
-    criterion: SplitCrossEntropyLoss,
+    criterion: Criterion,
     prompt: list[int],
     n: int,
     temperature: float,
@@ -162,7 +158,7 @@ GENERATION = [
 
 
 def main() -> None:
-    args = flags.parse_evaluation(__doc__, ("generation", GENERATION))
+    args = parse_evaluation(__doc__, ("generation", GENERATION))
     model, criterion, vocab, _, _ = open_model(args)
     if EOS not in vocab:
         raise UserError(f"--save {args.save}: has no {EOS} in its vocabulary; use a model of main.py's")

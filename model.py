@@ -26,6 +26,7 @@ from utils import LockedDropout
 # What a layer carries from batch to batch, each tensor (1, B, ·): (h, c) LSTM, (h,) GRU, (c, last input) or
 # (c,) QRNN.
 Hidden = tuple[Tensor, ...]
+Criterion = SplitCrossEntropyLoss  # an output layer: what `build` makes beside the model
 DROPOUTS = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")
 
 
@@ -301,7 +302,7 @@ def detach(hidden: list[Hidden]) -> list[Hidden]:
     return [tuple(tensor.detach() for tensor in carried) for carried in hidden]
 
 
-def build(args: dict[str, Any], ntoken: int) -> tuple[RNNModel, SplitCrossEntropyLoss]:
+def build(args: dict[str, Any], ntoken: int) -> tuple[RNNModel, Criterion]:
     """The model that the settings describe and the criterion that is its output layer, freshly initialised.
 
     Raises:
@@ -310,7 +311,7 @@ def build(args: dict[str, Any], ntoken: int) -> tuple[RNNModel, SplitCrossEntrop
     dropouts = {name: args[name] for name in DROPOUTS}
     sizes = args["emsize"], args["nhid"], args["nlayers"]
     model = RNNModel(args["model"], ntoken, *sizes, **dropouts, tie_weights=args["tied"])
-    splits = default_splits(ntoken) if args["splits"] is None else args["splits"]
+    splits = default_splits(ntoken) if args.get("splits") is None else args["splits"]
     if splits and splits[-1] >= ntoken:
         raise ValueError(f"--splits {splits}: the last one has to lie below the vocabulary's size, {ntoken}")
     return model, SplitCrossEntropyLoss(model.decoder.weight.size(1), splits)

@@ -15,10 +15,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.files import check_writable, write
-from harness.flags import ArgumentParser
-from harness.log import ppl
-from harness.script import run_script
+from harness import ArgumentParser, check_writable, ppl, run_script, write
 from utils import UserError
 
 SUFFIX = ".log.jsonl"

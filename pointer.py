@@ -19,13 +19,22 @@ import torch
 from torch import Tensor
 
 from data import eval_batches, read_corpus
-from harness import flags
-from harness.files import open_model
-from harness.flags import COUNT, POSITIVE, SWITCH, Flag, number
-from harness.log import DOUBLE_RULE, RunLog, figures, ppl, say
-from harness.script import run_script
-from model import RNNModel
-from splitcross import SplitCrossEntropyLoss
+from harness import (
+    COUNT,
+    DOUBLE_RULE,
+    POSITIVE,
+    SWITCH,
+    Flag,
+    RunLog,
+    figures,
+    number,
+    open_model,
+    parse_evaluation,
+    ppl,
+    run_script,
+    say,
+)
+from model import Criterion, RNNModel
 from utils import RunError
 
 BLOCK = 128  # positions at once: their scores of a window of 4,000 (2 MB) stay in a core's cache
@@ -89,7 +98,7 @@ def mixture_logprob(prob: Tensor, log_vocab: Tensor, lambdasm: Tensor) -> Tensor
 @torch.no_grad()
 def pointer_loss(
     model: RNNModel,
-    criterion: SplitCrossEntropyLoss,
+    criterion: Criterion,
     ids: Tensor,
     bptt: int,
     thetas: Sequence[float],
@@ -164,7 +173,7 @@ SEARCH = [
 
 def parse_args() -> Namespace:
     groups = ("pointer (the defaults are for the Penn Treebank)", POINTER), ("search", SEARCH)
-    return flags.parse_evaluation(__doc__, *groups)
+    return parse_evaluation(__doc__, *groups)
 
 
 def main() -> None:

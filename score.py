@@ -19,13 +19,8 @@ from itertools import islice
 import torch
 
 from data import EOS, encode_line, make_encoder
-from harness import flags
-from harness.files import open_model
-from harness.flags import SWITCH, Flag
-from harness.log import ppl
-from harness.script import run_script
-from model import Hidden, RNNModel
-from splitcross import SplitCrossEntropyLoss
+from harness import SWITCH, Flag, open_model, parse_evaluation, ppl, run_script
+from model import Criterion, Hidden, RNNModel
 from utils import UserError
 
 BATCH = 16  # lines scored side by side, when the state is reset between them
@@ -34,7 +29,7 @@ ROWS = 1024  # positions at once, of all lines together
 
 @torch.no_grad()
 def line_logprobs(
-    model: RNNModel, criterion: SplitCrossEntropyLoss, lines: list[list[int]], eos: int, hidden: list[Hidden]
+    model: RNNModel, criterion: Criterion, lines: list[list[int]], eos: int, hidden: list[Hidden]
 ) -> tuple[list[float], list[Hidden]]:
     """Log-probabilities of B lines in nats, each with the `<eos>` that ends it, and the state at the end.
 
@@ -78,7 +73,7 @@ def read_lines(path: str) -> Iterator[str]:
 
 
 def score(
-    model: RNNModel, criterion: SplitCrossEntropyLoss, path: str, vocab: list[str], carry: bool
+    model: RNNModel, criterion: Criterion, path: str, vocab: list[str], carry: bool
 ) -> Iterator[tuple[object, ...]]:
     """Yields a row for each line of a file: tokens, unknown, log-probability, the unknown words.
 
@@ -103,7 +98,7 @@ def main() -> None:
         Flag("text", {"metavar": "FILE"}, None, "the text, one sentence per line"),
         Flag("--carry", SWITCH, False, "go on from line to line, as in one text (else each starts afresh)"),
     ]
-    args = flags.parse_evaluation(__doc__, ("scores", how))
+    args = parse_evaluation(__doc__, ("scores", how))
     saved = open_model(args)
     if EOS not in saved.vocab:
         raise UserError(f"--save {args.save}: has no {EOS} in its vocabulary; use a model of main.py's")

@@ -8,6 +8,7 @@ The words are sorted by frequency. With splits `s_1 < ... < s_K` the head is a s
 """
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -167,6 +168,10 @@ class SplitCrossEntropyLoss(nn.Module):
             for k, (w, b) in enumerate(zip(weights[1:], biases[1:], strict=True))
         ]
         return torch.cat([words, *tails], dim=-1)  # (N, V)
+
+    def compiled(self) -> Callable[..., Tensor]:
+        """`forward` with the projection and its softmax compiled."""
+        return partial(self, cross_entropy=torch.compile(linear_cross_entropy, dynamic=True))
 
     def clusters(self, weight: Tensor, bias: Tensor | None) -> tuple[tuple[Tensor, ...], tuple]:
         """The decoder's rows by cluster, the head's words first: views, K + 1 of them.

@@ -11,19 +11,19 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from data import EVAL_BATCH_SIZE, TEST_BATCH_SIZE, VariableLengthSampler, eval_batches, get_batch
-from harness import files
+import harness.files as files
+from data import EVAL_BATCH_SIZE, TEST_BATCH_SIZE, Corpus, VariableLengthSampler, eval_batches, get_batch
 from harness.log import DOUBLE_RULE, RULE, EpochBar, RunLog, figures, say
 from harness.ranks import ALONE, Ranks
 from harness.run import Run
 from harness.stop import Stop, Stopper
-from model import RNNModel, detach
-from optim import has_stalled
-from splitcross import SplitCrossEntropyLoss
+from model import Criterion, RNNModel, detach
+from optim import OPTIMIZERS, has_stalled
 
 EVAL_ROWS = 1024  # positions at once, at least: the matrix products like as many
 NO_TIME = ("SIGTERM", "--max_minutes")  # a run that ends for these neither validates nor tests
@@ -76,7 +76,7 @@ def train_step(run: Run, source: Tensor, target: Tensor) -> Tensor:
 @torch.no_grad()
 def evaluate(
     model: RNNModel,
-    criterion: SplitCrossEntropyLoss,
+    criterion: Criterion,
     ids: Tensor,
     bptt: int,
     batch_size: int,
@@ -106,20 +106,20 @@ def evaluate(
     return total / count
 
 
-def fit(run: Run, on_stall: str, deadline_s: float | None = None) -> str:
+def fit(run: Run, on_stall: str = "") -> str:
     """Trains up to the last epoch: after each one validates, saves the best model and the run's state.
 
-    `on_stall`: what a stalled validation loss does: "average" (SGD starts to average its weights, AWD,
-    algorithm 1), "stop" or "nothing". `deadline_s`: of `time.monotonic`, for --max_minutes.
+    `on_stall`: what a stalled validation loss does: "stop", or what the optimizer's row says.
 
     Returns:
         Why it ended: "epochs", "stall", "SIGINT", "SIGTERM" or the flag that said so.
     """
     args, at, train = run.args, run.at, run.corpus.train
+    on_stall = on_stall or OPTIMIZERS[args.optimizer].on_stall
     last_row = len(train) // args.batch_size - 1  # a target only
     run.log.write("start", script=run.script, epoch=at.epoch, batch=at.batch, step=at.step)
     run.start_clock()
-    with Stopper(deadline_s, run.ranks) as stopper:
+    with Stopper(run.deadline_s, run.ranks) as stopper:
 
         def check_stop() -> None:
             stopper.check("--max_steps" if args.max_steps and at.step >= args.max_steps else "")
@@ -238,6 +238,15 @@ def test(path: str, ids: Tensor, bptt: int, log: RunLog) -> float:
     say(f"{DOUBLE_RULE}\n| End of training | {figures(loss, 'test ')}\n{DOUBLE_RULE}")
     log.write("test", loss)
     return loss
+
+
+def evaluate_only(saved: dict[str, Any], path: str, corpus: Corpus, bptt: int) -> int:
+    """`main.py --epochs 0`: a saved model's figures on this text; nothing is trained, no file is written."""
+    model, criterion, *_ = files.to_evaluate(saved, corpus.valid.device)
+    loss = evaluate(model, criterion, corpus.valid, bptt, EVAL_BATCH_SIZE)
+    say(f"| End of evaluation | {figures(loss, 'valid ')}")
+    test(path, corpus.test, bptt, RunLog(None))
+    return 0
 
 
 def finish(run: Run, why: str) -> int:

@@ -15,16 +15,13 @@ import shutil
 import warnings
 from argparse import Namespace
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from harness.flags import DEFAULTS, check_shape
-from model import DROPOUTS, RNNModel, build
-from splitcross import SplitCrossEntropyLoss
-from utils import RunError, UserError, out_of_memory, pick_device, replacing
+from model import DROPOUTS, Criterion, RNNModel, build
+from utils import RunError, UserError, out_of_memory, replacing
 
 MODEL_FORMAT, STATE_FORMAT = "awd-lm model 1", "awd-lm state 2"
 WHAT = {MODEL_FORMAT: "a saved model", STATE_FORMAT: "the state of a run"}
@@ -138,14 +135,11 @@ def model_contents(
 def load_model(path: str, flag: str) -> dict[str, Any]:
     """Reads a saved model and checks that it is whole: its parts, their types, and every tensor's shape.
 
-    A setting that is newer than the file gets its default.
-
     Raises:
         UserError: see `load`; or its parts do not fit each other.
     """
     saved = load(path, flag, MODEL_FORMAT)
     check_parts(saved, PARTS, f"{flag} {path}")
-    saved["args"] = {**DEFAULTS, **saved["args"]}
     check_tensors(saved, f"{flag} {path}")
     return saved
 
@@ -212,7 +206,7 @@ class Opened(NamedTuple):
     """A saved model to evaluate with: nothing is dropped, its weights are on the device."""
 
     model: RNNModel
-    criterion: SplitCrossEntropyLoss
+    criterion: Criterion
     vocab: list[str]
     args: Namespace  # of the run that made it
     device: torch.device
@@ -225,14 +219,3 @@ def to_evaluate(saved: dict[str, Any], device: torch.device) -> Opened:
     criterion.load_state_dict(saved["criterion"])
     modules = (module.to(device).eval() for module in (model, criterion))
     return Opened(*modules, saved["vocab"], Namespace(**saved["args"]), device)
-
-
-def open_model(args: Namespace) -> Opened:
-    """What a script evaluates, by its flags --save and --device.
-
-    Raises:
-        UserError: see `load_model`; a flag contradicts the model's shape; the device is not there.
-    """
-    saved = load_model(Path(args.save), "--save")
-    check_shape(vars(args), saved["args"], args.save)
-    return to_evaluate(saved, pick_device(args.device))

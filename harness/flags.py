@@ -13,9 +13,10 @@ from argparse import Namespace
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
+import harness.files as files
 from model import LAYERS
 from optim import OPTIMIZERS
-from utils import UserError
+from utils import UserError, pick_device
 
 
 def number(
@@ -162,6 +163,18 @@ def parse_evaluation(doc: str, *groups: tuple[str, Collection[Flag]]) -> Namespa
     return Namespace(**{"data": None, "device": "auto", **defaults, **vars(parser.parse_args())})
 
 
+def open_model(args: Namespace) -> files.Opened:
+    """What such a script evaluates, by its flags --save and --device.
+
+    Raises:
+        UserError: see `files.load_model`; a flag contradicts the model's shape; the device is not there.
+    """
+    saved = files.load_model(args.save, "--save")
+    check_shape(vars(args), saved["args"], args.save)
+    saved["args"] = {**DEFAULTS, **saved["args"]}
+    return files.to_evaluate(saved, pick_device(args.device))
+
+
 def resolve_args(given: dict[str, Any], stored: dict[str, Any]) -> Namespace:
     """All settings of a run: given over stored over default; a fresh name and the optimizer's own rate."""
     stored = {name: value for name, value in stored.items() if name in BY_NAME and BY_NAME[name].stored}
@@ -176,10 +189,10 @@ def resolve_args(given: dict[str, Any], stored: dict[str, Any]) -> Namespace:
 
 def check_shape(given: dict[str, Any], stored: dict[str, Any], path: str) -> None:
     """Raises UserError when a flag contradicts what the file says about the model's shape."""
+    stored = {**DEFAULTS, **stored}  # a setting that is newer than the file has its default
     for name, value in given.items():
-        if name in BY_NAME and BY_NAME[name].shapes and value != stored.get(name):
+        if name in BY_NAME and BY_NAME[name].shapes and value != stored[name]:
             flag = f"--{name} {value}" if name != "tied" else "--tied" if value else "--untied"
             raise UserError(
-                f"{flag}: contradicts {path}, which has {stored.get(name)}; leave the flag out, or train a new "
-                "model"
+                f"{flag}: contradicts {path}, which has {stored[name]}; leave the flag out, or train a new model"
             )

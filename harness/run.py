@@ -8,19 +8,17 @@ import time
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import harness.files as files
 from data import Corpus
-from harness import files
 from harness.log import RunLog, figures, ppl, say, warn
 from harness.ranks import ALONE, Ranks
-from model import Hidden, RNNModel, build, detach
+from model import Criterion, Hidden, RNNModel, build, detach
 from optim import Mean, make_optimizer
-from splitcross import SplitCrossEntropyLoss, linear_cross_entropy
 from utils import RunError, UserError, keep_freed_memory, map_tensors, out_of_memory
 
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -90,8 +88,7 @@ class Run:
         self.amp = AMP[args.amp]  # forward and loss run under autocast to it; None: in float32
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp is torch.float16)
         # The projection's softmax is what gains from a compiler: cuDNN's and oneDNN's layers would not.
-        compiled = torch.compile(linear_cross_entropy, dynamic=True) if args.compile else None
-        self.loss = partial(self.criterion, cross_entropy=compiled) if compiled else self.criterion
+        self.loss = self.criterion.compiled() if args.compile else self.criterion
         self.optimizer = make_optimizer(self.parameters, args.optimizer, args.lr, args.wdecay)
         self.mean: Mean | None = None  # of the weights, once averaging is on
         self.columns = ranks.columns(args.batch_size)  # this rank's, of the whole batch
@@ -102,6 +99,7 @@ class Run:
         self.unread: list[Tensor] = []  # losses, still on the device
         self.unwritten: dict[str, files.NotWrittenError] = {}  # files whose last attempt failed
         self.log = RunLog(None)
+        self.deadline_s: float | None = None  # of time.monotonic, for --max_minutes
         self.start_clock()
 
     def first_hidden(self) -> list[Hidden]:
@@ -112,7 +110,7 @@ class Run:
         """From the next step on the weights enter a running mean; the descent goes on with the raw ones."""
         self.mean = Mean(self.weights)
 
-    def evaluated(self) -> tuple[RNNModel, SplitCrossEntropyLoss]:
+    def evaluated(self) -> tuple[RNNModel, Criterion]:
         """The weights to evaluate with: the mean once it holds any, else the raw ones."""
         weights = self.mean.weights if self.mean and self.mean.count else self.weights
         return weights["model"], weights["criterion"]
@@ -307,7 +305,6 @@ class Run:
         if metrics.get("script") != self.script or metrics.get("fingerprint") != self.corpus.digest:
             return self.at.best_loss  # of another run: its loss says nothing here
         if metrics.get("step", 0) > self.at.step:
-            say(
-                f"| {save} is of step {metrics['step']}: kept until a better one | {figures(metrics['valid_loss'])}"
-            )
+            kept = "kept until a better one"
+            say(f"| {save} is of step {metrics['step']}: {kept} | {figures(metrics['valid_loss'])}")
         return None if metrics.get("partial") else metrics["valid_loss"]
