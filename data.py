@@ -160,8 +160,7 @@ def save_cache(path: Path, corpus: Corpus) -> None:
 
 def load_cache(path: Path, digest: str) -> Corpus | None:
     """The encoded corpus of the texts that `digest` names, memory-mapped; None if there is none, or damaged."""
-    # What a damaged file makes of torch's reader has no end: exceptions and warnings of many kinds.
-    with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
+    with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):  # damaged files raise anything
         found = torch.load(path, weights_only=True, mmap=True)
         corpus = Corpus(json.loads(found["vocab"]), *(found[field] for field in Corpus._fields[1:]))
         if corpus.digest == digest and found["check"] == checksum(corpus):
@@ -266,8 +265,7 @@ def encode_files(
                 for words in read_words(table.place, bar)
             ]
             texts.append(blocks)
-            length = sum(map(len, blocks))
-            if length < 2:
+            if (length := sum(map(len, blocks))) < 2:
                 problem = "has a single token" if length else "is empty"
                 raise UserError(f"{table.place}: {problem}; every text needs two tokens or more")
             types = types or len(table)  # the training text's

@@ -18,7 +18,7 @@ from torch import Tensor
 
 # `pytorch-nlp` 0.5.0 (2019) is the last release. Its `torchnlp.samplers` imports `torch._six`, which torch 2.0
 # removed: this stands in for it, once, before torchnlp is imported, and only where torch has none of its own.
-if importlib.util.find_spec("torch._six") is None and "torch._six" not in sys.modules:
+if "torch._six" not in sys.modules and importlib.util.find_spec("torch._six") is None:
     _six = types.ModuleType("torch._six", "Stand-in for the module that torch 2.0 removed.")
     _six.int_classes, _six.string_classes = (int,), (str, bytes)
     sys.modules["torch._six"] = _six
@@ -48,7 +48,9 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     words = ("can't allocate memory", "not enough memory", "out of memory", "overflow")  # sizes past 2^63 bytes
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    of_onednn = ("could not create a primitive", "could not execute a primitive")  # all that it says of it
+    text = str(error)
+    return isinstance(error, RuntimeError) and (text in of_onednn or any(word in text for word in words))
 
 
 @contextlib.contextmanager

@@ -1,28 +1,27 @@
-"""What bench.py times: the published settings, made-up text for them, and the works, each made by a function.
+"""What bench.py times, on made-up text: VARIANTS of a training step by the published settings, and the others."""
 
-VARIANTS holds those of table 1: a function (setting, tiny, device) that returns a "step". The works of table 2
-take a name of their own: a setting, a folder.
-"""
-
+import shutil
+import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.floor import make_floor, products
+from benchmarks.floor import make_floor, shapes
 from benchmarks.plain import PlainModel, make_plain_step
-from benchmarks.process import Works
-from data import SPLITS, Corpus, read_corpus
+from data import SPLITS, Corpus, find_files, read_corpus
 from harness.flags import resolve_args
 from harness.run import Run
 from pointer import mixture_logprob, pointer_prob
 from splitcross import default_splits
 from train import evaluate, train_step
-from utils import keep_freed_memory
+from utils import RunError, keep_freed_memory
 
 # The published commands: size of the vocabulary, and what they set beside main.py's defaults.
 PTB = {"batch_size": 20, "dropouti": 0.4, "dropouth": 0.25}
@@ -40,8 +39,7 @@ SETTINGS = {
 }
 TINY = {"emsize": 8, "nhid": 12, "batch_size": 4, "bptt": 6}
 BATCHES = 4  # different ones, in turn
-EVALUATION = {10: 10_210, 1: 2_049}  # batch size: tokens; rows that whole segments fill, and a last target
-POINTER = {500: 5000, 3785: 2000}  # window: tokens at once; the published commands
+Work = Callable[[], Any]  # one step, which returns its loss, or one pass over a text
 
 
 def setting(name: str, tiny: bool) -> tuple[int, Namespace]:
@@ -60,15 +58,6 @@ def zipf_text(ntoken: int, tokens: int) -> Tensor:
     return torch.multinomial(odds, tokens, replacement=True, generator=generator).int()
 
 
-def write_corpus(folder: Path, tokens: int, ntoken: int) -> None:
-    """Made-up text in the layout of a corpus: `tokens` of training text, a tenth of that twice."""
-    folder.mkdir()
-    for split, share in zip(SPLITS, (1, 10, 10), strict=True):
-        words = [f"w{i}" for i in zipf_text(ntoken, tokens // share).tolist()]
-        lines = (" ".join(words[i : i + 20]) + "\n" for i in range(0, len(words), 20))
-        (folder / f"{split}.txt").write_text("".join(lines))
-
-
 def training_batches(ntoken: int, args: Namespace, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """Source and target of just bptt rows, (T, B) each, without end; the same for each variant."""
     text = zipf_text(ntoken, args.batch_size * (BATCHES * args.bptt + 1)).to(device)
@@ -78,76 +67,103 @@ def training_batches(ntoken: int, args: Namespace, device: torch.device) -> Iter
 
 
 def make_run(ntoken: int, args: Namespace, device: torch.device) -> Run:
-    """A run as main.py starts it; its text is not looked at."""
-    keep_freed_memory()
+    """A run as main.py starts it; its texts are empty."""
     torch.manual_seed(args.seed)
-    nothing = torch.empty(0, dtype=torch.int32)
-    return Run("main.py", args, Corpus([f"w{i}" for i in range(ntoken)], *[nothing] * 3, digest=""), device)
+    corpus = Corpus([f"w{i}" for i in range(ntoken)], *[torch.empty(0, dtype=torch.int32)] * 3, digest="")
+    return Run("main.py", args, corpus, device)
 
 
-def ours(name: str, tiny: bool, device: torch.device) -> Works:
+def ours(name: str, tiny: bool, device: torch.device) -> Work:
+    keep_freed_memory()
     ntoken, args = setting(name, tiny)
     run, batches = make_run(ntoken, args, device), training_batches(ntoken, args, device)
     run.model.train()
-    return {"step": lambda: train_step(run, *next(batches))}
+    return lambda: train_step(run, *next(batches))
 
 
-def plain(name: str, tiny: bool, device: torch.device) -> Works:
-    """Freed memory is not kept: a script that is written plainly has nothing of the kind."""
+def plain(name: str, tiny: bool, device: torch.device) -> Work:
+    """As torch comes: a script that is written plainly does not keep freed memory."""
     ntoken, args = setting(name, tiny)
     torch.manual_seed(args.seed)
     step, batches = make_plain_step(PlainModel(args, ntoken).to(device)), training_batches(ntoken, args, device)
-    return {"step": lambda: step(*next(batches))}
+    return lambda: step(*next(batches))
 
 
-def floor(name: str, tiny: bool, device: torch.device) -> Works:
-    """The first batch says how many rows hit a cluster of a split softmax."""
+def floor(name: str, tiny: bool, device: torch.device) -> Work:
     keep_freed_memory()
     ntoken, args = setting(name, tiny)
-    _, target = next(training_batches(ntoken, args, device))
-    step, libraries = make_floor(products(args, ntoken, target), device)
+    _, target = next(training_batches(ntoken, args, device))  # whose words hit the clusters of a split softmax
+    step, libraries = make_floor(shapes(args, ntoken, target), device)
     found = ", ".join(f"{libraries.count(library)} by {library}" for library in sorted(set(libraries)))
     print(f"{name}: the floor's products: {found}", file=sys.stderr, flush=True)
-    return {"step": step}
+    return step
 
 
-VARIANTS: dict[str, Callable[[str, bool, torch.device], Works]] = {"ours": ours, "plain": plain, "floor": floor}
+VARIANTS: dict[str, Callable[[str, bool, torch.device], Work]] = {"ours": ours, "plain": plain, "floor": floor}
 
 
-def sizes(table: dict[int, int], tiny: bool) -> dict[int, int]:
-    return {key: tokens // 40 if tiny else tokens for key, tokens in table.items()}
-
-
-def evaluation(name: str, tiny: bool, device: torch.device) -> Works:
-    """train.evaluate as validation and test call it, on a part of a text, by batch size."""
-    ntoken, args = setting(name, tiny)
-    run = make_run(ntoken, args, device)
-
-    def work(columns: int, tokens: int) -> Callable[[], float]:
-        ids = zipf_text(ntoken, tokens).to(device)
-        return lambda: evaluate(run.model, run.criterion, ids, args.bptt, columns)
-
-    return {columns: work(columns, tokens) for columns, tokens in sizes(EVALUATION, tiny).items()}
-
-
-def pointer(_: str, tiny: bool, device: torch.device) -> Works:
-    """The cache pointer from the model's states and losses on, by window, which is full from the start; H = 400."""
-    keep_freed_memory()
-
-    def work(window: int, tokens: int) -> Callable[[], float]:
-        states = torch.randn(window + tokens, 400, device=device) / 10
+def others(data: str | None, tiny: bool, folder: Path, device: torch.device) -> Iterator[tuple[str, int, Work]]:
+    """What else takes time: its name, how many tokens it works on (0: none), and the work itself."""
+    scale = 40 if tiny else 1
+    for name in ("ptb-lstm", "ptb-qrnn"):
+        ntoken, args = setting(name, tiny)
+        run = make_run(ntoken, args, device)
+        for columns, rows in ((10, 1020 // scale), (1, 2048 // scale)):
+            ids = zipf_text(ntoken, (rows + 1) * columns).to(device)
+            work = partial(evaluate, run.model, run.criterion, ids, args.bptt, columns)
+            yield f"evaluation: {name}, batch size {columns}", rows * columns, work
+    for window, tokens in ((500, 5000 // scale), (3785, 2000 // scale)):  # the published commands
+        states = torch.randn(window + tokens, 400, device=device) / 10  # a full window, and the text behind it
         words = zipf_text(10_000, window + tokens).to(device).long()
-        log_vocab, lambdasm = torch.full((tokens,), -5.0, dtype=torch.float64), torch.tensor(0.1).double()
+        yield f"pointer without the model: window {window}", tokens, partial(point, states, words, window)
 
-        def run_pointer() -> float:
-            prob = pointer_prob(states, words, window, [1.0], [window]).cpu().double()
-            return mixture_logprob(prob, log_vocab, lambdasm).sum().item()
+    text, toy = folder / "text", folder / "toy"
+    if data:
+        text.mkdir()  # a copy, whose cache may be removed
+        for path in find_files(data):
+            shutil.copy(path, text)
+    else:
+        write_corpus(text, 2_000_000 // scale, ntoken=33_278)
+    corpus = read_corpus(str(text))
+    tokens = sum(len(getattr(corpus, split)) for split in SPLITS)
+    yield "reading a corpus: first time", tokens, partial(read, text, first=True)
+    yield "reading a corpus: from its cache", tokens, partial(read, text, first=False)
 
-        return run_pointer
+    write_corpus(toy, 1000, ntoken=50)
+    flags = ["--data", toy, "--save", folder / "m.pt", "--device", device, "--max_steps", 1, "--log-interval", 1]
+    flags += ["--emsize", 8, "--nhid", 12, "--nlayers", 1, "--batch_size", 4]
+    yield "start-up: main.py --help", 0, partial(start_up, "--help", until="usage")
+    yield "start-up: main.py, a toy's first step", 0, partial(start_up, *flags, until="| epoch")
 
-    return {window: work(window, tokens) for window, tokens in sizes(POINTER, tiny).items()}
+
+def point(states: Tensor, words: Tensor, window: int) -> None:
+    """The cache pointer from the model's states and losses on."""
+    prob = pointer_prob(states, words, window, [1.0], [window]).cpu().double()
+    log_vocab, lambdasm = torch.full_like(prob[0, 0], -5.0), torch.tensor(0.1).double()
+    mixture_logprob(prob, log_vocab, lambdasm).sum().item()
 
 
-def reading(folder: str, tiny: bool, device: torch.device) -> Works:
-    keep_freed_memory()
-    return {"read": lambda: read_corpus(folder) and None}
+def write_corpus(folder: Path, tokens: int, ntoken: int) -> None:
+    """Made-up text in the layout of a corpus: `tokens` of training text, a tenth of that twice."""
+    folder.mkdir()
+    for split, share in zip(SPLITS, (1, 10, 10), strict=True):
+        words = [f"w{i}" for i in zipf_text(ntoken, tokens // share).tolist()]
+        lines = (" ".join(words[i : i + 20]) + "\n" for i in range(0, len(words), 20))
+        (folder / f"{split}.txt").write_text("".join(lines))
+
+
+def read(folder: Path, first: bool) -> None:
+    """`first`: without the cache of the encoded text, which it leaves for the next call."""
+    for path in folder.glob(".cache-*") if first else ():
+        path.unlink()
+    read_corpus(str(folder))
+
+
+def start_up(*flags: object, until: str) -> None:
+    """main.py, a fresh process, up to its first line that begins with `until`."""
+    command = [sys.executable, "-u", Path(__file__).parent.parent / "main.py", *map(str, flags)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        seen = any(line.startswith(until) for line in process.stdout)
+        process.kill()
+    if not seen:
+        raise RunError(f"main.py ended without a line {until!r}; see above")

@@ -101,23 +101,28 @@ def load(path: str, flag: str, kind: str) -> dict[str, Any]:
     """
     what = WHAT[kind]
     try:
-        with open(path, "rb") as file, warnings.catch_warnings(action="ignore"):  # torch's, of damaged files
-            contents = torch.load(file, map_location="cpu", weights_only=True)
+        file = open(path, "rb")  # noqa: SIM115 - closed below: an OSError while reading has another meaning
     except OSError as error:
         raise UserError(f"{flag} {path}: {error.strerror}; give the path of {what}") from None
+    try:
+        with file, warnings.catch_warnings(action="ignore"):  # torch's, of damaged files
+            contents = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
             f"{flag} {path}: holds more than tensors and plain data, or something else than {what}; "
             "refused, since loading it could run code: save the model again with main.py"
         ) from None
-    except Exception as error:  # what a damaged pickle makes of the reader has no end: IndexError, ...
+    except Exception as error:  # what a damaged file makes of the reader has no end: IndexError, OSError, ...
         if out_of_memory(error):
             raise
         raise UserError(
             f"{flag} {path}: is truncated, damaged or not {what}; use another copy, or train again"
         ) from None
     if not isinstance(contents, dict) or contents.get("format") != kind:
-        raise UserError(f"{flag} {path}: is not {what} of this toolkit ({kind!r}); give a file that main.py wrote")
+        hint = (
+            "give a file that main.py wrote" if kind == MODEL_FORMAT else "remove it to warm-start from the model"
+        )
+        raise UserError(f"{flag} {path}: is not {what} of this toolkit ({kind!r}); {hint}")
     return contents
 
 

@@ -119,8 +119,7 @@ class RunLog:
             for name, value in entry.items():
                 if isinstance(value, int | float):
                     self.writer.add_scalar(f"{kind}/{name}", value, self.step)
-            if kind != "train":
-                self.writer.flush()
+            self.writer.flush()
         except OSError as error:
             warn(f"--tensorboard {self.board}: {error.strerror}; the run goes on without it")
             self.board = None

@@ -175,16 +175,20 @@ class Run:
         return True
 
     def save_model(self, loss: float, partial: bool = False) -> bool:
-        """Writes the weights to evaluate with; `partial`: of mid-epoch, so that any later best replaces them."""
+        """Writes the weights to evaluate with; returns whether that went well. Collective.
+
+        `partial`: of mid-epoch, so that any later best replaces them.
+        """
         metrics = {
             **{"script": self.script, "fingerprint": self.corpus.digest, "valid_loss": loss, "partial": partial},
             **{"epoch": self.at.epoch, "step": self.at.step, "averaged": self.mean is not None},
             "valid_ppl": ppl(loss),
         }
-        if not self.ranks.is_main:
-            return True
-        contents = files.model_contents(self.args, self.corpus.vocab, *self.evaluated(), metrics)
-        return self.write(self.args.save, lambda: files.save(self.args.save, contents))
+        written = None
+        if self.ranks.is_main:
+            contents = files.model_contents(self.args, self.corpus.vocab, *self.evaluated(), metrics)
+            written = self.write(self.args.save, lambda: files.save(self.args.save, contents))
+        return self.ranks.from_rank_0(written)
 
     def copy_model(self, path: str) -> None:
         """Keeps a copy of the best model so far."""

@@ -62,6 +62,7 @@ def describe(error: Exception) -> str:
     if out_of_memory(error):
         reason = str(error).partition("DefaultCPUAllocator: ")[2] or str(error) or "out of memory"
         reason = reason.partition(". ")[0].partition("\n")[0]
+        reason = reason if "memory" in reason else f"out of memory ({reason})"
         return f"error: {reason}; try a smaller --batch_size, --bptt or model"
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""

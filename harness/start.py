@@ -50,7 +50,7 @@ def begin(script: str, given: dict[str, Any]) -> Start:
     device = pick_device(ranks.device_name(given.get("device", "auto")))
     ranks.start(device)
     find = find_training if script == "main.py" else find_finetuning
-    found = ranks.from_rank_0([*find(script, given)] if ranks.is_main else None)
+    given, *found = ranks.from_rank_0([given, *find(script, given)] if ranks.is_main else None)
     return Start(script, given, Found(*found), device, ranks, began_s)
 
 
@@ -64,7 +64,8 @@ def find_state(script: str, given: dict[str, Any]) -> tuple[str, dict[str, Any] 
     if auto and "save" not in given:
         raise UserError("--resume auto: needs a name that stays the same; give --save too")
     path = given.get("output", given["save"]) if auto else path
-    if not path or given.get("epochs") == 0 or not os.path.exists(f"{path}.state"):
+    evaluates = script == "main.py" and given.get("epochs") == 0
+    if not path or evaluates or not os.path.exists(f"{path}.state"):
         return path, None
     state = files.load_state(f"{path}.state", f"--resume{' auto' * auto}")
     if state["script"] != script and not auto:

@@ -8,7 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import pytest
@@ -18,6 +18,15 @@ from runner import Result, run_cli
 # The model and the batches of all runs here: small, and every epoch is some twenty steps of uneven length.
 SMALL = ["--emsize", 8, "--nhid", 10, "--nlayers", 2, "--batch_size", 4, "--bptt", 14]
 SMALL += ["--lr", 5, "--log-interval", 5, "--device", "cpu"]
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log; JSON has no Infinity and no NaN, though Python's reader takes them."""
+
+    def refuse(constant: str) -> NoReturn:
+        raise AssertionError(constant)
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
 
 
 class Trained(NamedTuple):
@@ -36,8 +45,7 @@ class Trained(NamedTuple):
         return torch.load(f"{self.path}.state", weights_only=True)
 
     def log(self, kind: str) -> list[dict[str, Any]]:
-        lines = Path(f"{self.path}.log.jsonl").read_text().splitlines()
-        return [entry for entry in map(json.loads, lines) if entry["kind"] == kind]
+        return [entry for entry in read_log(Path(f"{self.path}.log.jsonl")) if entry["kind"] == kind]
 
 
 def write_corpus(folder: Path, tokens: tuple[int, int, int] = (1300, 500, 300), seed: int = 0) -> Path:

@@ -26,7 +26,7 @@ static inline unsigned short float_to_half(float from) {
   return bits;
 }
 
-// What a kernel declares, a letter a parameter: p a pointer, i a 64-bit integer, ? anything else.
+// What a kernel declares, a letter per parameter: p a pointer, i a 64-bit integer, ? anything else.
 template <typename... P>
 int describe(void (*)(P...), char* letters) {
   int n = 0;

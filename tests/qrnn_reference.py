@@ -4,20 +4,15 @@ import torch
 from torch import Tensor
 
 
-def forget_mult(f: Tensor, z: Tensor, c0: Tensor | None = None) -> Tensor:
-    """c_t = f_t · z_t + (1 - f_t) · c_{t-1}: f, z (T, B, H), c0 (B, H) or None -> c (T, B, H)."""
-    c, states = torch.zeros_like(z[0]) if c0 is None else c0, []
-    for f_t, z_t in zip(f, z, strict=True):
-        c = f_t * z_t + (1 - f_t) * c
-        states.append(c)
-    return torch.stack(states)
-
-
-def gates(y: Tensor, c0: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """y (T, B, 3H), z, f, o side by side, c0 (B, H) or None -> out (T, B, H), c_last (B, H)."""
-    H = y.shape[2] // 3
-    c = forget_mult(torch.sigmoid(y[..., H : 2 * H]), torch.tanh(y[..., :H]), c0)
-    return torch.sigmoid(y[..., 2 * H :]) * c, c[-1]
+def forget_mult(y: Tensor, c0: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """y (T, B, 3H), z, f, o side by side, c0 (B, H) or None -> out (T, B, H), c_last (B, H):
+    c_t = σ(f_t) · tanh(z_t) + (1 - σ(f_t)) · c_{t-1} and out_t = σ(o_t) · c_t, step by step."""
+    z, f, o = y.chunk(3, dim=2)
+    c, out = torch.zeros_like(z[0]) if c0 is None else c0, []
+    for z_t, f_t, o_t in zip(z, f, o, strict=True):
+        c = torch.sigmoid(f_t) * torch.tanh(z_t) + (1 - torch.sigmoid(f_t)) * c
+        out.append(torch.sigmoid(o_t) * c)
+    return torch.stack(out), c
 
 
 def results(function, inputs: list[Tensor | None], dtype: torch.dtype) -> list[Tensor]:
@@ -27,7 +22,6 @@ def results(function, inputs: list[Tensor | None], dtype: torch.dtype) -> list[T
     """
     inputs = [None if x is None else x.detach().to(dtype).requires_grad_() for x in inputs]
     outputs = function(*inputs)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     generator = torch.Generator().manual_seed(1)
     loss = sum(
         (x.double() * torch.randn(x.shape, generator=generator).double().to(x.device)).sum() for x in outputs
@@ -36,15 +30,12 @@ def results(function, inputs: list[Tensor | None], dtype: torch.dtype) -> list[T
     return [*outputs, *gradients]
 
 
-def random_inputs(name: str, T: int, B: int, H: int, with_c0: bool, seed: int = 0) -> list[Tensor | None]:
-    """Inputs, float64, of "forget_mult" (f, z, c0) or "gates" (y, c0), already rounded to what bfloat16 holds
-    so that every dtype is given the same numbers."""
-    generator = torch.Generator().manual_seed(seed)
+def random_inputs(T: int, B: int, H: int, with_c0: bool = True) -> list[Tensor | None]:
+    """y (T, B, 3H) and c0 (B, H) or None, float64, rounded to what bfloat16 holds: the same for every dtype."""
+    generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(torch.bfloat16).double()
 
     c0 = draw(B, H) if with_c0 else None
-    if name == "gates":
-        return [2 * draw(T, B, 3 * H), c0]
-    return [torch.rand(T, B, H, generator=generator).to(torch.bfloat16).double(), draw(T, B, H), c0]
+    return [2 * draw(T, B, 3 * H), c0]

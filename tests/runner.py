@@ -66,12 +66,14 @@ def start(
     cwd: Path,
     script: str = "main.py",
     file_limit: int = 0,
+    memory_limit: int = 0,
     permissions: bool = False,
     environment: dict[str, str] | None = None,
 ) -> Running:
     """Starts `python script argv` in `cwd`.
 
     file_limit: bytes that fit into a file, as on a disk that is nearly full; 0: no limit.
+    memory_limit: bytes of memory that it may take beside what its imports did; 0: no limit.
     permissions: file permissions stop this process, even root's.
     environment: variables of its own.
     """
@@ -81,11 +83,9 @@ def start(
     out, err = logs / f"{number}.out", logs / f"{number}.err"
     out.touch()
     err.touch()
-    line = [script, *map(str, argv)]
+    line, limits = [script, *map(str, argv)], (file_limit, memory_limit)
     with _environment():
-        process = _context.Process(
-            target=_run, args=(line, cwd, out, err, file_limit, permissions, environment or {})
-        )
+        process = _context.Process(target=_run, args=(line, cwd, out, err, limits, permissions, environment or {}))
         process.start()
     return Running(process, out, err)
 
@@ -121,7 +121,7 @@ def _run(
     cwd: Path,
     out: Path,
     err: Path,
-    file_limit: int,
+    limits: tuple[int, int],
     permissions: bool,
     environment: dict[str, str],
 ) -> None:
@@ -134,8 +134,12 @@ def _run(
     os.environ.update(ENVIRONMENT | environment)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    file_limit, memory_limit = limits
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    if memory_limit:
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + memory_limit, taken + memory_limit))
     if permissions:
         _give_up_override()
     sys.argv = line

@@ -9,9 +9,7 @@ from conftest import SMALL
 from runner import run_cli
 from torch import Tensor
 
-from model import RecurrentLayer
-
-RESUMABLE = ("--epochs", 1, "--checkpoint_every", 3)
+from model import LAYERS, LSTM
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "QRNN"])
@@ -24,13 +22,15 @@ def test_mixed_precision_learns_what_float32_learns(trained, kind, amp):
     assert mixed != exact
 
 
-@pytest.mark.parametrize("flags", [("--amp", "bf16"), ("--amp", "fp16"), ("--compile",)])
+@pytest.mark.parametrize(
+    "flags", [("--model", "LSTM", "--amp", "bf16"), ("--model", "LSTM", "--amp", "fp16"), ("--compile",)]
+)
 def test_mixed_precision_and_compiled_runs_resume_bit_for_bit(trained, corpus, tmp_path, flags):
     """Stopped after five steps and resumed, weights and loss scale end where the whole run ends."""
-    whole = trained(*RESUMABLE, *flags)
-    first = ("--data", corpus, *SMALL, "--save", "m.pt", *RESUMABLE, *flags)
+    whole = trained("--epochs", 1, *flags)
+    first = ("--data", corpus, *SMALL, "--save", "m.pt", "--epochs", 1, *flags)
     assert run_cli(*first, "--max_steps", 5, cwd=tmp_path).status == 0
-    assert run_cli("--resume", "m.pt", cwd=tmp_path).status == 0
+    assert run_cli("--resume", "m.pt", "--max_steps", 0, cwd=tmp_path).status == 0
     state = torch.load(tmp_path / "m.pt.state", weights_only=True)
     assert state["scaler"] == whole.state["scaler"]
     assert all(torch.equal(state["weights"][k], v) for k, v in whole.state["weights"].items())
@@ -69,7 +69,7 @@ def flatten(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
 def test_dropped_weights_lie_in_one_flat_buffer(flatten, kind):
     """Laid out once; a batch's matrix goes to its place, its gradient to the raw weights; no other moves."""
-    layer = RecurrentLayer(kind, 3, 5, wdrop=0.5)
+    layer = LAYERS[kind](3, 5, wdrop=0.5, first=True)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
     before = {name: p.detach().clone() for name, p in layer.named_parameters()}
@@ -88,7 +88,7 @@ def test_dropped_weights_lie_in_one_flat_buffer(flatten, kind):
 
 def test_a_copy_has_a_buffer_of_its_own(flatten):
     """What a deepcopy writes to its flat buffer does not reach the layer that it was copied from."""
-    layer = RecurrentLayer("LSTM", 3, 5, wdrop=0.5)
+    layer = LSTM(3, 5, wdrop=0.5, first=True)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
     placed = layer.flat(layer.weight_hh_l0_raw).detach().clone()

@@ -5,17 +5,23 @@ import pickle
 import random
 import shutil
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
+import toys
 from conftest import SMALL, write_corpus
-from runner import Result, run_cli, run_fresh
+from runner import Result, run_cli
+
+import main
+from harness import files
+from utils import UserError
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file's bytes, the outputs and the corpus' cache left out."""
-    files = (p for p in folder.rglob("*") if p.is_file() and ".runs" not in p.parts)
-    return {str(p.relative_to(folder)): p.read_bytes() for p in files if not p.name.startswith(".cache")}
+    found = (p for p in folder.rglob("*") if p.is_file() and ".runs" not in p.parts)
+    return {str(p.relative_to(folder)): p.read_bytes() for p in found if not p.name.startswith(".cache")}
 
 
 def assert_refused(result: Result, status: int, *named: str) -> None:
@@ -41,6 +47,20 @@ def refuse(old: Path, status: int, *named: str, flags: list[object], **how: obje
     before = contents(old)
     assert_refused(run_cli(*SMALL, *flags, cwd=old, **how), status, *named)
     assert contents(old) == before
+
+
+@pytest.fixture
+def refuse_here(old, monkeypatch, capsys):
+    """`refuse` without a process per call: for what there is much of."""
+
+    def refuse(status: int, *named: str, flags: list[object]) -> None:
+        before = contents(old)
+        monkeypatch.chdir(old)
+        ended = toys.call(main, *SMALL, *flags)
+        assert_refused(Result(ended, *capsys.readouterr()), status, *named)
+        assert contents(old) == before
+
+    return refuse
 
 
 # Text
@@ -125,23 +145,21 @@ def test_a_corpus_shorter_than_a_batch(old):
         ("--seed", "one"),
         ("--when", "soon"),
         ("--device", "abacus"),
-        ("--device", "cuda"),
         ("--splits", "9 5"),
         ("--splits", "0"),
         ("--splits", "5 4000"),
         ("--no_such_flag", "1"),
     ],
 )
-def test_a_bad_flag(old, corpus, flag, value):
+def test_a_bad_flag(refuse_here, corpus, flag, value):
     """Status 2 and one line that names the flag and has the value."""
     flags = ["--data", corpus, "--save", "m.pt", flag, *value.split()]
-    refuse(old, 2, flag.strip("-"), value.split()[-1], flags=flags)
+    refuse_here(2, flag.strip("-"), value.split()[-1], flags=flags)
 
 
-def test_a_device_that_is_not_there_in_a_new_interpreter(old, corpus):
-    """`--device cuda` without a GPU: the same as from a shell."""
-    result = run_fresh("--data", corpus, *SMALL, "--save", "m.pt", "--device", "cuda", cwd=old)
-    assert_refused(result, 2, "--device", "cuda")
+def test_a_device_that_is_not_there(old, corpus):
+    """A GPU where none is to be seen."""
+    refuse(old, 2, "--device cuda", flags=["--data", corpus, "--save", "m.pt", "--device", "cuda"])
 
 
 # Places to write to
@@ -215,6 +233,100 @@ def test_weights_that_are_not_finite_never_reach_the_state(old, corpus):
     assert contents(old)["m.pt.state"] == before["m.pt.state"]
 
 
+# Memory and devices
+
+
+@pytest.mark.parametrize(("nhid", "memory_limit"), [(10**9, 0), (1500, 2**25)], ids=["no memory", "this one's"])
+def test_a_model_that_the_memory_does_not_hold(old, corpus, nhid, memory_limit):
+    """Status 1, and a line that says what does not fit, and what to do."""
+    flags = ["--data", corpus, "--save", "m.pt", "--nhid", nhid]
+    refuse(old, 1, "memory", "smaller", flags=flags, memory_limit=memory_limit)
+
+
+def test_too_little_memory_to_load_what_is_sound(corpus, tmp_path):
+    """Neither a state nor a model is called damaged, and nobody is told to remove it."""
+    small = ["--data", corpus, *SMALL, "--nhid", 1500, "--save", "m.pt", "--max_steps", 1]
+    assert run_cli(*small, cwd=tmp_path).status == 0
+    for name in ("m.pt.state", "m.pt"):
+        before = contents(tmp_path)
+        result = run_cli("--resume", "m.pt", "--device", "cpu", cwd=tmp_path, memory_limit=2**25)
+        assert_refused(result, 1, "memory", "smaller")
+        assert "damaged" not in result.err
+        assert "remove" not in result.err
+        assert contents(tmp_path) == before
+        (tmp_path / name).unlink()
+
+
+def test_the_memory_limit_of_these_tests_is_no_hindrance_by_itself(old):
+    """A small model is evaluated under it."""
+    result = run_cli("--resume", "m.pt", "--device", "cpu", "--epochs", 0, cwd=old, memory_limit=2**25)
+    assert result.status == 0, result
+
+
+@pytest.mark.parametrize("does", ["create", "execute"])
+def test_too_little_memory_for_a_step(old, corpus, monkeypatch, capsys, does):
+    """oneDNN's LSTM says no more than that it could not."""
+
+    def fail(*_: object) -> NoReturn:
+        raise RuntimeError(f"could not {does} a primitive")
+
+    monkeypatch.chdir(old)
+    monkeypatch.setattr(torch, "lstm", fail)
+    assert toys.call(main, "--data", corpus, *SMALL, "--save", "m.pt") == 1
+    assert f"error: out of memory (could not {does} a primitive); try a smaller" in toys.error_line(capsys)
+
+
+def test_too_little_memory_while_a_state_is_put_in_its_place(old, monkeypatch, capsys):
+    """It is read, and does not fit beside the model."""
+
+    def fail(*_: object, **__: object) -> NoReturn:
+        raise RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+        )
+
+    monkeypatch.chdir(old)
+    monkeypatch.setattr(torch.optim.SGD, "load_state_dict", fail)
+    assert toys.call(main, "--resume", "m.pt", "--device", "cpu", "--epochs", 2) == 1
+    line = toys.error_line(capsys)
+    assert "error: can't allocate memory: you tried to allocate 9 bytes; try a smaller" in line
+    assert "remove" not in line
+
+
+def test_a_device_that_is_full_is_there(old, corpus, monkeypatch, capsys):
+    """It has run out of memory: that is what the line says, and the status is that of a run that failed."""
+
+    def fail(*_: object, **__: object) -> NoReturn:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0 has ...")
+
+    monkeypatch.chdir(old)
+    monkeypatch.setattr(torch, "empty", fail)
+    assert toys.call(main, "--data", corpus, *SMALL, "--save", "m.pt") == 1
+    assert "error: CUDA out of memory; try a smaller --batch_size" in toys.error_line(capsys)
+
+
+@pytest.mark.parametrize("moment", ["a step", "saving"])
+def test_a_device_that_fails_ends_the_run(old, corpus, monkeypatch, capsys, moment):
+    """It is no full disk, after which a run would go on: status 1, one line, and the files are as they were."""
+
+    def fail(*_: object, **__: object) -> NoReturn:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nmore of it")
+
+    before = contents(old)
+    monkeypatch.chdir(old)
+    if moment == "saving":
+        monkeypatch.setattr(torch, "save", fail)
+    else:
+        monkeypatch.setattr(torch.optim.SGD, "step", fail)
+    assert toys.call(main, "--data", corpus, *SMALL, "--save", "m.pt", "--epochs", 2) == 1
+    line = toys.error_line(capsys)
+    assert "error: the device failed: CUDA error: an illegal memory access was encountered; go on with" in line
+    after = contents(old)
+    assert {name: after[name] for name in ("m.pt", "m.pt.state")} == {
+        name: before[name] for name in ("m.pt", "m.pt.state")
+    }
+    assert set(after) == set(before)
+
+
 # Files to resume from
 
 
@@ -285,10 +397,19 @@ DAMAGES = [
 def test_a_bad_checkpoint(old, corpus, damage, suffix):
     """Truncated, foreign or malicious, the model or its state: named, not run, left as it is."""
     damage(old / f"m.pt{suffix}")
-    refuse(
-        old, 2, f"m.pt{suffix}", flags=["--data", corpus, "--resume", "m.pt", "--save", "m.pt", "--epochs", 2]
-    )
+    flags = ["--data", corpus, "--resume", "m.pt", "--save", "m.pt", "--epochs", 2]
+    refuse(old, 2, f"m.pt{suffix}", *["truncated"] * (damage in (cut, cut_half)), flags=flags)
     assert not (old / "trapped").exists()
+
+
+def test_a_model_cut_anywhere(tmp_path):
+    """Whatever is left of it, even when its end looks whole: no other complaint than that it is cut."""
+    path = toys.save_model(tmp_path / "m.pt")
+    whole = path.read_bytes()
+    for length in range(0, len(whole), 401):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"m\.pt: is truncated"):
+            files.load_model(str(path), "--save")
 
 
 def without(part: str):
@@ -341,32 +462,21 @@ def missing_tensor(saved: dict) -> None:
         missing_tensor,
     ],
 )
-def test_a_model_whose_parts_do_not_fit(old, corpus, damage):
+def test_a_model_whose_parts_do_not_fit(old, refuse_here, corpus, damage):
     """A part missing, a size that is not the tensors', a vocabulary of another length: one line."""
     saved = torch.load(old / "m.pt", weights_only=True)
     damage(saved)
     torch.save(saved, old / "m.pt")
     (old / "m.pt.state").unlink()
-    refuse(old, 2, "m.pt", flags=["--data", corpus, "--resume", "m.pt", "--save", "m.pt", "--epochs", 2])
+    refuse_here(2, "m.pt", flags=["--data", corpus, "--resume", "m.pt", "--save", "m.pt", "--epochs", 2])
 
 
 @pytest.mark.parametrize(
     "part",
-    [
-        "script",
-        "args",
-        "vocab",
-        "fingerprint",
-        "weights",
-        "average",
-        "optimizer",
-        "generators",
-        "hidden",
-        "progress",
-    ],
+    [*("script", "args", "vocab", "fingerprint", "weights", "mean", "optimizer", "generators", "hidden", "at")],
 )
 @pytest.mark.parametrize("replaced", [False, True])
-def test_a_state_with_a_part_missing_or_odd(old, corpus, part, replaced):
+def test_a_state_with_a_part_missing_or_odd(old, refuse_here, corpus, part, replaced):
     """A state that is not whole is refused in one line."""
     state = torch.load(old / "m.pt.state", weights_only=True)
     if replaced:
@@ -374,9 +484,14 @@ def test_a_state_with_a_part_missing_or_odd(old, corpus, part, replaced):
     else:
         del state[part]
     torch.save(state, old / "m.pt.state")
-    refuse(
-        old, 2, "m.pt.state", flags=["--data", corpus, "--resume", "m.pt", "--save", "m.pt", "--epochs", 2]
-    )
+    refuse_here(2, "m.pt.state", flags=["--data", corpus, "--resume", "m.pt", "--save", "m.pt", "--epochs", 2])
+
+
+def test_a_state_of_an_older_version(old, refuse_here):
+    """It is refused; the model beside it is good for a warm start, and the line says so."""
+    state = torch.load(old / "m.pt.state", weights_only=True)
+    torch.save({**state, "format": "awd-lm state 1"}, old / "m.pt.state")
+    refuse_here(2, "m.pt.state", "remove it to warm-start", flags=["--resume", "m.pt", "--epochs", 2])
 
 
 def test_resuming_from_nothing(old, corpus):
@@ -402,9 +517,17 @@ def test_a_checkpoint_of_another_vocabulary(old):
 def test_a_state_of_another_text(old):
     """A run cannot go on, bit for bit, on a text that has changed; the line says what to do."""
     write_corpus(old / "other", seed=3)
-    refuse(
-        old, 2, "m.pt.state", flags=["--data", "other", "--resume", "m.pt", "--save", "m.pt", "--epochs", 2]
-    )
+    refuse(old, 2, "m.pt.state", flags=["--data", "other", "--resume", "m.pt", "--save", "m.pt", "--epochs", 2])
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_a_state_of_the_same_text_in_another_order(old, corpus, split):
+    """The same lines, two of them swapped: as many words, the same words, another text."""
+    shutil.copytree(corpus, old / "other", ignore=shutil.ignore_patterns(".cache*"))
+    path = old / "other" / f"{split}.txt"
+    first, *lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines, first]) + "\n")
+    refuse(old, 2, "other", "m.pt.state", flags=["--data", "other", "--resume", "m.pt", "--epochs", 2])
 
 
 @pytest.mark.parametrize(
@@ -420,15 +543,8 @@ def test_a_state_of_another_text(old):
     ids=lambda f: f[0],
 )
 @pytest.mark.parametrize("warm", [False, True])
-def test_a_flag_that_contradicts_the_shape(old, corpus, flags, warm):
+def test_a_flag_that_contradicts_the_shape(old, refuse_here, corpus, flags, warm):
     """Sizes, kind, tying and splits are the model's; another one on the command line is an error."""
     if warm:
         (old / "m.pt.state").unlink()
-    refuse(old, 2, flags[0], "m.pt", flags=["--data", corpus, "--resume", "m.pt", "--epochs", 2, *flags])
-
-
-def test_nothing_is_imported_from_the_working_folder(old, corpus):
-    """Files of the user's folder that are called like modules change nothing."""
-    (old / "torch.py").write_text("raise SystemExit('taken from the working folder')\n")
-    result = run_fresh("--data", corpus, *SMALL, "--save", "m.pt", "--max_steps", 1, cwd=old)
-    assert result.status == 0, result
+    refuse_here(2, flags[0], "m.pt", flags=["--data", corpus, "--resume", "m.pt", "--epochs", 2, *flags])

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from batches import VariableLengthSampler, eval_batches, get_batch
+from data import VariableLengthSampler, check_length, eval_batches, get_batch
+from utils import UserError
 
 LETTERS = torch.arange(26)
 
@@ -22,15 +23,10 @@ def columns(ids: Tensor, batch_size: int) -> Tensor:
 
 
 def test_columns_of_the_alphabet():
-    """The layout as drawn in the papers' code: a-g-m-s, b-h-n-t, ..., y and z trimmed."""
-    text = "".join(
-        string.ascii_lowercase[i] for i in torch.cat([s for s, _ in eval_batches(LETTERS, 2, 4)]).flatten()
-    )
-    assert text == "agmsbhntcioudjpvekqw"
-    text = "".join(
-        string.ascii_lowercase[i] for i in torch.cat([t for _, t in eval_batches(LETTERS, 2, 4)]).flatten()
-    )
-    assert text == "bhntcioudjpvekqwflrx"
+    """The layout as drawn at the top of data.py: a-g-m-s, b-h-n-t, ..., y and z trimmed."""
+    sources, targets = map(torch.cat, zip(*eval_batches(LETTERS, 2, 4), strict=True))
+    assert "".join(string.ascii_lowercase[i] for i in sources.flatten()) == "agmsbhntcioudjpvekqw"
+    assert "".join(string.ascii_lowercase[i] for i in targets.flatten()) == "bhntcioudjpvekqwflrx"
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 7])
@@ -51,10 +47,12 @@ def test_training_covers_the_text_once(n, batch_size, bptt):
 @pytest.mark.parametrize("bptt", [1, 12, 70, 10_000])
 @pytest.mark.parametrize("n", [20, 401, 3000])
 def test_evaluation_covers_the_text_once(n, batch_size, bptt):
-    """Every row but the first is predicted exactly once, whatever `bptt`."""
+    """Every row but the first is predicted exactly once; each batch has `bptt` rows, the last one what is left."""
     ids = torch.arange(n)
     batches = list(eval_batches(ids, bptt, batch_size))
     text = columns(ids, batch_size)
+    whole, rest = divmod(len(text) - 1, bptt)
+    assert [len(source) for source, _ in batches] == [bptt] * whole + [rest] * (rest > 0)
     assert torch.equal(torch.cat([source for source, _ in batches]), text[:-1])
     assert torch.equal(torch.cat([target for _, target in batches]), text[1:])
 
@@ -104,6 +102,12 @@ def test_length_is_capped():
     assert torch.equal(capped, free.clamp(max=72))
 
 
+def test_nobody_knows_how_many_batches_there_are():
+    """The number depends on the draws, so `len` of the sampler is an error rather than torchnlp's guess."""
+    with pytest.raises(TypeError):
+        len(sampler(LETTERS, 5, 2))
+
+
 def test_lengths_come_from_their_own_generator():
     """The same seed gives the same lengths, another one others, and torch's own generator is not touched."""
     before = torch.get_rng_state()
@@ -127,3 +131,13 @@ def test_an_epoch_goes_on_where_it_stopped():
         rest = torch.cat([get_batch(ids, slices)[0] for slices in again])
         assert torch.equal(rest, torch.cat(epoch[done:]))
         assert torch.equal(rest, columns(ids, 3)[row:-1])
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_a_text_has_to_fill_one_batch(batch_size):
+    """Two rows make one batch; a token less is an error that names the text and the flag."""
+    ids = torch.arange(2 * batch_size)
+    check_length(ids, batch_size, "train.txt")
+    assert len(list(eval_batches(ids, 70, batch_size))) == 1
+    with pytest.raises(UserError, match=rf"train.txt: {2 * batch_size - 1} tokens are too few .*--batch_size"):
+        check_length(ids[1:], batch_size, "train.txt")

@@ -1,27 +1,36 @@
 """The bench runs, and compares like with like: the plain step computes what ours does. No time is tested."""
 
-import io
 import json
-import re
-from collections.abc import Callable
+import multiprocessing
+import os
+from argparse import Namespace
+from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from runner import run_cli
-from torch.utils.flop_counter import FlopCounterMode
 from toys import call, error_line
 
 import bench
-import bench_work
-import checkpoint
-import plain
-from splitcross import default_splits
-from utils import RunError
+from benchmarks import floor, work
+from benchmarks.plain import PlainModel, make_plain_step
+from harness.files import fit_names
+from model import DROPOUTS, build
+from train import train_step
+from utils import RunError, keep_freed_memory
 
 CPU = torch.device("cpu")
-NO_DROPOUT = dict.fromkeys(checkpoint.DROPOUTS, 0.0)
+FORK_SERVER = multiprocessing.get_context("forkserver")  # does not import torch every time
+
+
+def tiny_setting(name: str, **changes: float) -> tuple[int, Namespace]:
+    """A setting at toy size; nothing is dropped but by `changes`."""
+    ntoken, args = work.setting(name, tiny=True)
+    vars(args).update({**dict.fromkeys(DROPOUTS, 0.0), **changes})
+    return ntoken, args
 
 
 @pytest.fixture
@@ -31,125 +40,87 @@ def _float64() -> Any:
     torch.set_default_dtype(torch.float32)
 
 
-def change_settings(monkeypatch: pytest.MonkeyPatch, changes: dict[str, float]) -> None:
-    """Every setting gets these changes."""
-    original = bench_work.setting
-
-    def setting(name: str, tiny: bool) -> tuple[int, dict[str, Any]]:
-        ntoken, args = original(name, tiny)
-        return ntoken, args | changes
-
-    monkeypatch.setattr(bench_work, "setting", setting)
-
-
 @pytest.mark.usefixtures("_float64")
-@pytest.mark.parametrize("name", bench_work.SETTINGS)
-def test_plain_step_is_ours_without_dropout(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", work.SETTINGS)
+def test_plain_step_is_ours_without_dropout(name: str) -> None:
     """Six steps from the same weights, by each setting's optimizer, AR, TAR and clip: the same losses."""
-    change_settings(monkeypatch, NO_DROPOUT | {"clip": 0.1})
-    run, ids = bench_work.make_run(name, tiny=True, device=CPU)
-    model = plain.PlainModel(run.args, len(run.vocab))
-    weights = {**run.model.state_dict(), **run.criterion.state_dict()}
-    weights["decoder.weight"] = weights["encoder.weight"]
-    assert len(weights) == len(model.state_dict())
-    model.load_state_dict({key: weights[key.replace(".lstm.", ".")] for key in model.state_dict()})
-    ours, theirs = bench_work.our_training(run, ids), bench_work.plain_training(model, ids)
-    losses = torch.stack([torch.stack([ours(), theirs()]) for _ in range(6)])  # (6, 2)
+    ntoken, args = tiny_setting(name, clip=0.1)
+    run, model = work.make_run(ntoken, args, CPU), PlainModel(args, ntoken)
+    weights = fit_names({**run.model.state_dict(), **run.criterion.state_dict()}, model)
+    assert model.load_state_dict(weights, strict=False) == (["decoder.weight"], [])  # tied
+    step = make_plain_step(model)
+    batches = islice(work.training_batches(ntoken, args, CPU), 6)
+    losses = torch.stack([torch.stack([train_step(run, *batch), step(*batch)]) for batch in batches])  # (6, 2)
     assert losses[:, 0].unique().numel() == 6
     # In ours AR and TAR are float32 whatever the model is; without them 1e-12 would do.
-    torch.testing.assert_close(losses[:, 0], losses[:, 1], rtol=1e-7 if run.args["alpha"] else 1e-12, atol=0)
+    torch.testing.assert_close(losses[:, 0], losses[:, 1], rtol=1e-7 if args.alpha else 1e-12, atol=0)
 
 
 @pytest.mark.parametrize(("name", "weight"), [("small", "weight_hh_l0_raw"), ("ptb-qrnn", "linear.weight")])
-def test_plain_step_drops_weights(name: str, weight: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_step_drops_weights(name: str, weight: str) -> None:
     """Half of each dropped matrix has no gradient, another half at the next step."""
-    change_settings(monkeypatch, NO_DROPOUT | {"wdrop": 0.5})
-    ntoken, args = bench_work.setting(name, tiny=True)
-    model = plain.PlainModel(args, ntoken)
-    step = bench_work.plain_training(model, bench_work.training_text(ntoken, args, CPU))
+    ntoken, args = tiny_setting(name, wdrop=0.5)
+    model = PlainModel(args, ntoken)
+    step, batches = make_plain_step(model), work.training_batches(ntoken, args, CPU)
     parameters = dict(model.named_parameters())
-    for layer in range(args["nlayers"]):
-        raw, without = parameters[f"rnns.{layer}.{weight}"], []
-        for _ in range(2):
-            step()
-            without.append(raw.grad == 0)
+    for layer in range(args.nlayers):
+        without = []
+        for batch in islice(batches, 2):
+            step(*batch)
+            without.append(parameters[f"rnns.{layer}.{weight}"].grad == 0)
         assert 0.35 < without[0].double().mean() < 0.65
         assert not torch.equal(*without)
 
 
 def test_plain_step_drops_word_types() -> None:
     """A dropped word type is zero in every place, and zeros differ from pass to pass."""
-    ntoken, args = bench_work.setting("small", tiny=True)
-    model = plain.PlainModel(args | {"dropoute": 0.5, "dropouti": 0.0, "wdrop": 0.0}, ntoken)
-    seen = []
+    ntoken, args = tiny_setting("small", dropoute=0.5)
+    model, seen = PlainModel(args, ntoken), []
     model.rnns[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    words = torch.arange(ntoken).repeat(2, 1)  # (T, B), every word twice in a column
     for _ in range(2):
-        model(words, model.init_hidden(ntoken))
+        model(torch.arange(ntoken).repeat(2, 1), [None] * args.nlayers)  # every word twice in a column
     first, second = ((x == 0).all(-1) for x in seen)  # (T, B)
     assert torch.equal(first[0], first[1])
     assert 0.2 < first[0].double().mean() < 0.8
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("name", bench_work.SETTINGS)
+@pytest.mark.parametrize("name", work.SETTINGS)
 def test_floor_multiplies_every_weight_once(name: str) -> None:
     """At full size the floor's matrices hold just as many numbers as the model's own."""
-    ntoken, args = bench_work.setting(name, tiny=False)
-    assert args["splits"] == default_splits(ntoken)
-    targets = torch.arange(ntoken).view(1, -1)  # each word once: every cluster is hit
-    shapes = plain.products(args, ntoken, targets)
+    ntoken, args = work.setting(name, tiny=False)
+    shapes = floor.shapes(args, ntoken, torch.arange(ntoken))  # each word once: every cluster is hit
     with torch.device("meta"):
-        modules = checkpoint.build(args, [""] * ntoken, **{drop: args[drop] for drop in checkpoint.DROPOUTS})
+        modules = build(vars(args), ntoken)
     matrices = [p.numel() for module in modules for p in module.parameters() if p.dim() == 2]
     assert sum(inputs * outputs for _, inputs, outputs in shapes) == sum(matrices)
-    clusters = shapes[len(shapes) - len(args["splits"]) :] if args["splits"] else []
-    assert all(rows == ntoken for rows, _, _ in shapes[: len(shapes) - len(clusters)])
-    assert [rows for rows, _, _ in clusters] == [outputs for _, _, outputs in clusters]
+    everywhere = len(shapes) - len(args.splits)
+    assert all(rows == ntoken for rows, *_ in shapes[:everywhere])
+    assert all(rows == outputs for rows, _, outputs in shapes[everywhere:])
 
 
-def test_floor_is_three_products_a_weight() -> None:
-    """2 · rows · inputs · outputs operations forward, twice that backward."""
-    shapes = [(5, 3, 7), (2, 4, 6)]
-    floor = plain.make_floor(shapes, CPU)
-    with FlopCounterMode(display=False) as counter:
-        floor()
-    assert counter.get_total_flops() == 3 * 2 * (5 * 3 * 7 + 2 * 4 * 6)
+@pytest.mark.parametrize("sizes", [(37, 21, 53), (1, 8, 3), (5, 1, 1)])
+def test_every_way_gives_the_product(sizes: tuple[int, int, int]) -> None:
+    """By each library; the weight's gradient as it is and transposed."""
+    rows, inputs, outputs = sizes
+    x, weight, dy = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(rows, outputs)
+    expected = [x @ weight.T, dy @ weight, dy.T @ x]
+    for ways, product in zip(floor.products(x, weight, dy), expected, strict=True):
+        assert {"torch.mm"} < {library for library, _ in ways} or not torch.backends.mkldnn.is_available()
+        for i, (_, way) in enumerate(ways):
+            transposed = len(ways) > 2 and i >= len(ways) // 2
+            torch.testing.assert_close(way(), product.T if transposed else product)
 
 
-class InProcess:
-    """A worker without a process of its own."""
-
-    def __init__(self, kind: str, name: str, device: str, tiny: bool) -> None:
-        self.device = torch.device(device)
-        self.works = bench_work.WORKS[kind](name, tiny, self.device)
-
-    def __enter__(self) -> "InProcess":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        pass
-
-    def ask(self, work: str) -> float:
-        return bench_work.timed_ms(self.works[work], self.device)
-
-    def finish(self) -> int:
-        return bench_work.peak_bytes(self.device)
-
-
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The bench without its fresh processes, which take seconds each to import torch."""
-
-    def script_ms(*flags: object, until: str) -> float:
-        result = run_cli(*flags, cwd=tmp_path)
-        assert result.status == 0, result
-        assert re.search(f"^{re.escape(until)}", result.out, re.MULTILINE)
-        return 1.0
-
-    monkeypatch.setattr(bench, "Worker", InProcess)
-    monkeypatch.setattr(bench, "script_ms", script_ms)
-    monkeypatch.setattr(bench.corpus_cache, "RACY", 0)
+def test_floor_is_the_fastest_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three products per weight, each once per step."""
+    done = []
+    monkeypatch.setattr(floor, "ways", lambda *_: [(name, lambda n=name: done.append(n)) for name in ("a", "b")])
+    monkeypatch.setattr(floor, "timed", lambda way, _: (way() or -ord(done[-1]), None))  # "b" is the faster one
+    step, libraries = floor.make_floor([(5, 3, 7), (2, 4, 6)], CPU)
+    done.clear()
+    step()
+    assert done == libraries == ["b"] * 6
 
 
 def cells(text: str) -> list[list[str]]:
@@ -157,33 +128,34 @@ def cells(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line[:1] == "|"]
 
 
-@pytest.mark.usefixtures("in_process")
-def test_bench_prints_both_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_prints_both_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Every row and column of both tables, and all raw times as JSON."""
-    path = tmp_path / "bench.json"
-    assert call(bench, "--tiny", "--rounds", 2, "--json", path) == 0
+
+    def start_up(*flags: object, until: str) -> None:
+        result = run_cli(*flags, cwd=tmp_path)
+        assert result.status == 0, result
+        assert any(line.startswith(until) for line in result.out.splitlines())
+
+    monkeypatch.setattr(work, "start_up", start_up)  # a fresh interpreter takes seconds to import torch
+    monkeypatch.setattr(bench, "CONTEXT", FORK_SERVER)
+    monkeypatch.setattr(bench, "WARM_UP_ROUNDS", 1)
+    path, names = tmp_path / "bench.json", ["wt103-qrnn", "small"]
+    assert call(bench, "--tiny", "--rounds", 1, "--json", path, "--settings", *names) == 0
     out = capsys.readouterr().out
     assert out.count("torch: ") == out.count("threads: ") == 2  # the machine, before each table
-    found = json.loads(path.read_text())
-    table = cells(out)
-    steps, others = table[: 2 + len(bench.SETTINGS)], table[2 + len(bench.SETTINGS) :]
-    assert [row[0].split(":")[0] for row in steps[2:]] == list(bench.SETTINGS)
+    found, table = json.loads(path.read_text()), cells(out)
+    steps, others = table[:4], table[4:]
+    assert [row[0].split(":")[0] for row in steps] == ["setting", "-" * len(steps[1][0]), *names]
     assert all(len(row) == 9 and all(row) for row in steps)
+    for entry, row in zip(found["steps"], steps[2:], strict=True):
+        ours, plain, least = (entry["ms"][kind][0] for kind in bench.VARIANTS)
+        assert row[5:7] == [f"{ours / least:.2f}", f"{plain / ours:.2f}"]
+        assert entry["peak_bytes"]["ours"] > 10**7
     assert [row[0] for row in others[2:]] == [entry["what"] for entry in found["others"]]
     assert len(others) == 2 + 10
-    for entry, row in zip(found["steps"], steps[2:], strict=True):
-        assert [len(entry["ms"][kind]) for kind in bench.VARIANTS] == [2, 2, 2]
-        ours, theirs, floor = (sum(entry["ms"][kind]) / 2 for kind in bench.VARIANTS)
-        assert row[5:7] == [f"{ours / floor:.2f}", f"{theirs / ours:.2f}"]
-
-
-@pytest.mark.usefixtures("in_process")
-def test_tables_and_settings_choose(capsys: pytest.CaptureFixture[str]) -> None:
-    """One row of one table; the rounds as the budget allows, at most 15."""
-    assert call(bench, "--tiny", "--tables", 1, "--settings", "small") == 0
-    captured = capsys.readouterr()
-    assert len(cells(captured.out)) == 3
-    assert "small: round 15 of 15: ours" in captured.err
+    assert all(len(entry["ms"]) == 1 for entry in found["others"])
 
 
 def test_profile_names_operations(capsys: pytest.CaptureFixture[str]) -> None:
@@ -198,55 +170,42 @@ def test_profile_names_operations(capsys: pytest.CaptureFixture[str]) -> None:
 def test_device_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     """Before anything is started."""
     assert call(bench, "--device", "cuda", "--tiny") == 2
-    assert (
-        error_line(capsys) == "bench.py: error: --device cuda: there is no such device here; use --device cpu"
-    )
+    assert "there is no such device here; use --device cpu" in error_line(capsys)
 
 
-def test_works_take_turns(capsys: pytest.CaptureFixture[str]) -> None:
-    """Each twice to warm up, which is discarded, then all of them every round."""
+@pytest.mark.parametrize(("rounds", "kept"), [(2, 2), (0, 15)])
+def test_works_take_turns(rounds: int, kept: int) -> None:
+    """Two rounds to warm up, which are discarded; then as many as are asked for, or as time allows."""
     order = []
-
-    def work(name: str) -> Callable[[], float]:
-        return lambda: order.append(name) or float(len(order))
-
-    found = bench.alternate("title", {"a": work("a"), "b": work("b")}, rounds=2, budget_s=0)
-    assert found == {"a": [5.0, 7.0], "b": [6.0, 8.0]}
-    assert order == ["a", "b"] * 4
+    calls = {name: lambda n=name: order.append(n) or float(len(order)) for name in "ab"}
+    found = bench.alternate("title", calls, rounds)
+    assert order == ["a", "b"] * (2 + kept)
+    assert found == {"a": [5.0 + 2 * i for i in range(kept)], "b": [6.0 + 2 * i for i in range(kept)]}
 
 
-def test_worker_is_a_process_of_its_own() -> None:
-    """It steps when told to, tells its memory, and its failure is an error here."""
-    with bench.Worker("plain", "small", "cpu", tiny=True) as worker:
-        assert worker.ask("step") > 0
-        assert worker.finish() > 10**7
-    with (
-        bench.Worker("floor", "small", "cpu", tiny=True) as worker,
-        pytest.raises(RunError, match="status 1"),
-    ):
-        worker.ask("nonsense")
+@pytest.mark.parametrize(("kind", "keeps"), [("ours", "1"), ("plain", None), ("floor", "1")])
+def test_only_plain_runs_as_torch_comes(kind: str, keeps: str | None) -> None:
+    """Ours and the floor keep freed memory as main.py does; plain does not, though it begins with the setting."""
+    with ProcessPoolExecutor(1, FORK_SERVER) as pool:
+        pool.submit(keep_freed_memory).result()  # stands in for what a process inherits from bench.py
+        pool.submit(bench.begin, bench.VARIANTS[kind], "small", True, CPU).result()
+        assert pool.submit(bench.step_ms, CPU).result() > 0
+        assert pool.submit(os.getenv, "THP_MEM_ALLOC_ENABLE").result() == keeps
 
 
-@pytest.mark.parametrize(("kind", "keeps"), [("ours", True), ("plain", False), ("floor", True)])
-def test_only_plain_runs_as_torch_comes(kind: str, keeps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ours and the floor keep freed memory as main.py does."""
-    called = []
-    monkeypatch.setattr(bench_work, "keep_freed_memory", lambda: called.append(True))
-    monkeypatch.setattr(bench_work.signal, "signal", lambda *_: None)
-    monkeypatch.setattr("sys.argv", ["bench_work.py", kind, "small", "--tiny"])
-    monkeypatch.setattr("sys.stdin", io.StringIO("step\n"))
-    monkeypatch.setattr("sys.stdout", io.StringIO())
-    bench_work.main()
-    assert bool(called) == keeps
+def test_killed_process_is_one_line() -> None:
+    """As one is for whose memory the machine is too small."""
+    with ProcessPoolExecutor(1, FORK_SERVER) as pool, pytest.raises(RunError, match="enough memory"):
+        bench.call(pool, os._exit, 9)
 
 
-def test_workers_inherit_no_memory_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """bench.py itself keeps freed memory; the plain worker must not come to that by its environment."""
-    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
-    assert "THP_MEM_ALLOC_ENABLE" not in bench_work.own_environment()
+def test_start_up_is_timed_to_a_line() -> None:
+    """A process of its own, whose other lines are not waited for."""
+    work.start_up("--help", until="usage")
 
 
-def test_a_loss_that_is_not_finite_ends_the_bench() -> None:
+def test_a_loss_that_is_not_finite_ends_the_bench(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps on NaN are no measure of training."""
+    monkeypatch.setattr(bench, "step", lambda: torch.tensor(float("nan")), raising=False)
     with pytest.raises(RunError, match="nan"):
-        bench_work.timed_ms(lambda: torch.tensor(float("nan")), CPU)
+        bench.step_ms(CPU)

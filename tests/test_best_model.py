@@ -1,6 +1,5 @@
 """The saved model is the best of its run, whatever it is resumed from, and nothing else replaces it."""
 
-import json
 import re
 import shutil
 import signal
@@ -8,18 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, write_corpus
+import toys
+from conftest import SMALL, read_log, write_corpus
 from runner import run_cli, start
-from test_resume_cli import SHORT
+from test_resume_cli import SHORT, load
 
-from files import RunFiles
-from utils import RunError
+import main
+import train
+from harness import files
 
 RUINOUS = ["--lr", 100, "--clip", 9]
-
-
-def load(path: Path) -> dict:
-    return torch.load(path, weights_only=True)
 
 
 @pytest.fixture
@@ -42,38 +39,51 @@ def test_a_fine_tuning_on_other_text_is_held_to_its_own_figures(base):
     flags = ["--save", "m.pt", "--data", other_language(base / "other"), "--lr", 2, "--epochs", 3]
     first = run_cli(*flags, "--nonmono", 5, "--max_minutes", 1e-6, cwd=base, script="finetune.py")
     assert first.status == 0, first
-    metrics, progress = load(base / "m.pt")["metrics"], load(base / "m.pt.state")["progress"]
-    assert metrics["step"] > progress["step"]
-    assert metrics["valid_loss"] < progress["best_loss"]
+    metrics, at = load(base / "m.pt")["metrics"], load(base / "m.pt.state")["at"]
+    assert metrics["step"] > at["step"]
+    assert metrics["valid_loss"] < at["best_loss"]
     result = run_cli("--resume", "m.pt", "--max_minutes", 0, cwd=base, script="finetune.py")
     assert result.status == 0, result
-    history = load(base / "m.pt.state")["progress"]["history"]
-    assert load(base / "m.pt")["metrics"]["valid_loss"] == min(history) < progress["best_loss"]
+    history = load(base / "m.pt.state")["at"]["history"]
+    assert load(base / "m.pt")["metrics"]["valid_loss"] == min(history) < at["best_loss"]
     assert min(history) > metrics["valid_loss"], "else any rule would take it"
 
 
-@pytest.mark.parametrize("step", [9, 30], ids=["before the first model", "a model displaced"])
-def test_going_back_to_a_cut_keeps_the_better_model(corpus, tmp_path, step):
-    """Neither a state that holds a displaced model nor one from before all models undoes the best one."""
-    flags = ["--data", corpus, *SHORT, "--checkpoint_every", 9, "--keep_last", 99]
-    assert run_cli(*flags, "--epochs", 3, "--max_steps", 30, cwd=tmp_path).status == 0
-    state = load(tmp_path / f"m.pt.state.{step}")
-    assert (state["displaced"] is not None) == (step == 30)
-    first = run_cli("--resume", "m.pt", "--max_steps", 0, cwd=tmp_path)
+@pytest.mark.parametrize("step", [9, 30], ids=["before the first model", "after it"])
+def test_going_back_to_an_older_state_keeps_the_better_model(corpus, tmp_path, step):
+    """A copy of the state from before the best model was made: only a better one replaces that model."""
+    first = run_cli("--data", corpus, *SHORT, "--epochs", 2, "--max_steps", step, cwd=tmp_path)
     assert first.status == 0, first
+    old = (tmp_path / "m.pt.state").read_bytes()
+    whole = run_cli("--resume", "m.pt", "--max_steps", 0, cwd=tmp_path)
+    assert whole.status == 0, whole
     before = (tmp_path / "m.pt").read_bytes()
-    assert load(tmp_path / "m.pt")["metrics"]["step"] > 30
-    result = run_cli("--resume", f"m.pt.state.{step}", *RUINOUS, "--max_steps", 0, cwd=tmp_path)
+    assert load(tmp_path / "m.pt")["metrics"]["step"] > step
+    (tmp_path / "m.pt.state").write_bytes(old)
+    result = run_cli("--resume", "m.pt", *RUINOUS, "--max_steps", 0, cwd=tmp_path)
     assert result.status == 0, result
     assert "kept until a better one" in result.out
-    assert result.out.splitlines()[-2] == first.out.splitlines()[-2]
+    assert result.out.splitlines()[-2] == whole.out.splitlines()[-2]
     assert (tmp_path / "m.pt").read_bytes() == before
+
+
+def test_any_later_best_replaces_a_model_of_mid_epoch(corpus, tmp_path):
+    """`--max_steps` in the first epoch leaves a model, so that there is one: no figure to be held to."""
+    flags = ["--data", corpus, *SHORT, "--lr", 60, "--clip", 1]
+    assert run_cli(*flags, "--max_steps", 3, cwd=tmp_path).status == 0
+    cut = load(tmp_path / "m.pt")["metrics"]
+    assert cut["partial"] is True
+    assert load(tmp_path / "m.pt.state")["at"]["best_loss"] is None
+    assert run_cli("--resume", "m.pt", "--max_steps", 0, "--epochs", 1, cwd=tmp_path).status == 0
+    metrics = load(tmp_path / "m.pt")["metrics"]
+    assert metrics["partial"] is False
+    assert metrics["valid_loss"] > cut["valid_loss"], "else any rule would take it"
 
 
 def test_a_state_whose_model_is_gone_saves_the_next_one(trained, tmp_path):
     """Its best loss cannot be had back: the next epoch's model is saved, though worse, and tested."""
     shutil.copy(f"{trained('--epochs', 2).path}.state", tmp_path / "m.pt.state")
-    best = load(tmp_path / "m.pt.state")["progress"]["best_loss"]
+    best = load(tmp_path / "m.pt.state")["at"]["best_loss"]
     result = run_cli("--resume", "m.pt", *RUINOUS, "--epochs", 3, cwd=tmp_path)
     assert result.status == 0, result
     assert "| m.pt: the best model is not there; the next validation saves one" in result.out
@@ -88,29 +98,36 @@ def test_a_warm_start_never_replaces_the_file_by_a_worse_model(base, name):
     assert result.status == 0, result
     loss = load(base / "m.pt")["metrics"]["valid_loss"]
     assert f"| warm start | valid loss {loss:5.2f} |" in result.out
-    assert load(base / "m.pt.state")["progress"]["history"][0] > loss
+    assert load(base / "m.pt.state")["at"]["history"][0] > loss
     assert (base / "m.pt").read_bytes() == before
     if name == "auto":
         assert result.out.splitlines()[0] == "| --resume auto: warm start from m.pt, which has no .state"
 
 
-@pytest.mark.parametrize("in_time", [True, False])
-def test_a_failing_run_tries_once_more_to_write_its_best_model(tmp_path, capsys, in_time):
-    """A model that waits for space is written when an error ends the run, or said to be lost."""
-    (tmp_path / "m.pt").mkdir()  # no file can be renamed to it
-    files = RunFiles(str(tmp_path / "m.pt"), keep_last=0)
-    files.save_model({"weights": torch.ones(2)})
-    if in_time:
-        (tmp_path / "m.pt").rmdir()
-    with pytest.raises(RunError, match="not finite"), files.last_try():
-        raise RunError("the loss is not finite")
-    last = capsys.readouterr().err.splitlines()[-1]
-    if in_time:
-        assert torch.equal(load(tmp_path / "m.pt")["weights"], torch.ones(2))
-        assert "saving works again" in last
+@pytest.mark.parametrize("fails", [{2}, {2, 3, 4}])
+def test_the_loss_to_beat_is_that_of_the_file_on_the_disk(corpus, tmp_path, monkeypatch, capsys, fails):
+    """A best model that a full disk does not take sets no mark: the next one better than the file is tried."""
+    losses, save = iter([3.0, 2.0, 2.5, 2.6, 4.0]), files.save  # of four epochs, and of the test
+
+    def save_some(path: str, contents: dict) -> None:
+        if path == "m.pt" and contents["metrics"]["epoch"] in fails:
+            raise files.NotWrittenError(path, "No space left on device")
+        save(path, contents)
+
+    monkeypatch.setattr(files, "save", save_some)
+    monkeypatch.setattr(train, "evaluate", lambda *_, **__: next(losses))
+    monkeypatch.chdir(tmp_path)
+    status = toys.call(main, "--data", corpus, *SHORT, "--epochs", 4)
+    warning, *error = capsys.readouterr().err.splitlines()
+    assert "warning: m.pt: cannot be written (No space left on device), what was there is kept" in warning
+    metrics = load(tmp_path / "m.pt")["metrics"]
+    assert load(tmp_path / "m.pt.state")["at"]["best_loss"] == metrics["valid_loss"]
+    if 3 in fails:
+        assert (status, metrics["epoch"], metrics["valid_loss"]) == (1, 1, 3.0)
+        assert len(error) == 1
+        assert "error: m.pt: cannot be written (No space left on device)" in error[0]
     else:
-        assert f"{tmp_path / 'm.pt'}: cannot be written (" in last
-        assert last.endswith("the new one is lost")
+        assert (status, metrics["epoch"], metrics["valid_loss"], error) == (0, 3, 2.5, [])
 
 
 @pytest.mark.parametrize("before", [["--max_steps", 3], []], ids=["--max_steps", "Ctrl-C"])
@@ -126,17 +143,19 @@ def test_sigterm_during_the_last_validation(tmp_path, before):
     result = running.result()
     assert result.status == 143, result
     assert "End of training" not in result.out
-    assert "| stopped; go on with: " in result.out
+    assert result.out.splitlines()[-1] == "| stopped (SIGTERM); --resume m.pt goes on"
 
 
-def test_states_of_mid_epoch_know_the_time_spent(corpus, tmp_path):
-    """The epoch's seconds go on growing from one checkpoint to the next."""
+def test_a_cut_epoch_counts_the_seconds_before_the_cut(corpus, tmp_path):
+    """What is printed at its end is the time of all its parts."""
     flags = ["--data", corpus, *SMALL, "--save", "m.pt", "--epochs", 1]
-    assert run_cli(*flags, "--checkpoint_every", 5, "--keep_last", 9, cwd=tmp_path).status == 0
-    spent_s = [load(tmp_path / f"m.pt.state.{step}")["progress"]["epoch_s"] for step in (5, 10, 15)]
-    assert 0 < spent_s[0] < spent_s[1] < spent_s[2]
-    log = map(json.loads, (tmp_path / "m.pt.log.jsonl").read_text().splitlines())
-    assert spent_s[2] < next(entry["epoch_s"] for entry in log if entry["kind"] == "valid")
+    assert run_cli(*flags, "--max_steps", 5, cwd=tmp_path).status == 0
+    state = load(tmp_path / "m.pt.state")
+    assert state["at"]["epoch_s"] > 0
+    state["at"]["epoch_s"] += 1000
+    torch.save(state, tmp_path / "m.pt.state")
+    assert run_cli("--resume", "m.pt", "--max_steps", 0, cwd=tmp_path).status == 0
+    assert 1000 < read_log(tmp_path / "m.pt.log.jsonl")[-2]["epoch_s"] < 1060
 
 
 def test_the_mean_has_to_fit_on_the_disk_too(trained, corpus, tmp_path):
@@ -167,4 +186,4 @@ def test_a_stop_loses_no_loss(corpus, tmp_path, device):
     flags = ["--data", corpus, *SMALL, "--save", "m.pt", "--max_steps", 7, "--device", device]
     result = run_cli(*flags, cwd=tmp_path, environment={"CUDA_VISIBLE_DEVICES": "0"})
     assert result.status == 0, result
-    assert load(tmp_path / "m.pt.state")["progress"]["loss_count"] == 2
+    assert load(tmp_path / "m.pt.state")["at"]["loss_count"] == 2

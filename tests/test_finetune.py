@@ -55,7 +55,7 @@ def test_finetuning_gains_and_ends_with_the_test(trained, whole):
 def test_averages_from_the_first_step(whole):
     """The mean holds the weights of every step."""
     state = whole.state
-    assert state["average"]["n_averaged"] == state["progress"]["step"] > 0
+    assert state["mean"]["count"] == state["at"]["step"] > 0
 
 
 def test_a_worse_model_never_replaces_the_file(base):
@@ -162,6 +162,17 @@ def test_a_resumed_run_saves_where_it_is_told(whole, tmp_path):
     assert (tmp_path / "m.pt").read_bytes() == before
     assert (tmp_path / "new.pt").exists()
     assert (tmp_path / "new.pt.state").exists()
+
+
+def test_a_fine_tuning_that_is_over_is_only_tested_again(whole):
+    """Gone on with up to an epoch that it has reached, none at the least, it trains nothing."""
+    before = whole.path.read_bytes()
+    for epochs in (0, 3):
+        result = finetune(whole.folder, "--resume", "m.pt", "--epochs", epochs)
+        assert result.status == 0, result
+        assert result.out.splitlines()[-2] == whole.result.out.splitlines()[-2]
+        assert "batches" not in result.out
+    assert whole.path.read_bytes() == before
 
 
 def test_bad_input_is_one_line_and_harms_nothing(base):

@@ -1,40 +1,21 @@
-"""Text, sentence scores and next words from a saved model, against one word at a time in float64."""
+"""Text and next words from a saved model, against one word at a time in float64."""
 
 import io
 import math
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
-from toys import ROOT, WORDS, call, error_line, make_model, save_model
+from toys import ROOT, WORDS, call, double_model, error_line, make_model, one_by_one, save_model
 
 import generate
-import score
-import train
 from generate import Text, next_word_prob
 
 LOGPROB = torch.randn(40, generator=torch.Generator().manual_seed(3)).mul(2).log_softmax(0)
 CHARACTERS = ["_", "<eos>", "e", "t", "a", "N", "<unk>"]
 BYTES = ["<eos>", *(str(i) for i in range(256) if i != 10)]
-
-
-@torch.no_grad()
-def one_by_one(model, criterion, ids: list[int]) -> torch.Tensor:
-    """Log-probabilities of the word after each of `ids`, (T, V) float64, read a word at a time."""
-    hidden, rows = model.init_hidden(1), []
-    for word in ids:
-        output, hidden = model(torch.tensor([[word]]), hidden)
-        rows.append(criterion.logprob(model.decoder.weight, model.decoder.bias, output)[0])
-    return torch.stack(rows)
-
-
-def reference(rnn_type: str = "LSTM", splits: tuple[int, ...] = (), vocab: list[str] = WORDS):
-    """The toy model that `save_model` saves, in float64."""
-    _, model, criterion = make_model(rnn_type, splits, vocab)
-    return model.double(), criterion.double()
 
 
 # The distribution that words are drawn from
@@ -107,7 +88,7 @@ def test_first_words_are_drawn_in_proportion():
 @pytest.mark.parametrize("splits", [(), (7, 20)])
 def test_top_1_is_the_argmax_of_everything_before(rnn_type, splits):
     """Greedy text = at each step the argmax after the whole text so far, read again from the start."""
-    model, criterion = reference(rnn_type, splits)
+    model, criterion = double_model(rnn_type, splits)
     ids = [0, 5, 9]
     for _ in range(12):
         ids.append(int(one_by_one(model, criterion, ids)[-1].argmax()))
@@ -144,65 +125,13 @@ def test_bytes_are_utf_8():
     assert not Text(["<eos>", *map(str, range(50))]).bytes  # figures in a small vocabulary are words
 
 
-# Scores
-
-
-SENTENCES = ["w1 w2 w3", "", "w4 nobody knows w5 <unk>", *[f"w{i} w{2 * i} " * i for i in range(1, 20)]]
-
-
-def scored(out: str) -> list[list[str]]:
-    head, *rows = [line.split("\t") for line in out.splitlines()]
-    assert head == ["line", "tokens", "unknown", "logprob", "ppl", "unknown words"]
-    return rows
-
-
-@pytest.mark.parametrize("rnn_type", ["LSTM", "GRU", "QRNN"])
-@pytest.mark.parametrize("carry", [False, True])
-def test_scores_are_those_of_one_word_at_a_time(tmp_path, capsys, monkeypatch, rnn_type, carry):
-    """Each line's figures, and the total's, for state reset and carried, in batches and cut in pieces."""
-    monkeypatch.setattr(score, "ROWS", 64)
-    splits = (7, 20) if rnn_type == "QRNN" else ()
-    save, file = save_model(tmp_path / "toy.pt", rnn_type, splits), tmp_path / "sentences.txt"
-    file.write_text("\n".join(SENTENCES))
-    assert call(generate, "--save", save, "--score", file, *["--carry"] * carry) == 0
-    *rows, total = scored(capsys.readouterr().out)
-
-    model, criterion = reference(rnn_type, splits)
-    index, before, logprobs, tokens = {word: i for i, word in enumerate(WORDS)}, [], 0.0, 0
-    for number, (row, sentence) in enumerate(zip(rows, SENTENCES, strict=True), start=1):
-        ids = [0, *(index.get(word, 1) for word in sentence.split()), 0]
-        source = [*before, *ids[:-1]]
-        logprob = one_by_one(model, criterion, source)[len(before) :].gather(
-            1, torch.tensor(ids[1:])[:, None]
-        )
-        before = source if carry else []
-        unknown = [word for word in sentence.split() if word not in index]
-        n, value = len(ids) - 1, logprob.sum().item()
-        assert row[:3] + row[5:] == [str(number), str(n), str(len(unknown)), " ".join(unknown)]
-        assert float(row[3]) == pytest.approx(value, abs=1e-3)
-        assert float(row[4]) == pytest.approx(math.exp(-value / n), rel=1e-3, abs=0.005)
-        logprobs, tokens = logprobs + value, tokens + n
-    assert total[:3] == ["total", str(tokens), "2"]
-    assert float(total[3]) == pytest.approx(logprobs, abs=1e-2)
-    assert float(total[4]) == pytest.approx(math.exp(-logprobs / tokens), rel=1e-3)
-
-
-def test_carried_scores_are_the_test_loss(tmp_path, capsys):
-    """With --carry the total is the perplexity of the text as one stream, after an `<eos>`."""
-    save, file = save_model(tmp_path / "toy.pt"), tmp_path / "text.txt"
-    text = "w1 w2 w3\nw7 w5\nw2\n" * 30
-    file.write_text(text)
-    assert call(generate, "--save", save, "--score", file, "--carry") == 0
-    ppl = float(scored(capsys.readouterr().out)[-1][4])
-    stream = [0, *(WORDS.index(word) for word in text.replace("\n", " <eos> ").split())]
-    loss = train.evaluate(*reference(), torch.tensor(stream), 70, 1)
-    assert ppl == pytest.approx(math.exp(loss), rel=1e-4)
+# Next words
 
 
 def test_next_words_are_the_most_probable_with_their_probabilities(tmp_path, capsys):
     """K rows, the most probable first; more than there are words gives all, and they sum to 1."""
     save = save_model(tmp_path / "toy.pt", splits=(7, 20))
-    logprob = one_by_one(*reference(splits=(7, 20)), [0, WORDS.index("w3"), 1])[-1]
+    logprob = one_by_one(*double_model(splits=(7, 20)), [0, WORDS.index("w3"), 1])[-1]
     best = sorted(range(len(WORDS)), key=lambda i: -logprob[i])
     for k in (1, 5, 1000):
         assert call(generate, "--save", save, "--prompt", "w3 nobody", "--next", k) == 0
@@ -275,21 +204,18 @@ def test_text_streams_and_a_reader_may_leave(tmp_path):
 
 
 def test_bad_input_is_one_line_and_status_2(tmp_path, capsys):
-    """Models, prompts, files and flags that cannot be worked with; a file at --outf stays as it was."""
+    """Models, prompts and flags that cannot be worked with; a file at --outf stays as it was."""
     save, outf = save_model(tmp_path / "toy.pt"), tmp_path / "out.txt"
     no_unk = save_model(tmp_path / "no_unk.pt", vocab=["<eos>", "w1", "w2"])
     no_eos = save_model(tmp_path / "no_eos.pt", vocab=["w1", "w2"])
-    cut, latin, empty = (tmp_path / name for name in ("cut.pt", "latin.txt", "empty.txt"))
+    cut, text = tmp_path / "cut.pt", tmp_path / "text.txt"
     cut.write_bytes(save.read_bytes()[:900])
-    latin.write_bytes("w1\ncaf\xe9\n".encode("latin-1"))
-    empty.write_bytes(b"")
-    sentences = tmp_path / "sentences.txt"
-    sentences.write_text("w1 w2\nw2 w1\nw1 zebra w2\n")
+    text.write_text("w1 w2\n")
     outf.write_text("what was there")
     for flags, names in (
         (["--save", tmp_path / "none.pt"], "none.pt"),
         (["--save", cut], "cut.pt"),
-        (["--save", latin], "latin.txt"),
+        (["--save", text], "text.txt"),
         (["--save", no_eos], "<eos>"),
         (["--save", save, "--emsize", 99], "--emsize 99"),
         (["--save", save, "--top_p", 2], "--top_p"),
@@ -298,13 +224,6 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys):
         (["--save", save, "--words", 0], "--words"),
         (["--save", save, "--next", 0], "--next"),
         (["--save", save, "--device", "cuda:99"], "cuda:99"),
-        (["--save", save, "--carry"], "--carry"),
-        (["--save", save, "--score", sentences, "--next", 3], "--next"),
-        (["--save", save, "--score", tmp_path / "none.txt"], "none.txt"),
-        (["--save", save, "--score", tmp_path], str(tmp_path)),
-        (["--save", save, "--score", latin], "latin.txt: not UTF-8 in line 2"),
-        (["--save", save, "--score", empty], "empty.txt"),
-        (["--save", no_unk, "--score", sentences], "line 3"),
         (["--save", no_unk, "--prompt", "w1 zebra lion"], "'zebra'"),
         (["--save", save, "--outf", tmp_path / "nowhere" / "out.txt"], "nowhere"),
         ([], "--save"),
@@ -312,11 +231,3 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys):
         assert call(generate, "--outf", outf, *flags) == 2
         assert names in error_line(capsys)
     assert outf.read_text() == "what was there"
-
-
-def test_a_script_that_fails_says_one_line(tmp_path):
-    """From a shell, too: one line on stderr, status 2, nothing on stdout."""
-    command = [sys.executable, str(Path(ROOT, "generate.py")), "--save", str(tmp_path / "none.pt")]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1)
-    assert "Traceback" not in run.stderr

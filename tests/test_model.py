@@ -8,7 +8,8 @@ import reference
 import torch
 from torch import Tensor
 
-from model import RNNModel, detach, drop_weight, embedded_dropout
+from model import LAYERS, RNNModel, build, detach, drop_weight, embedded_dropout
+from splitcross import default_splits
 
 V, T, B = 30, 6, 4
 KINDS = ["LSTM", "GRU", "QRNN"]
@@ -115,7 +116,7 @@ def test_weight_drop_acts_on_all_of_a_qrnn():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_weight_drop_is_one_mask_a_batch(kind):
+def test_weight_drop_is_one_mask_per_batch(kind):
     """All steps and columns see the same dropped matrix: the reference with that matrix gives the same."""
     model = make(kind, nlayers=1, wdrop=0.5).train()
     ((name, raw),) = raw_weights(model).items()
@@ -185,9 +186,7 @@ def test_deepcopy_is_independent(kind):
             raw.zero_()
     assert torch.equal(output(model), before)
     assert not torch.equal(output(other), before)
-    other.train()
-    if kind == "LSTM":
-        assert torch.equal(output(other), output(other)), "masks of the copy's zero weights cannot show"
+    assert torch.equal(output(other.train()), output(other)), "masks over zeros cannot show"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -229,14 +228,94 @@ def test_parameter_names_and_shapes(kind, tied, wdrop):
     assert (model.decoder.weight is model.encoder.weight) == tied
 
 
-def test_initialisation():
-    """The embedding is uniform in ±0.1, the decoder's bias zero, before any training."""
-    for tied in (True, False):
-        model = RNNModel("LSTM", 1000, 50, 60, 2, tie_weights=tied)
-        weight = model.encoder.weight
-        assert weight.abs().max() <= 0.1
-        assert weight.std().item() == pytest.approx(0.2 / 12**0.5, rel=0.02)
-        assert (model.decoder.bias == 0).all()
+def assert_uniform(weight: Tensor, bound: float) -> None:
+    """Uniform in ±bound: its largest element, its mean and its deviation say so."""
+    n, deviation = weight.numel(), bound / 3**0.5
+    assert (1 - 12 / n) * bound < weight.abs().max() <= bound
+    assert weight.mean().item() == pytest.approx(0, abs=5 * deviation / n**0.5)
+    assert weight.std().item() == pytest.approx(deviation, rel=5 * 0.45 / n**0.5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("wdrop", [0, 0.5])
+@pytest.mark.parametrize("tied", [True, False])
+def test_initialisation(kind, wdrop, tied):
+    """±0.1 for embedding and decoder, bias zero; ±1/sqrt(H) for LSTM and GRU, ±1/sqrt(inputs) for a QRNN."""
+    model = RNNModel(kind, 500, 30, 40, 2, wdrop=wdrop, tie_weights=tied)
+    assert_uniform(model.encoder.weight, 0.1)
+    assert_uniform(model.decoder.weight, 0.1)
+    assert not model.decoder.bias.any()
+    inputs = {"QRNN": [60, 40]}.get(kind, [40, 30 if tied else 40])
+    for layer, fan_in in zip(model.rnns, inputs, strict=True):
+        for parameter in layer.parameters():
+            assert_uniform(parameter, fan_in**-0.5)
+
+
+# The table of layers, and what is built from settings
+
+
+@pytest.mark.parametrize("kind", list(LAYERS))
+@pytest.mark.parametrize("wdrop", [0, 0.5])
+@pytest.mark.parametrize("first", [True, False])
+def test_every_row_of_the_table_is_a_layer(kind, wdrop, first):
+    """Zeros to begin with, the same shapes to carry, a gradient for all of it, masks when training only."""
+    layer = LAYERS[kind](5, 7, wdrop, first=first)
+    layer.reset_parameters()
+    x, zeros = torch.randn(T, B, 5, requires_grad=True), layer.init_hidden(B)
+    assert not any(carried.any() for carried in zeros)
+    assert all(carried.shape[:2] == (1, B) for carried in zeros)
+    out, hidden = layer(x, zeros)
+    assert out.shape == (T, B, 7)
+    assert [carried.shape for carried in hidden] == [carried.shape for carried in zeros]
+    (out.square().sum() + sum(carried.sum() for carried in hidden)).backward()
+    assert all(tensor.grad.abs().sum() > 0 for tensor in [x, *layer.parameters()])
+    assert torch.equal(layer(x, zeros)[0], out) == (wdrop == 0)
+    layer.eval()
+    assert torch.equal(layer(x, zeros)[0], layer(x, zeros)[0])
+
+
+SETTINGS = {"model": "LSTM", "emsize": 8, "nhid": 10, "nlayers": 3, "tied": True, "splits": None}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_build_follows_the_settings(kind, tied):
+    """Kind, sizes and dropouts of the model; the criterion is as wide as the decoder."""
+    dropouts = {"dropout": 0.1, "dropouth": 0.2, "dropouti": 0.3, "dropoute": 0.4, "wdrop": 0.5}
+    args = SETTINGS | dropouts | {"model": kind, "tied": tied, "splits": [5, 12]}
+    model, criterion = build(args, V)
+    assert [type(layer) for layer in model.rnns] == [LAYERS[kind]] * 3
+    assert model.encoder.weight.shape == (V, 8)
+    assert (model.locko.p, model.lockh.p, model.locki.p, model.dropoute) == (0.1, 0.2, 0.3, 0.4)
+    assert all(name.endswith("_raw") for name, p in model.rnns.named_parameters() if "weight_hh" in name)
+    assert criterion.splits == [5, 12]
+    assert criterion.tail_vectors.shape == (2, 8 if tied else 10)
+    loss = criterion(model.decoder.weight, model.decoder.bias, output(model), words())
+    assert loss.item() == pytest.approx(np.log(V), rel=0.2)
+
+
+def test_build_splits_a_large_vocabulary():
+    """Without splits in the settings the published ones for that many words; an empty list means none."""
+    args = SETTINGS | NO_DROPOUT | {"emsize": 2, "nhid": 2}
+    for ntoken in (75_000, 75_001, 80_000):
+        assert build(args, ntoken)[1].splits == list(default_splits(ntoken))
+    assert build(args | {"splits": []}, 80_000)[1].splits == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"splits": [5, V]}, rf"--splits \[5, {V}\]: .* below the vocabulary's size, {V}"),
+        ({"splits": [V + 1]}, rf"--splits \[{V + 1}\]"),
+        ({"splits": [12, 5]}, r"\[12, 5\]: have to ascend"),
+        ({"model": "Elman"}, "'Elman': use one of LSTM, GRU, QRNN"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_named(wrong, message):
+    """ValueError: splits past the vocabulary or in disorder, a kind of layer that there is not."""
+    with pytest.raises(ValueError, match=message):
+        build(SETTINGS | NO_DROPOUT | wrong, V)
+    build(SETTINGS | NO_DROPOUT | {"splits": [5, V - 1]}, V)
 
 
 # Evaluation is the equations
@@ -245,9 +324,10 @@ def test_initialisation():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("nlayers", [1, 3])
 @pytest.mark.parametrize("tied", [True, False])
-def test_evaluation_is_the_reference(kind, nlayers, tied):
+@pytest.mark.parametrize("wdrop", [0, 0.5])
+def test_evaluation_is_the_reference(kind, nlayers, tied, wdrop):
     """In evaluation nothing is dropped: all layers equal the float64 reference."""
-    high = {"dropout": 0.5, "dropouth": 0.5, "dropouti": 0.5, "dropoute": 0.5, "wdrop": 0.5}
+    high = {"dropout": 0.5, "dropouth": 0.5, "dropouti": 0.5, "dropoute": 0.5, "wdrop": wdrop}
     model = make(kind, nlayers, tied, **high).eval()
     found, _, raw, dropped = model(words(), model.init_hidden(B), return_h=True)
     expected = reference.layers(kind, reference.arrays(model.state_dict()), words().numpy())
@@ -261,8 +341,8 @@ def test_evaluation_is_the_reference(kind, nlayers, tied):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cut", [1, 3])
-def test_the_state_carries_everything(kind, cut):
-    """Two segments, the state handed on, give what one gives: a QRNN's last input is in the state too."""
+def test_what_is_carried_is_everything(kind, cut):
+    """Two segments, the hidden tensors handed on, give what one gives: a QRNN's last input is there too."""
     model = make(kind).eval()
     with torch.no_grad():
         whole, end = model(words(), model.init_hidden(B))
@@ -277,7 +357,7 @@ def test_the_state_carries_everything(kind, cut):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_detach_cuts_the_graph_and_keeps_the_values(kind):
-    """States of zeros to begin with; detached ones hold the same numbers and no graph."""
+    """Zeros to begin with; what is detached holds the same numbers and no graph."""
     model = make(kind).train()
     zeros = model.init_hidden(B)
     assert all((t == 0).all() for layer in zeros for t in layer)
@@ -293,7 +373,7 @@ def test_detach_cuts_the_graph_and_keeps_the_values(kind):
 
 
 def is_locked(ratio: Tensor, p: float) -> bool:
-    """Whether ratio (T, B, ·) is one mask a sequence: the same at each step, 0 or 1/(1-p), not constant."""
+    """Whether ratio (T, B, ·) is one mask per sequence: the same at each step, 0 or 1/(1-p), not constant."""
     locked = torch.equal(ratio, ratio[:1].expand_as(ratio))
     values = ((ratio == 0) | ((ratio - 1 / (1 - p)).abs() < 1e-5)).all()
     differs = (ratio != ratio[:, :1]).any() and (ratio != ratio[..., :1]).any()
@@ -302,7 +382,7 @@ def is_locked(ratio: Tensor, p: float) -> bool:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_locked_dropout_between_and_after_layers(kind):
-    """One mask a sequence, `dropouth` between the layers and `dropout` after the last."""
+    """One mask per sequence, `dropouth` between the layers and `dropout` after the last."""
     model = make(kind, nlayers=3, dropouth=0.5, dropout=0.75).train()
     found, _, raw, dropped = model(words(), model.init_hidden(B), return_h=True)
     for layer, p in enumerate([0.5, 0.5, 0.75]):
@@ -330,7 +410,7 @@ def first_input(model: RNNModel) -> Tensor:
 
 
 def test_locked_dropout_on_the_embedding():
-    """`dropouti` is one mask a sequence on what reaches the first layer."""
+    """`dropouti` is one mask per sequence on what reaches the first layer."""
     model = make(dropouti=0.5).train()
     embedded = model.encoder.weight[words()].detach()
     assert is_locked((first_input(model) / embedded).round(decimals=4), 0.5)

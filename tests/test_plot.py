@@ -223,7 +223,7 @@ def test_bad_input_is_one_line(run, argv, named):
     result = plot(*argv, cwd=run)
     assert (result.status, len(result.err.splitlines())) == (2, 1), result
     assert named in result.err
-    assert not [*run.glob("*.png"), *run.glob(".*.tmp")]
+    assert not [*run.glob("*.png"), *run.glob("*.tmp")]
 
 
 def test_without_matplotlib(run, monkeypatch):

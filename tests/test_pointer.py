@@ -1,18 +1,17 @@
 """The cache pointer against a float64 brute force: one token at a time, the full mixture over all words."""
 
-import json
 import math
 import re
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import read_log
+from runner import run_cli
 from torch.utils._python_dispatch import TorchDispatchMode
-from toys import ROOT, WORDS, call, error_line, make_model, make_text, save_model, write_corpus
+from toys import WORDS, call, error_line, make_model, make_text, save_model, write_corpus
 
 import pointer
 import train
@@ -172,13 +171,12 @@ def test_the_command_prints_and_logs_both_splits(tmp_path):
     """Validation and test in the original's lines; the log has them unrounded; the model is untouched."""
     save, data = save_model(tmp_path / "toy.pt"), write_corpus(tmp_path / "data")
     before = save.read_bytes()
-    command = [sys.executable, ROOT / "pointer.py", "--data", data, "--save", save, "--model", "LSTM"]
-    command += ["--lambdasm", "0.1", "--theta", "1.0", "--window", "500", "--bptt", "5000", "--cuda"]
-    run = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
-    assert (run.returncode, run.stderr) == (0, "")
-    figures = printed(run.stdout)
+    flags = ["--data", data, "--save", save, "--model", "LSTM", "--lambdasm", 0.1, "--theta", 1.0]
+    result = run_cli(*flags, "--window", 500, "--bptt", 5000, "--cuda", cwd=tmp_path, script="pointer.py")
+    assert (result.status, result.err) == (0, "")
+    figures = printed(result.out)
     assert list(figures) == ["val", "test"]
-    logged = [json.loads(line) for line in Path(f"{save}.log.jsonl").read_text().splitlines()]
+    logged = read_log(Path(f"{save}.log.jsonl"))
     for line in logged:
         assert figures[line["split"]] == (round(line["loss"], 2), round(line["ppl"], 2))
         assert (line["theta"], line["lambdasm"], line["window"]) == (1.0, 0.1, 500)
@@ -196,6 +194,15 @@ def test_no_share_prints_what_the_trainer_prints(tmp_path, capsys):
     for flags in (["--lambdasm", 0], ["--window", 0]):
         assert call(pointer, "--data", data, "--save", save, *flags) == 0
         assert expected in capsys.readouterr().out
+
+
+def test_a_share_of_one_is_infinite_and_logged_as_json(tmp_path, capsys):
+    """Words that the cache has not seen have no probability at all: printed as inf, in the log null."""
+    save, data = save_model(tmp_path / "toy.pt"), write_corpus(tmp_path / "data")
+    assert call(pointer, "--data", data, "--save", save, "--lambdasm", 1, "--window", 3) == 0
+    assert re.search(r"\| End of pointer \| test loss +inf \| test ppl +inf\n", capsys.readouterr().out)
+    for line in read_log(Path(f"{save}.log.jsonl")):
+        assert (line["loss"], line["ppl"]) == (None, None)
 
 
 SEARCH = ["--search", "--search_thetas", 0, 0.5, 2, "--search_lambdas", 0, 0.1, 0.4]

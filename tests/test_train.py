@@ -2,22 +2,32 @@
 
 import copy
 import itertools
+import json
 import math
+import os
+import signal
+from argparse import Namespace
+from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
 import reference
 import torch
-from torch import Tensor
+from conftest import read_log
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-import checkpoint
-from batches import Texts, VariableLengthSampler, get_batch
-from model import RNNModel, detach
-from options import settle
-from run import Run, start_run
+from data import Corpus, VariableLengthSampler, get_batch
+from harness import files
+from harness.flags import resolve_args
+from harness.log import RunLog
+from harness.run import Run
+from harness.stop import Stop, Stopper
+from model import RNNModel, build, detach
+from optim import Mean, has_stalled
 from splitcross import SplitCrossEntropyLoss
-from train import evaluate, has_stalled, train_step
+from train import evaluate, train_step
 
 V, BPTT, LR = 30, 12, 3.0
 NO_DROPOUT = {"dropout": 0, "dropouth": 0, "dropouti": 0, "dropoute": 0, "wdrop": 0}
@@ -30,19 +40,12 @@ def make_run(tmp_path):
 
     def make(**settings: object) -> Run:
         ids = torch.randint(0, V, (2000,))
-        texts = Texts([f"w{i}" for i in range(V)], ids, ids[:500], ids[:300])
-        small = {
-            "emsize": 8,
-            "nhid": 10,
-            "nlayers": 2,
-            "batch_size": 4,
-            "lr": LR,
-            "wdecay": 0.0,
-            "device": "cpu",
-        }
-        args = settle(small | NO_DROPOUT | {"save": str(tmp_path / "m.pt")} | settings, {})
-        run = start_run("main.py", args, texts, torch.device("cpu"), None)
-        for parameter in [*run.model.parameters(), *run.criterion.parameters()]:
+        corpus = Corpus([f"w{i}" for i in range(V)], ids, ids[:500], ids[:300], "a digest")
+        given = {"emsize": 8, "nhid": 10, "nlayers": 2, "batch_size": 4, "bptt": BPTT, "lr": LR}
+        given |= {"alpha": 0.0, "beta": 0.0, "clip": 0.0, "wdecay": 0.0, "save": str(tmp_path / "m.pt")}
+        args = resolve_args(given | NO_DROPOUT | settings, {})
+        run = Run("main.py", args, corpus, torch.device("cpu"))
+        for parameter in run.parameters:
             torch.nn.init.normal_(parameter, std=0.3)
         run.model.train()
         return run
@@ -50,18 +53,18 @@ def make_run(tmp_path):
     return make
 
 
-def draws(count: int, ids: Tensor) -> list[list[slice]]:
-    """So many slices of variable length, no two neighbours equally long."""
-    found = [*itertools.islice(VariableLengthSampler(ids, BPTT, 4, torch.Generator().manual_seed(1)), count)]
-    sizes = [s[0].stop - s[0].start for s in found]
-    assert all(a != b for a, b in itertools.pairwise(sizes))
+def draw(count: int) -> list[tuple[Tensor, Tensor]]:
+    """So many batches of variable length, no two neighbours equally long: source and target, (T, B) each."""
+    ids = torch.randint(0, V, (2000,))
+    sampler = VariableLengthSampler(ids, BPTT, 4, torch.Generator().manual_seed(1))
+    found = [get_batch(ids, slices) for slices in itertools.islice(sampler, count)]
+    assert all(len(a[0]) != len(b[0]) for a, b in itertools.pairwise(found))
     return found
 
 
 def weights(run: Run) -> dict[str, Tensor]:
     """Copies of all that is trained, the criterion's too."""
-    named = [*run.model.named_parameters(), *run.criterion.named_parameters()]
-    return {name: p.detach().clone() for name, p in named}
+    return {name: p.detach().clone() for name, p in run.weights.named_parameters()}
 
 
 class ByHand:
@@ -71,9 +74,8 @@ class ByHand:
         self.model, self.criterion = copy.deepcopy(run.model), copy.deepcopy(run.criterion)
         self.hidden = self.model.init_hidden(4)
 
-    def step(self, ids: Tensor, slices: list[slice], alpha=0.0, beta=0.0, clip=0.0, wdecay=0.0) -> float:
+    def step(self, source: Tensor, target: Tensor, alpha=0.0, beta=0.0, clip=0.0, wdecay=0.0) -> float:
         """One step; returns the plain loss."""
-        source, target = get_batch(ids, slices)
         output, hidden, raw, dropped = self.model(source, self.hidden, return_h=True)
         self.hidden = detach(hidden)
         loss = -self.criterion.logprob(self.model.decoder.weight, self.model.decoder.bias, output)[
@@ -93,15 +95,13 @@ class ByHand:
 def assert_same(run: Run, by_hand: ByHand) -> None:
     expected = [*by_hand.model.parameters(), *by_hand.criterion.parameters()]
     for (name, found), other in zip(weights(run).items(), expected, strict=True):
-        torch.testing.assert_close(
-            found, other.detach(), rtol=1e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(found, other.detach(), rtol=1e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_activations_are_freed_during_the_backward_pass(make_run, monkeypatch, kind):
     """When the embedding's gradient is there, the last one, no layer's output is in memory any more."""
-    run = make_run(model=kind, nlayers=3, dropouth=0.2, dropout=0.2)
+    run = make_run(model=kind, nlayers=3, dropouth=0.2, dropout=0.2, alpha=2.0, beta=1.0)
     outputs, gone = [], []
     forward = run.model.forward
 
@@ -114,8 +114,7 @@ def test_activations_are_freed_during_the_backward_pass(make_run, monkeypatch, k
     run.model.encoder.weight.register_post_accumulate_grad_hook(
         lambda _: gone.extend(output.expired() for output in outputs)
     )
-    ids = torch.randint(0, V, (2000,))
-    train_step(run, ids, draws(1, ids)[0], BPTT, 2.0, 1.0, 0.25)
+    train_step(run, *draw(1)[0])
     assert gone == [True] * 6
 
 
@@ -124,72 +123,70 @@ def test_activations_are_freed_during_the_backward_pass(make_run, monkeypatch, k
 def test_rate_follows_the_batchs_own_length(make_run, kind, splits):
     """Three steps of unlike lengths: each moves by lr · length / bptt times its own gradient."""
     run = make_run(model=kind, splits=splits)
-    ids = torch.randint(0, V, (2000,))
     by_hand = ByHand(run)
-    for slices in draws(3, ids):
-        loss = train_step(run, ids, slices, BPTT, 0.0, 0.0, 0.0)
-        assert loss.item() == pytest.approx(by_hand.step(ids, slices), rel=1e-5)
+    for batch in draw(3):
+        loss = train_step(run, *batch)
+        assert loss.item() == pytest.approx(by_hand.step(*batch), rel=1e-5)
         assert_same(run, by_hand)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_regularisation_is_in_the_objective_and_not_in_the_loss(make_run, kind):
     """AR on the dropped output and TAR on the raw one drive the step; the reported loss leaves both out."""
-    run = make_run(model=kind, dropout=0.4, dropouth=0.2, dropouti=0.3, wdrop=0.3)
-    ids = torch.randint(0, V, (2000,))
-    by_hand, plain = ByHand(run), ByHand(run)
-    for seed, slices in enumerate(draws(3, ids)):
+    run = make_run(model=kind, dropout=0.4, dropouth=0.2, dropouti=0.3, wdrop=0.3, alpha=2.0, beta=1.5)
+    by_hand, plain, batches = ByHand(run), ByHand(run), draw(3)
+    for seed, batch in enumerate(batches):
         torch.manual_seed(seed)
-        loss = train_step(run, ids, slices, BPTT, 2.0, 1.5, 0.0)
+        loss = train_step(run, *batch)
         torch.manual_seed(seed)
-        assert loss.item() == pytest.approx(by_hand.step(ids, slices, alpha=2.0, beta=1.5), rel=1e-5)
+        assert loss.item() == pytest.approx(by_hand.step(*batch, alpha=2.0, beta=1.5), rel=1e-5)
         assert_same(run, by_hand)
     torch.manual_seed(0)
-    plain.step(ids, draws(1, ids)[0])
+    plain.step(*batches[0])
     with pytest.raises(AssertionError):
         assert_same(run, plain)
 
 
 def test_clipping_covers_the_criterion(make_run):
     """The norm is that of all gradients, the split softmax's own among them, regularisation included."""
-    run = make_run(splits=[5, 12], dropout=0.2)
-    ids = torch.randint(0, V, (2000,))
+    run = make_run(splits=[5, 12], dropout=0.2, alpha=2.0, beta=1.0, clip=0.05)
     by_hand = ByHand(run)
-    for seed, slices in enumerate(draws(2, ids)):
+    for seed, batch in enumerate(draw(2)):
         torch.manual_seed(seed)
-        train_step(run, ids, slices, BPTT, 2.0, 1.0, 0.05)
+        train_step(run, *batch)
         torch.manual_seed(seed)
-        by_hand.step(ids, slices, 2.0, 1.0, clip=0.05)
+        by_hand.step(*batch, 2.0, 1.0, clip=0.05)
         assert_same(run, by_hand)
 
 
 def test_weight_decay(make_run):
     """Every weight decays, at the batch's own rate, and clipping does not look at it."""
-    run = make_run(splits=[5, 12], wdecay=0.02)
-    ids = torch.randint(0, V, (2000,))
+    run = make_run(splits=[5, 12], wdecay=0.02, clip=0.1)
     by_hand = ByHand(run)
-    for slices in draws(2, ids):
-        train_step(run, ids, slices, BPTT, 0.0, 0.0, 0.1)
-        by_hand.step(ids, slices, clip=0.1, wdecay=0.02)
+    for batch in draw(2):
+        train_step(run, *batch)
+        by_hand.step(*batch, clip=0.1, wdecay=0.02)
         assert_same(run, by_hand)
+
+
+# Averaging
 
 
 @pytest.mark.parametrize(("kind", "splits"), [("LSTM", []), ("QRNN", [5, 12])])
 def test_averaging_is_the_mean_of_the_weights_after_each_step(make_run, kind, splits):
     """A slow float64 mean gives the same; the descent goes on with the raw weights, at its scaled rate."""
     run = make_run(model=kind, splits=splits)
-    ids = torch.randint(0, V, (2000,))
     by_hand, after = ByHand(run), []
-    for number, slices in enumerate(draws(9, ids)):
+    for number, batch in enumerate(draw(9)):
         if number == 3:
             run.start_averaging()
-        train_step(run, ids, slices, BPTT, 0.0, 0.0, 0.0)
-        by_hand.step(ids, slices)
+        train_step(run, *batch)
+        by_hand.step(*batch)
         assert_same(run, by_hand)
         if number >= 3:
             after.append({name: w.double() for name, w in weights(run).items()})
-    model, criterion = run.evaluated()
-    means = {name: p.detach() for name, p in [*model.named_parameters(), *criterion.named_parameters()]}
+    assert [*run.evaluated()] == [*run.mean.weights.values()]
+    means = {name: p.detach() for name, p in run.mean.weights.named_parameters()}
     assert set(means) == set(after[0])
     for name, mean in means.items():
         expected = torch.stack([step[name] for step in after]).mean(0)
@@ -197,16 +194,67 @@ def test_averaging_is_the_mean_of_the_weights_after_each_step(make_run, kind, sp
         assert not torch.allclose(mean, weights(run)[name], atol=1e-4)
 
 
+def test_the_mean_counts_on_the_host():
+    """Its count is an int, which no step has to wait for; the first weights are the mean as they are."""
+    weights = nn.Linear(3, 2)
+    mean = Mean(weights)
+    with torch.no_grad():
+        weights.weight.mul_(3.0)
+    mean.update(weights)
+    assert type(mean.count) is int
+    assert mean.count == 1
+    assert torch.equal(mean.weights.weight, weights.weight)
+
+
+class OverflowingScaler:
+    """What fp16's scaler does when the gradients of the batches numbered `bad` overflow."""
+
+    def __init__(self, bad: set[int]) -> None:
+        self.bad, self.batch, self.factor = bad, 0, 2.0**16
+
+    def scale(self, loss: Tensor) -> Tensor:
+        return loss
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        pass
+
+    def get_scale(self) -> float:
+        return self.factor
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.batch not in self.bad:
+            optimizer.step()
+
+    def update(self) -> None:
+        self.factor *= 0.5 if self.batch in self.bad else 1.0
+        self.batch += 1
+
+
+def test_a_step_that_fp16_skips_is_not_in_the_mean(make_run):
+    """Four batches, two of them skipped: the mean is that of the weights after the other two."""
+    run = make_run()
+    run.scaler = OverflowingScaler({1, 3})
+    run.start_averaging()
+    after = []
+    for number, batch in enumerate(draw(4)):
+        train_step(run, *batch)
+        if number not in (1, 3):
+            after.append(weights(run))
+    assert run.mean.count == 2
+    for name, mean in run.mean.weights.named_parameters():
+        expected = (after[0][name] + after[1][name]) / 2
+        torch.testing.assert_close(mean.detach(), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_saved_model_is_the_mean(make_run):
     """What is saved while averaging is the mean, the criterion's too, and not the raw weights."""
     run = make_run(splits=[5, 12], wdrop=0.5)
-    ids = torch.randint(0, V, (2000,))
     run.start_averaging()
-    for slices in draws(4, ids):
-        train_step(run, ids, slices, BPTT, 0.0, 0.0, 0.0)
+    for batch in draw(4):
+        train_step(run, *batch)
     run.save_model(1.0)
     model, criterion = run.evaluated()
-    saved = torch.load(run.save, weights_only=True)
+    saved = torch.load(run.args.save, weights_only=True)
     for part, module in (("model", model), ("criterion", criterion)):
         for name, tensor in module.state_dict().items():
             assert torch.equal(saved[part][name], tensor)
@@ -269,18 +317,121 @@ def test_evaluate_touches_no_gradient_and_no_generator():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_saved_model_is_restored_to_evaluate(tmp_path, kind):
-    """`load_model` and `restore` give model and criterion that evaluate as before, with nothing dropped."""
+    """`load_model` and `to_evaluate` give model and criterion that evaluate as before, with nothing dropped."""
     args = {"model": kind, "emsize": 8, "nhid": 10, "nlayers": 2, "tied": True, "splits": [5, 12]}
-    vocab = [f"w{i}" for i in range(V)]
-    model, criterion = checkpoint.build(
-        args, vocab, dropout=0.5, dropouth=0.5, dropouti=0.5, dropoute=0.5, wdrop=0.5
-    )
-    contents = checkpoint.model_contents(args, vocab, model, criterion, {"valid_loss": 1.0})
-    checkpoint.save(tmp_path / "m.pt", contents)
-    saved = checkpoint.load_model(tmp_path / "m.pt", "--save")
-    assert saved["vocab"] == vocab
+    args |= dict.fromkeys(NO_DROPOUT, 0.5)
+    vocab, path = [f"w{i}" for i in range(V)], str(tmp_path / "m.pt")
+    model, criterion = build(args, V)
+    files.save(path, files.model_contents(Namespace(**args), vocab, model, criterion, {"valid_loss": 1.0}))
+    opened = files.to_evaluate(files.load_model(path, "--save"), torch.device("cpu"))
+    assert opened.vocab == vocab
     ids = torch.randint(0, V, (200,))
     expected = evaluate(model, criterion, ids, 10, 4)
-    other, its_criterion = checkpoint.restore(saved)
-    assert evaluate(other, its_criterion, ids, 10, 4) == expected
+    assert evaluate(opened.model, opened.criterion, ids, 10, 4) == expected
     assert math.isfinite(expected)
+    assert not opened.model.training
+
+
+# Files that cannot be written
+
+
+def full(*_: object) -> NoReturn:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_file_that_cannot_be_written_is_said_once_and_tried_again(make_run, monkeypatch, capsys):
+    """One warning for as many attempts, the file before stays; a run that ends then says so, until one works."""
+    run = make_run()
+    assert run.save_model(2.0)
+    run.save_state()
+    model, state = Path(run.args.save), Path(f"{run.args.save}.state")
+    before = model.read_bytes(), state.read_bytes()
+    run.require_written()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        for _ in range(3):
+            assert not run.save_model(1.0)
+            run.save_state()
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 2
+    for path, line in zip((model, state), warnings, strict=True):
+        assert f"{path}: cannot be written (No space left on device), what was there is kept" in line
+    assert (model.read_bytes(), state.read_bytes()) == before
+    assert sorted(p.name for p in model.parent.iterdir()) == ["m.pt", "m.pt.state"]
+    with pytest.raises(files.NotWrittenError, match=r"m\.pt: cannot be written .No space left on device."):
+        run.require_written()
+
+    assert run.save_model(1.0)
+    with pytest.raises(files.NotWrittenError, match=r"m\.pt\.state: cannot be written"):
+        run.require_written()
+    run.save_state()
+    run.require_written()
+    assert torch.load(model, weights_only=True)["metrics"]["valid_loss"] == 1.0
+    assert not capsys.readouterr().err
+
+
+def test_a_device_that_fails_while_a_file_is_written_is_no_full_disk(make_run, monkeypatch, capsys):
+    """Its error is raised as it is, and the file before stays."""
+    run = make_run()
+    run.save_model(2.0)
+    before = Path(run.args.save).read_bytes()
+
+    def fail(contents: object, file: object) -> NoReturn:
+        file.write(b"half a file")
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch, "save", fail)
+    for attempt in (lambda: run.save_model(1.0), run.save_state):
+        with pytest.raises(torch.AcceleratorError):
+            attempt()
+    assert not run.unwritten
+    assert not capsys.readouterr().err
+    assert Path(run.args.save).read_bytes() == before
+    assert [p.name for p in Path(run.args.save).parent.iterdir()] == ["m.pt"]
+
+
+# Signals
+
+
+@pytest.mark.parametrize(
+    ("signals", "reason"),
+    [
+        ([signal.SIGINT], "SIGINT"),
+        ([signal.SIGTERM], "SIGTERM"),
+        ([signal.SIGINT, signal.SIGTERM], "SIGTERM"),
+        ([signal.SIGTERM, signal.SIGINT], "SIGTERM"),
+        ([signal.SIGTERM, signal.SIGINT, signal.SIGINT], "SIGTERM"),
+    ],
+)
+def test_sigterm_outweighs_whatever_comes_after_it(signals, reason):
+    """A signal is noted, and obeyed by the next check; only a second Ctrl-C interrupts at once."""
+    with Stopper() as stopper:
+        stopper.check()
+        for number in signals:
+            signal.raise_signal(number)
+        with pytest.raises(Stop) as stop:
+            stopper.check("--max_steps")
+        assert stop.value.reason == reason
+        assert stopper.terminated() == (reason == "SIGTERM")
+        if reason == "SIGINT":
+            stopper.check_sigterm()
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+
+
+# The log
+
+
+def test_the_log_is_json_whatever_the_figures(tmp_path):
+    """JSON knows no infinity: null stands there; a line that a kill has cut short costs no other line."""
+    log = RunLog(str(tmp_path / "m.pt.log.jsonl"))
+    log.write("train", 800.0, grad_norm=math.nan)
+    log.write("test", math.inf)
+    first, second = read_log(tmp_path / "m.pt.log.jsonl")
+    assert (first["loss"], first["ppl"], first["grad_norm"]) == (800.0, None, None)
+    assert (second["loss"], second["ppl"], second["bpc"]) == (None, None, None)
+    with (tmp_path / "m.pt.log.jsonl").open("a") as file:
+        file.write('{"kind": "tra')
+    log.write("start", step=3)
+    assert json.loads((tmp_path / "m.pt.log.jsonl").read_text().splitlines()[-1]) == {"kind": "start", "step": 3}

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import SMALL, Trained, write_corpus
+from conftest import SMALL, Trained, read_log, write_corpus
 from runner import run_cli, run_fresh
+
+from harness.flags import DEFAULTS
 
 COMMANDS = """
 python -u main.py --epochs 50 --nlayers 3 --emsize 400 --nhid 1840 --alpha 0 --beta 0 --dropoute 0 --dropouth 0.1 --dropouti 0.1 --dropout 0.4 --wdrop 0.2 --wdecay 1.2e-6 --bptt 200 --batch_size 128 --optimizer adam --lr 1e-3 --data data/enwik8 --save ENWIK8.pt --when 25 35
@@ -23,22 +25,15 @@ python -u main.py --model QRNN --batch_size 20 --clip 0.2 --wdrop 0.1 --nhid 155
 python main.py --epochs 750 --data data/wikitext-2 --save WT2.pt --dropouth 0.2 --seed 1882
 python -u main.py --epochs 500 --data data/wikitext-2 --clip 0.25 --dropouti 0.4 --dropouth 0.2 --nhid 1550 --nlayers 4 --seed 4002 --model QRNN --wdrop 0.1 --batch_size 40 --save WT2.pt
 """.strip().splitlines()  # noqa: E501
-DEFAULTS = (
-    "--model LSTM --emsize 400 --nhid 1150 --nlayers 3 --lr 30 --clip 0.25 --epochs 8000 --batch_size 80 "
-    "--bptt 70 --dropout 0.4 --dropouth 0.3 --dropouti 0.65 --dropoute 0.1 --wdrop 0.5 --seed 1111 "
-    "--nonmono 5 --log-interval 200 --alpha 2 --beta 1 --wdecay 1.2e-6 --optimizer sgd --when -1"
-)
-
 FIGURES = r"loss +(?P<loss>\d+\.\d\d) \| {0}ppl +(?P<ppl>\d+\.\d\d) \| {0}bpc +(?P<bpc>\d+\.\d\d\d)$"
 STEP_LINE = re.compile(
     r"^\| epoch +(?P<epoch>\d+) \| +(?P<batch>\d+)/ +(?P<batches>\d+) batches \| lr (?P<lr>\d+\.\d{5}) "
     r"\| ms/batch +\d+\.\d\d \| " + FIGURES.format(""),
     re.M,
 )
-EPOCH_LINE = re.compile(
-    r"^\| end of epoch +(?P<epoch>\d+) \| time: +(?P<time>\d+\.\d\d)s \| valid " + FIGURES.format("valid "),
-    re.M,
-)
+TIMED = r" \| time: +(?P<time>\d+\.\d\d)s \| valid "
+EPOCH_LINE = re.compile(r"^\| end of epoch +(?P<epoch>\d+)" + TIMED + FIGURES.format("valid "), re.M)
+CUT_LINE = re.compile(r"^\| in epoch +(?P<epoch>\d+), step (?P<step>\d+)" + TIMED + FIGURES.format("valid "), re.M)
 TEST_LINE = re.compile(r"^\| End of training \| test " + FIGURES.format("test "), re.M)
 KINDS_AND_FLAGS = [
     ("LSTM",),
@@ -59,9 +54,7 @@ def flags_of(command: str) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for word in shlex.split(command):
         if re.match(r"--?[a-z]", word):
-            found[
-                name := word.lstrip("-").replace("-", "_").replace("epoch", "epochs").replace("ss", "s")
-            ] = []
+            found[name := word.lstrip("-").replace("-", "_").replace("epoch", "epochs").replace("ss", "s")] = []
         elif found:
             found[name].append(word)
     return found
@@ -75,8 +68,7 @@ def test_the_commands_of_the_readme_run(corpus, tmp_path, number):
         (tmp_path / "data" / name).symlink_to(corpus)
     command = COMMANDS[number]
     argv = shlex.split(command)[shlex.split(command).index("main.py") + 1 :]
-    run = run_fresh if number == 4 else run_cli
-    result = run(*argv, "--emsize", 8, "--nhid", 10, "--nlayers", 2, "--max_steps", 1, cwd=tmp_path)
+    result = run_cli(*argv, "--emsize", 8, "--nhid", 10, "--nlayers", 2, "--max_steps", 1, cwd=tmp_path)
     assert result.status == 0, result
     assert not result.err
     assert TEST_LINE.search(result.out)
@@ -90,24 +82,14 @@ def test_the_commands_of_the_readme_run(corpus, tmp_path, number):
 
 
 def test_defaults(corpus, tmp_path):
-    """The flags that are not given have the values of the original; Adam's own rate is 1e-3."""
+    """What no flag says is stored as the table has it; an unnamed corpus is data/penn."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "penn").symlink_to(corpus)
-    sizes = ["--emsize", 8, "--nhid", 10, "--nlayers", 2]
-    small = [*sizes, "--max_steps", 1, "--save", "m.pt"]
+    small = ["--emsize", 8, "--nhid", 10, "--nlayers", 2, "--max_steps", 1, "--save", "m.pt"]
     assert run_cli(*small, cwd=tmp_path).status == 0
     args = torch.load(tmp_path / "m.pt", weights_only=True)["args"]
-    told = " ".join(run_cli("--help", cwd=tmp_path).out.split())
-    for name, (value,) in flags_of(DEFAULTS).items():
-        if f"--{name}" in sizes:
-            assert re.search(rf"--{name} {name.upper()} [^-(]*\(default: {value}\)", told), name
-            continue
-        stored = args[name][0] if isinstance(args[name], list) else args[name]
-        assert str(stored) == value or float(stored) == float(value), name
-    assert args["data"] == "data/penn"
-    assert args["tied"] is True
-    assert run_cli("--optimizer", "adam", *small, cwd=tmp_path).status == 0
-    assert torch.load(tmp_path / "m.pt", weights_only=True)["args"]["lr"] == 1e-3
+    own = {"emsize": 8, "nhid": 10, "nlayers": 2, "max_steps": 1, "save": "m.pt", "lr": 30.0, "splits": []}
+    assert args == DEFAULTS | own
 
 
 def test_printed_lines(trained):
@@ -161,8 +143,7 @@ def test_log_holds_the_printed_figures_unrounded(trained):
             if kind == "train":
                 assert (entry["batch"], entry["batches"]) == (int(match["batch"]), int(match["batches"]))
                 assert entry["lr"] == float(match["lr"])
-    for line in (run.folder / "m.pt.log.jsonl").read_text().splitlines():
-        assert isinstance(json.loads(line), dict)
+    assert all(isinstance(entry, dict) for entry in read_log(run.folder / "m.pt.log.jsonl"))
 
 
 @pytest.mark.parametrize("flags", KINDS_AND_FLAGS, ids=lambda f: " ".join(map(str, f)))
@@ -192,9 +173,7 @@ def test_saved_file(trained, flags):
     json.dumps([saved["args"], saved["metrics"]])
     assert all(type(word) is str for word in saved["vocab"])
     tied, kind, drops = "--untied" not in flags, flags[0], "--wdrop" not in flags
-    shapes = {"encoder.weight": (41, 8), "decoder.bias": (41,)} | (
-        {} if tied else {"decoder.weight": (41, 10)}
-    )
+    shapes = {"encoder.weight": (41, 8), "decoder.bias": (41,)} | ({} if tied else {"decoder.weight": (41, 10)})
     raw = "_raw" if drops else ""
     for layer, (n_in, n_out) in enumerate([(8, 10), (10, 8 if tied else 10)]):
         prefix = f"rnns.{layer}."
@@ -212,9 +191,7 @@ def test_saved_file(trained, flags):
     assert {name: tuple(t.shape) for name, t in saved["criterion"].items()} == tail
     assert all(t.dtype == torch.float32 for t in [*saved["model"].values(), *saved["criterion"].values()])
     storage = sum(t.untyped_storage().nbytes() for t in saved["model"].values())
-    assert storage == sum(t.nbytes for t in saved["model"].values()), (
-        "views of larger storages bloat the file"
-    )
+    assert storage == sum(t.nbytes for t in saved["model"].values()), "views of larger storages bloat the file"
 
 
 def test_vocabulary_is_sorted_by_frequency(trained):
@@ -277,21 +254,59 @@ def test_adam_moves_by_its_rate(trained):
     """Adam's first step moves no weight further than the scaled rate, and most of them about that far."""
     start = trained("--optimizer", "adam", "--lr", 1e-20, "--max_steps", 1, "--wdecay", 0, "--clip", 0)
     step = trained("--optimizer", "adam", "--lr", 0.01, "--max_steps", 1, "--wdecay", 0, "--clip", 0)
-    rate = 0.01 * step.state["progress"]["row"] / 14
+    rate = 0.01 * step.state["at"]["row"] / 14
     moved = (step.saved["model"]["rnns.0.bias_ih_l0"] - start.saved["model"]["rnns.0.bias_ih_l0"]).abs()
     assert moved.median().item() == pytest.approx(rate, rel=1e-3)
     assert moved.max() <= rate * (1 + 1e-4)
 
 
 def test_max_steps(trained):
-    """`--max_steps 7` ends in the middle of the first epoch, and saves and evaluates as usual."""
+    """`--max_steps 7` ends in the middle of the first epoch, and says so; model and test are there."""
     run = trained("--max_steps", 7)
-    assert run.saved["metrics"]["step"] == 7
-    assert len(EPOCH_LINE.findall(run.result.out)) == len(TEST_LINE.findall(run.result.out)) == 1
+    metrics = run.saved["metrics"]
+    assert (metrics["step"], metrics["partial"]) == (7, True)
+    (match,) = CUT_LINE.finditer(run.result.out)
+    (entry,) = run.log("valid")
+    assert (match["epoch"], match["step"]) == ("1", "7")
+    assert (match["loss"], metrics["valid_loss"], True) == (
+        f"{entry['loss']:.2f}",
+        entry["loss"],
+        entry["partial"],
+    )
+    assert not EPOCH_LINE.search(run.result.out)
+    assert TEST_LINE.search(run.result.out)
+
+
+def test_max_steps_leaves_the_model_that_there_is(trained):
+    """Cut in the second epoch it validates what it has, and saves nothing: the file is the first epoch's."""
+    run = trained("--max_steps", 40)
+    whole = trained("--epochs", 2)
+    assert [entry["partial"] for entry in run.log("valid")] == [False, True]
+    assert (run.saved["metrics"]["epoch"], run.saved["metrics"]["partial"]) == (1, False)
+    assert run.saved["metrics"]["valid_loss"] == whole.log("valid")[0]["loss"]
+    assert EPOCH_LINE.search(run.result.out)["epoch"] == "1"
+    assert CUT_LINE.search(run.result.out)["epoch"] == "2"
+    assert len(EPOCH_LINE.findall(run.result.out)) == 1
+
+
+def test_figures_that_are_infinite_are_null_in_the_log(corpus, tmp_path):
+    """A loss of thousands is printed, though its perplexity is no number of JSON; so is the pointer's infinity."""
+    small = ["--data", corpus, *SMALL, "--save", "m.pt", "--epochs", 1, "--log-interval", 1]
+    result = run_cli(*small, "--lr", 30_000, "--clip", 0, "--alpha", 0, "--beta", 0, cwd=tmp_path)
+    assert result.status == 0, result
+    assert "ppl      inf" in result.out
+    log = read_log(tmp_path / "m.pt.log.jsonl")
+    assert any(entry["loss"] > 709 and entry["ppl"] is None for entry in log if entry["kind"] == "train")
+    flags = ["--save", "m.pt", "--lambdasm", 1, "--window", 5, "--theta", 1]
+    result = run_cli(*flags, cwd=tmp_path, script="pointer.py")
+    assert result.status == 0, result
+    assert "val loss   inf" in result.out
+    assert [entry["loss"] for entry in read_log(tmp_path / "m.pt.log.jsonl")[len(log) :]] == [None, None]
 
 
 def test_the_seed_decides(trained, corpus, tmp_path):
-    """A new interpreter gives the same tensors from the same seed; another seed gives others."""
+    """A new interpreter gives the same tensors from the same seed, whatever lies around; another seed others."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('taken from the working folder')\n")
     first, other = trained("--max_steps", 7), trained("--max_steps", 7, "--seed", 5)
     result = run_fresh("--data", corpus, *SMALL, "--save", "m.pt", "--max_steps", 7, cwd=tmp_path)
     assert result.status == 0, result

@@ -31,9 +31,25 @@ def make_model(
     return args, model.eval(), criterion.eval()
 
 
-def save_model(
-    path: Path, rnn_type: str = "LSTM", splits: tuple[int, ...] = (), vocab: list[str] = WORDS
-) -> Path:
+def double_model(
+    rnn_type: str = "LSTM", splits: tuple[int, ...] = (), vocab: list[str] = WORDS
+) -> tuple[RNNModel, SplitCrossEntropyLoss]:
+    """The model and criterion that `save_model` saves, in float64."""
+    _, model, criterion = make_model(rnn_type, splits, vocab)
+    return model.double(), criterion.double()
+
+
+@torch.no_grad()
+def one_by_one(model: RNNModel, criterion: SplitCrossEntropyLoss, ids: list[int]) -> Tensor:
+    """Log-probabilities of the word after each of `ids`, (T, V), read a word at a time."""
+    hidden, rows = model.init_hidden(1), []
+    for word in ids:
+        output, hidden = model(torch.tensor([[word]]), hidden)
+        rows.append(criterion.logprob(model.decoder.weight, model.decoder.bias, output)[0])
+    return torch.stack(rows)
+
+
+def save_model(path: Path, rnn_type: str = "LSTM", splits: tuple[int, ...] = (), vocab: list[str] = WORDS) -> Path:
     args, model, criterion = make_model(rnn_type, splits, vocab)
     files.save(str(path), files.model_contents(Namespace(**args), vocab, model, criterion, {}))
     return path

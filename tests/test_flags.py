@@ -1,0 +1,132 @@
+"""The flag table: defaults, spellings, abbreviations, and which of given, stored and default values wins."""
+
+import re
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import toys
+
+import finetune
+import main
+from harness.flags import BY_NAME, DEFAULTS, FLAGS, MAIN, ArgumentParser, check_shape, open_model, resolve_args
+from harness.start import OWN
+from utils import UserError
+
+# DESIGN.md, section 4, to the letter
+CONTRACT = (
+    "--data data/penn --model LSTM --emsize 400 --nhid 1150 --nlayers 3 --lr 30 --clip 0.25 --epochs 8000 "
+    "--batch_size 80 --bptt 70 --dropout 0.4 --dropouth 0.3 --dropouti 0.65 --dropoute 0.1 --wdrop 0.5 "
+    "--seed 1111 --nonmono 5 --log-interval 200 --alpha 2 --beta 1 --wdecay 1.2e-6 --optimizer sgd --when -1"
+)
+FORMAT_1 = Path(__file__).parent / "models"  # saved before the table was made
+OF_MAIN = tuple(FLAGS)
+OF_FINETUNE = tuple(group for group in FLAGS if group != MAIN)
+
+
+def parse(*argv: object, groups: tuple[str, ...] = OF_MAIN) -> dict[str, object]:
+    """What a script makes of a command line."""
+    return vars(ArgumentParser("", *groups).parse_args([*map(str, argv)]))
+
+
+def test_defaults_are_those_of_the_contract():
+    """The contract's flags, given, change nothing."""
+    expected, args = resolve_args(parse(*CONTRACT.split()), {}), resolve_args({}, {})
+    assert vars(expected) | {"save": ""} == vars(args) | {"save": ""}
+    assert (args.resume, args.device, args.tied, args.splits) == ("", "auto", True, None)
+    assert re.fullmatch(r"\d+\.pt", args.save)
+
+
+def test_the_rate_is_the_optimizers_own():
+    """Without --lr: 30 for SGD, 1e-3 for Adam; a stored rate is that of the stored optimizer alone."""
+    assert resolve_args({"optimizer": "adam"}, {}).lr == 1e-3
+    assert resolve_args({"optimizer": "adam", "lr": 0.5}, {}).lr == 0.5
+    sgd, adam = {"optimizer": "sgd", "lr": 20.0}, {"optimizer": "adam", "lr": 0.01}
+    assert resolve_args({}, sgd).lr == 20.0
+    assert resolve_args({"optimizer": "sgd"}, sgd).lr == 20.0
+    assert resolve_args({"optimizer": "adam"}, sgd).lr == 1e-3
+    assert resolve_args({"optimizer": "adam", "lr": 20.0}, sgd).lr == 20.0
+    assert resolve_args({"optimizer": "sgd"}, adam).lr == 30.0
+
+
+def test_given_over_stored_over_default():
+    """What says how a run is carried out is not taken from a file, nor what no flag is called."""
+    stored = {"bptt": 20, "clip": 0.1, "gone": 1}
+    stored |= {"device": "cuda", "max_steps": 7, "resume": "a.pt", "save": "b.pt"}
+    args = resolve_args({"clip": 0.3, "save": "c.pt"}, stored)
+    assert (args.bptt, args.clip, args.nhid) == (20, 0.3, 1150)
+    assert (args.device, args.max_steps, args.resume, args.save) == ("auto", 0, "", "c.pt")
+    assert set(vars(args)) == set(DEFAULTS) == set(BY_NAME)
+    assert resolve_args({"resume": "a.pt"}, stored).save == "a.pt"
+
+
+@pytest.mark.parametrize("groups", [OF_MAIN, OF_FINETUNE], ids=["main.py", "finetune.py"])
+def test_spellings_and_abbreviations(groups):
+    """Those of the published commands; what is not given is not there."""
+    assert parse("--epoch", 500, groups=groups) == {"epochs": 500}
+    assert parse("--log-interval", 7, groups=groups) == parse("--log_interval", 7, groups=groups)
+    assert parse("--log_interval", 7, groups=groups) == {"log_interval": 7}
+    assert parse("--cuda", groups=groups) == {"device": "auto"}
+    assert parse("--untied", groups=groups) == {"tied": False}
+    assert parse("--tied", groups=groups) == {"tied": True}
+    assert parse(groups=groups) == {}
+
+
+def test_what_only_main_has():
+    """finetune.py has its own course: no optimizer, no rates by epoch, no other vocabulary."""
+    assert parse("--when", 25, 35, "--splits", "--optimizer", "adam") == {
+        **{"when": [25, 35], "splits": [], "optimizer": "adam"}
+    }
+    for flag in ("--optimizer", "--when", "--splits", "--vocab_size", "--min_count"):
+        with pytest.raises(UserError, match=flag):
+            parse(flag, 3, groups=OF_FINETUNE)
+    assert set(OWN) <= set(BY_NAME)
+
+
+@pytest.mark.parametrize("script", [main, finetune])
+def test_the_help_names_every_flag_with_its_default(capsys, script):
+    """A default that is a number or a name is told; so is the rate of every optimizer."""
+    assert toys.call(script, "--help") == 0
+    told = " ".join(capsys.readouterr().out.split())
+    for flag in [flag for group in (OF_MAIN if script is main else OF_FINETUNE) for flag in FLAGS[group]]:
+        assert all(f" {name}" in told for name in flag.names.split())
+        if flag.default and not isinstance(flag.default, bool | list):
+            assert f"{flag.help} (default: {flag.default})" in told
+    assert "sgd 30, adam 0.001" in told
+
+
+def test_check_shape():
+    """A flag that says what the file says is fine, one that contradicts it is named; others shape nothing."""
+    stored = {"model": "QRNN", "emsize": 8, "nhid": 10, "nlayers": 2, "tied": False, "splits": [5]}
+    check_shape({**stored, "lr": 1.0, "data": "other", "wdrop": 0.0}, stored, "m.pt")
+    odd = {"model": "GRU", "emsize": 9, "nhid": 11, "nlayers": 3, "splits": [6]}
+    for name, value in odd.items():
+        line = re.escape(f"--{name} {value}: contradicts m.pt, which has {stored[name]}")
+        with pytest.raises(UserError, match=line):
+            check_shape({name: value}, stored, "m.pt")
+    with pytest.raises(UserError, match="--tied: contradicts"):
+        check_shape({"tied": True}, stored, "m.pt")
+    with pytest.raises(UserError, match="--untied: contradicts"):
+        check_shape({"tied": False}, {"tied": True}, "m.pt")
+
+
+def test_an_older_model_has_the_defaults_of_what_it_does_not_say(tmp_path):
+    """Its args lack what came later: it is resumed, checked and opened with the default of that."""
+    stored = {"model": "LSTM", "emsize": 8, "nhid": 10, "nlayers": 2}
+    assert resolve_args({}, stored).amp == "none"
+    check_shape({"tied": True}, stored, "m.pt")
+    with pytest.raises(UserError, match="--untied: contradicts"):
+        check_shape({"tied": False}, stored, "m.pt")
+    sizes_alone = toys.save_model(tmp_path / "m.pt")
+    for path in (sizes_alone, FORMAT_1 / "lstm.pt"):
+        args = open_model(Namespace(save=str(path), device="cpu")).args
+        assert set(DEFAULTS) <= set(vars(args))
+        assert args.nonmono == 5
+
+
+def test_a_script_that_opens_a_model_takes_flags_of_its_shape(tmp_path):
+    """As long as they agree with the file."""
+    path = str(toys.save_model(tmp_path / "m.pt"))
+    open_model(Namespace(save=path, device="cpu", nhid=16, model="LSTM", tied=True))
+    with pytest.raises(UserError, match=f"--nhid 17: contradicts {re.escape(path)}"):
+        open_model(Namespace(save=path, device="cpu", nhid=17))

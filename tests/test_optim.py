@@ -1,0 +1,190 @@
+"""How the weights move: plain torch's steps, the mean of them, and the rule that switches it on."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from model import RNNModel
+from optim import OPTIMIZERS, Mean, has_stalled, make_optimizer
+from splitcross import SplitCrossEntropyLoss
+
+
+def make_weights(seed: int = 0) -> nn.ModuleList:
+    """A model and a criterion with parameters of its own, as training averages them."""
+    torch.manual_seed(seed)
+    return nn.ModuleList([RNNModel("LSTM", 20, 6, 8, 2, wdrop=0.5), SplitCrossEntropyLoss(6, [5, 12])])
+
+
+def move(weights: nn.Module) -> None:
+    """A step of an imaginary optimizer, large enough for a mean to differ from its ends."""
+    with torch.no_grad():
+        for parameter in weights.parameters():
+            parameter.add_(torch.randn_like(parameter))
+
+
+# The mean
+
+
+def test_the_mean_is_the_mean_of_the_weights_after_each_step():
+    """After every one of 50 steps it is the float64 mean of the weights since it was made, criterion included."""
+    weights = make_weights()
+    move(weights)  # what was before does not count
+    mean, totals = Mean(weights), [torch.zeros(p.shape, dtype=torch.float64) for p in weights.parameters()]
+    for steps in range(1, 51):
+        move(weights)
+        mean.update(weights)
+        totals = [total + p.detach().double() for total, p in zip(totals, weights.parameters(), strict=True)]
+        assert type(mean.count) is int
+        assert mean.count == steps
+        for found, total in zip(mean.weights.parameters(), totals, strict=True):
+            torch.testing.assert_close(found.detach().double(), total / steps, rtol=0, atol=5e-6)
+
+
+def test_the_first_step_is_the_mean_of_one():
+    """Exactly the weights after that step, to the bit; nothing of those it was made from."""
+    weights = make_weights()
+    mean = Mean(weights)
+    move(weights)
+    mean.update(weights)
+    for found, parameter in zip(mean.weights.parameters(), weights.parameters(), strict=True):
+        assert torch.equal(found, parameter)
+
+
+def test_the_mean_does_not_drift_over_many_steps():
+    """Weights that stand still are their own mean to the last bits, after 10,000 steps too."""
+    weights = nn.Linear(7, 5)
+    mean = Mean(weights)
+    for _ in range(10_000):
+        mean.update(weights)
+    torch.testing.assert_close(mean.weights.weight, weights.weight, rtol=1e-6, atol=1e-7)
+
+
+def test_mean_and_descent_do_not_touch_each_other():
+    """The descent goes on with the raw weights; a tied weight stays tied in the mean, which has no graph."""
+    weights = make_weights()
+    mean = Mean(weights)
+    before = copy.deepcopy(weights.state_dict())
+    move(mean.weights)
+    assert all(torch.equal(value, before[name]) for name, value in weights.state_dict().items())
+    averaged = copy.deepcopy(mean.weights.state_dict())
+    move(weights)
+    assert all(torch.equal(value, averaged[name]) for name, value in mean.weights.state_dict().items())
+    mean.update(weights)
+    assert mean.weights[0].decoder.weight is mean.weights[0].encoder.weight
+    assert mean.weights[0].encoder.weight.grad_fn is None
+
+
+def test_the_mean_is_torchs_averaged_model():
+    """Beside plain SGD it is what `torch.optim.swa_utils.AveragedModel` keeps, step by step."""
+    weights = make_weights()
+    optimizer = make_optimizer(list(weights.parameters()), "sgd", lr=0.5, wdecay=1e-3)
+    mean, torchs = Mean(weights), torch.optim.swa_utils.AveragedModel(weights)
+    for _ in range(20):
+        for parameter in weights.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        mean.update(weights)
+        torchs.update_parameters(weights)
+        for found, expected in zip(mean.weights.parameters(), torchs.module.parameters(), strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=5e-6)
+
+
+# The optimizers
+
+
+def test_sgd_is_the_textbooks():
+    """w - lr · (g + decay · w), over all parameters, in float64 by hand."""
+    weights = make_weights()
+    optimizer = make_optimizer(list(weights.parameters()), "sgd", lr=0.7, wdecay=0.01)
+    expected = [p.detach().double() for p in weights.parameters()]
+    for _ in range(5):
+        for i, parameter in enumerate(weights.parameters()):
+            parameter.grad = torch.randn_like(parameter)
+            expected[i] = expected[i] - 0.7 * (parameter.grad.double() + 0.01 * expected[i])
+        optimizer.step()
+    for parameter, value in zip(weights.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.detach().double(), value, rtol=0, atol=5e-6)
+
+
+def test_adam_is_the_papers():
+    """Kingma and Ba's algorithm 1, with the decay as part of the gradient, in float64 by hand."""
+    weights = make_weights()
+    optimizer = make_optimizer(list(weights.parameters()), "adam", lr=0.02, wdecay=0.01)
+    expected = [p.detach().double() for p in weights.parameters()]
+    m, v = ([torch.zeros_like(w) for w in expected] for _ in range(2))
+    for t in range(1, 6):
+        for i, parameter in enumerate(weights.parameters()):
+            parameter.grad = torch.randn_like(parameter)
+            g = parameter.grad.double() + 0.01 * expected[i]
+            m[i], v[i] = 0.9 * m[i] + 0.1 * g, 0.999 * v[i] + 0.001 * g * g
+            step = m[i] / (1 - 0.9**t) / ((v[i] / (1 - 0.999**t)).sqrt() + 1e-8)
+            expected[i] = expected[i] - 0.02 * step
+        optimizer.step()
+    for parameter, value in zip(weights.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.detach().double(), value, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_every_row_of_the_table_is_an_optimizer(name):
+    """Of the row's class, with the rate given, one pass on the CPU; its state survives a round trip."""
+    row = OPTIMIZERS[name]
+    weights, twin = make_weights(), make_weights()
+    optimizer = make_optimizer(list(weights.parameters()), name, lr=row.lr, wdecay=1e-6)
+    assert type(optimizer) is row.kind
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["weight_decay"], group["fused"]) == (row.lr, 1e-6, True)
+    assert len(group["params"]) == len(list(weights.parameters()))
+    assert row.on_stall in ("average", "nothing")
+    other = make_optimizer(list(twin.parameters()), name, lr=1.0, wdecay=0.0)
+    for _ in range(2):
+        for a, b in zip(weights.parameters(), twin.parameters(), strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        optimizer.step()
+        other.step()
+        assert all(torch.equal(a, b) for a, b in zip(weights.parameters(), twin.parameters(), strict=True))
+
+
+def test_the_papers_rates():
+    """SGD with 30, whose stall starts the averaging; Adam with 1e-3, whose stall starts nothing."""
+    assert OPTIMIZERS["sgd"] == (torch.optim.SGD, 30.0, "average")
+    assert OPTIMIZERS["adam"] == (torch.optim.Adam, 1e-3, "nothing")
+
+
+# The rule
+
+
+@pytest.mark.parametrize(
+    ("history", "nonmono", "stalled"),
+    [
+        ([], 0, False),
+        ([5.0], 0, False),
+        ([5.0, 6.0], 0, True),
+        ([5.0, 5.0], 0, False),  # above, not equal
+        ([5.0, 6.0], 1, False),  # the first is not older than one epoch
+        ([5.0, 6.0, 6.0], 1, True),
+        ([7.0, 5.0, 6.0], 1, False),  # 5 is too young, 7 is worse
+        ([5.0, 7.0, 4.0, 6.0], 2, True),  # the best of the older ones, not the oldest's neighbour
+        ([5.0, 4.0, 3.0, 3.5, 3.6, 3.7, 3.8, 3.9], 5, False),
+        ([5.0, 3.0, 4.0, 4.0, 4.0, 4.0, 3.9], 5, False),
+        ([3.0, 5.0, 4.0, 4.0, 4.0, 4.0, 3.9], 5, True),
+        ([3.0, 9.0, 9.0, 9.0, 9.0, 9.0, 2.9], 5, False),
+    ],
+)
+def test_stalled_is_above_the_best_older_than_nonmono_epochs(history, nonmono, stalled):
+    """Algorithm 1 of the paper, case by case."""
+    assert has_stalled(history, nonmono) is stalled
+
+
+@pytest.mark.parametrize("nonmono", [0, 1, 5])
+def test_stalled_is_algorithm_1_word_for_word(nonmono):
+    """t > n and v_t > min over l in 0 .. t-n-1 of v_l, over a random run of losses."""
+    losses = torch.rand(60, generator=torch.Generator().manual_seed(nonmono)).tolist()
+    found = [has_stalled(losses[: t + 1], nonmono) for t in range(60)]
+    expected = [t > nonmono and losses[t] > min(losses[s] for s in range(t - nonmono)) for t in range(60)]
+    assert found == expected
+    assert True in found
+    assert False in found[nonmono + 1 :]
