@@ -18,29 +18,23 @@ The batch after it goes on where it ended, so that the hidden state carries over
 """
 
 import codecs
-import contextlib
 import hashlib
 import itertools
-import json
 import os
 import sys
-import tempfile
-import warnings
 from collections.abc import Iterator
-from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tools.corpora import CORPORA
-from utils import BPTTBatchSampler, LabelEncoder, UserError, penn_treebank_dataset, replacing, wikitext_2_dataset
+from harness.texts import DATASETS, fetch_dataset, file_digest, find_files, load_cache, save_cache
+from tools.corpora import SPLITS
+from utils import BPTTBatchSampler, LabelEncoder, UserError
 
-SPLITS = ("train", "valid", "test")
 EOS, UNK = "<eos>", "<unk>"
 BLOCK = 1 << 18  # bytes read at once: few enough that a block's words stay in the CPU's cache
 EVAL_BATCH_SIZE, TEST_BATCH_SIZE = 10, 1  # as published
@@ -127,98 +121,19 @@ def read_corpus(data: str, vocab: list[str] | None = None, vocab_size: int = 0, 
         # With `vocab` the cache of any rule that led to the same vocabulary will do: that fixes the ids.
         for path in sorted(place.glob(".cache-*.pt")) if vocab else [place / name]:
             cached = load_cache(path, digest)
-            if cached and vocab in (None, cached.vocab):
-                return cached
+            if cached and vocab in (None, cached["vocab"]):
+                return Corpus(**cached)
     corpus = encode_files(data, files, digest, vocab, vocab_size, min_count)
     problem = None
     for place in places:
         try:
-            save_cache(place / name, corpus)
-            return load_cache(place / name, digest) or corpus
+            save_cache(place / name, corpus._asdict())
+            cached = load_cache(place / name, digest)
+            return Corpus(**cached) if cached else corpus
         except OSError as error:
             problem = problem or f"{place}: {error.strerror}"
     print(f"warning: {problem}; no cache was kept, the text is read again next time", file=sys.stderr)
     return corpus
-
-
-def file_digest(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def save_cache(path: Path, corpus: Corpus) -> None:
-    """Writes the encoded corpus, whole or not at all. Raises OSError when the disk does not take it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The words as one string: torch's reader, written in Python, would take a second for a list of 267,735.
-    contents = {**corpus._asdict(), "vocab": json.dumps(corpus.vocab), "check": checksum(corpus)}
-    with replacing(path, suffix=f".{os.getpid()}.tmp") as file:  # several processes may write it at once
-        torch.save(contents, file)
-
-
-def load_cache(path: Path, digest: str) -> Corpus | None:
-    """The encoded corpus of the texts that `digest` names, memory-mapped; None if there is none, or damaged."""
-    with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):  # damaged files raise anything
-        found = torch.load(path, weights_only=True, mmap=True)
-        corpus = Corpus(json.loads(found["vocab"]), *(found[field] for field in Corpus._fields[1:]))
-        if corpus.digest == digest and found["check"] == checksum(corpus):
-            return corpus
-    return None
-
-
-def checksum(corpus: Corpus) -> str:
-    """Of the vocabulary and the ids: torch reads a file without looking at the checksums in it."""
-    found = hashlib.sha256(json.dumps(corpus.vocab).encode())
-    for split in SPLITS:
-        found.update(getattr(corpus, split).numpy())
-    return found.hexdigest()
-
-
-def find_files(data: str) -> list[Path]:
-    """The paths of the three texts of a folder, once they are there."""
-    known = Path(data).name in CORPORA
-    what_to_do = f"run ./getdata.sh {Path(data).name}" if known else f"give a folder with {', '.join(SPLITS)}.txt"
-    if not Path(data).is_dir():
-        raise UserError(f"--data {data}: there is no such folder; {what_to_do}")
-    files = [Path(data, f"{split}.txt") for split in SPLITS]
-    for path in files:
-        if not path.is_file():
-            raise UserError(f"{path}: is missing; {what_to_do}")
-    return files
-
-
-# name: torchnlp's function, its folder and file names, the corpus of getdata.sh that is the same
-DATASETS = {
-    "penn_treebank": (penn_treebank_dataset, "data/penn-treebank", "ptb.{}.txt", "penn"),
-    "wikitext_2": (wikitext_2_dataset, "data/wikitext-2", "wiki.{}.tokens", "wikitext-2"),
-}
-
-
-def fetch_dataset(name: str) -> list[Path]:
-    """The texts of one of torchnlp's datasets, which torchnlp fetches unless they, or getdata.sh's, are there.
-
-    It would take what an interrupted download left for the whole, so it fetches into a folder beside.
-    """
-    fetch, default, pattern, corpus = DATASETS[name]
-    folder = Path(default)
-    for place, names in ((folder, pattern), (Path("data", corpus), "{}.txt")):
-        files = [place / names.format(split) for split in SPLITS]
-        if all(path.is_file() for path in files):
-            return files
-    files = [folder / pattern.format(split) for split in SPLITS]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as fetched:
-            fetch(directory=fetched)
-            for path in reversed(files):  # the training text last: with it the folder is complete
-                os.replace(next(Path(fetched).rglob(path.name)), path)
-    except (OSError, ValueError, EOFError, StopIteration, HTTPException, BadZipFile) as error:
-        raise UserError(
-            f"--data {name}: could not be fetched ({error}); run ./getdata.sh {corpus}, then try again"
-        ) from None
-    return files
 
 
 class FirstSeen(dict):

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 import harness.files as files
 from data import EVAL_BATCH_SIZE, TEST_BATCH_SIZE, Corpus, VariableLengthSampler, eval_batches, get_batch
 from harness.log import DOUBLE_RULE, RULE, EpochBar, RunLog, figures, say
-from harness.ranks import ALONE, Ranks
+from harness.ranks import ALONE, Ranks, Stop, Stopper
 from harness.run import Run
-from harness.stop import Stop, Stopper
 from model import Criterion, RNNModel, detach
 from optim import OPTIMIZERS, has_stalled
 

@@ -1,6 +1,6 @@
 """Several ranks train as one process does; what ends one ends all; a stopped run goes on.
 
-Most runs are real processes started with the variables that torchrun sets, two by torchrun itself.
+Most runs are real processes started with the variables that torchrun sets, one by torchrun itself.
 """
 
 import os
@@ -294,27 +294,25 @@ def test_ranks_without_torchrun(tmp_path):
     assert_failed(result, 0, "error: WORLD_SIZE 2: environment variable MASTER_ADDR")
 
 
-def test_torchrun_stops_and_goes_on(corpus, tmp_path):
-    """SIGTERM to torchrun stops both ranks, with a state; torchrun ends the run that goes on with 0."""
-
-    def torchrun(*argv: object) -> subprocess.Popen:
-        line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        line += [ROOT / "main.py", *map(str, argv)]
-        with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
-            return subprocess.Popen(line, cwd=tmp_path, env=os.environ | ENVIRONMENT, stdout=out, stderr=err)
-
-    running = torchrun("--data", corpus, *EVERY, "--device", "cpu", "--epochs", 500)
+def test_torchrun_goes_on_and_stops(corpus, tmp_path):
+    """It starts two ranks that go on with a run of two; SIGTERM to it stops both, and loses no step."""
+    assert run_ranks(2, "--data", corpus, *EVERY, "--device", "cpu", "--max_steps", 3, cwd=tmp_path).status == 0
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "main.py"]
+    out, err = tmp_path / "out", tmp_path / "err"
+    with out.open("w") as stdout, err.open("w") as stderr:
+        running = subprocess.Popen(
+            [*line, "--resume", "m.pt", "--max_steps", "0"],
+            cwd=tmp_path, env=os.environ | ENVIRONMENT, stdout=stdout, stderr=stderr,
+        )  # fmt: skip
     end = time.monotonic() + TIMEOUT
-    while not re.search(r"(?m)^\| epoch +2 \| +2/", (tmp_path / "out").read_text()):
-        assert running.poll() is None, (tmp_path / "err").read_text()
+    while not seen(2, 2)(out.read_text()):
+        assert running.poll() is None, err.read_text()
         assert time.monotonic() < end
         time.sleep(0.01)
     running.terminate()
     assert running.wait(TIMEOUT) != 0
-    assert "| stopped (SIGTERM); --resume m.pt goes on" in (tmp_path / "out").read_text()
+    assert out.read_text().count("Args:") == 1
+    assert out.read_text().endswith("\n| stopped (SIGTERM); --resume m.pt goes on\n")
     step = load(tmp_path / "m.pt.state")["at"]["step"]
-    running = torchrun("--resume", "m.pt", "--max_steps", step + 2)
-    assert running.wait(TIMEOUT) == 0, (tmp_path / "err").read_text()
-    out = (tmp_path / "out").read_text()
-    assert out.count("Args:") == out.count("| End of training") == 1
-    assert len(re.findall(r"^\| epoch ", out, re.M)) == 2
+    result = run_ranks(2, "--resume", "m.pt", "--max_steps", step + 2, cwd=tmp_path)
+    assert len(re.findall(r"(?m)^\| epoch ", result.out)) == 2

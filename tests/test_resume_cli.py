@@ -391,20 +391,3 @@ def test_resume_auto_reads_each_file_once(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert toys.call(main, "--save", "m.pt", "--resume", "auto", "--epochs", 2, "--max_minutes", 1e-6) == 0
     assert sorted(name for name in read if name.startswith("m.pt")) == ["m.pt", "m.pt.state"]
-
-
-@pytest.mark.parametrize("name", ["averaged.pt", "split.pt"])
-def test_a_model_of_format_1_is_gone_on_with(tmp_path, name):
-    """Saved before the redesign: it is evaluated, and trained on from its weights with its own settings."""
-    models = Path(__file__).parent / "models"
-    shutil.copytree(models / "corpus", tmp_path / "corpus")
-    shutil.copy(models / name, tmp_path / "m.pt")
-    before = load(tmp_path / "m.pt")
-    result = resume(tmp_path, "--data", "corpus", "--epochs", 1, "--max_steps", 1, "--lr", 1e-12)
-    assert result.status == 0, result
-    loss = before["metrics"]["valid_loss"]
-    assert f"| warm start | valid loss {loss:5.2f} |" in result.out
-    args = load(tmp_path / "m.pt.state")["args"]
-    assert {key: args[key] for key in ("model", "nhid", "bptt", "dropouti")} == {
-        key: before["args"][key] for key in ("model", "nhid", "bptt", "dropouti")
-    }

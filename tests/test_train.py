@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import json
 import math
 import os
 import signal
@@ -10,22 +9,18 @@ from argparse import Namespace
 from pathlib import Path
 from typing import NoReturn
 
-import numpy as np
 import pytest
 import reference
 import torch
-from conftest import read_log
-from torch import Tensor, nn
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from data import Corpus, VariableLengthSampler, get_batch
 from harness import files
 from harness.flags import resolve_args
-from harness.log import RunLog
+from harness.ranks import Stop, Stopper
 from harness.run import Run
-from harness.stop import Stop, Stopper
 from model import RNNModel, build, detach
-from optim import Mean, has_stalled
 from splitcross import SplitCrossEntropyLoss
 from train import evaluate, train_step
 
@@ -194,18 +189,6 @@ def test_averaging_is_the_mean_of_the_weights_after_each_step(make_run, kind, sp
         assert not torch.allclose(mean, weights(run)[name], atol=1e-4)
 
 
-def test_the_mean_counts_on_the_host():
-    """Its count is an int, which no step has to wait for; the first weights are the mean as they are."""
-    weights = nn.Linear(3, 2)
-    mean = Mean(weights)
-    with torch.no_grad():
-        weights.weight.mul_(3.0)
-    mean.update(weights)
-    assert type(mean.count) is int
-    assert mean.count == 1
-    assert torch.equal(mean.weights.weight, weights.weight)
-
-
 class OverflowingScaler:
     """What fp16's scaler does when the gradients of the batches numbered `bad` overflow."""
 
@@ -260,20 +243,6 @@ def test_saved_model_is_the_mean(make_run):
             assert torch.equal(saved[part][name], tensor)
     assert not torch.equal(saved["model"]["encoder.weight"], run.model.encoder.weight)
     assert not torch.equal(saved["criterion"]["tail_vectors"], run.criterion.tail_vectors)
-
-
-@pytest.mark.parametrize("nonmono", [0, 1, 2, 5])
-def test_has_stalled_is_algorithm_1(nonmono):
-    """Stalled: more than n losses before this one, which is above the least of those but the last n."""
-    rng = np.random.default_rng(0)
-    seen = set()
-    for _ in range(300):
-        losses = rng.integers(0, 9, size=rng.integers(1, 10)).tolist()
-        t, v = len(losses) - 1, losses[-1]
-        expected = t > nonmono and any(True for _ in losses[: t - nonmono]) and v > min(losses[: t - nonmono])
-        assert has_stalled(losses, nonmono) == expected, losses
-        seen.add(expected)
-    assert seen == {True, False}
 
 
 # Evaluation
@@ -418,20 +387,3 @@ def test_sigterm_outweighs_whatever_comes_after_it(signals, reason):
             stopper.check_sigterm()
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
-
-
-# The log
-
-
-def test_the_log_is_json_whatever_the_figures(tmp_path):
-    """JSON knows no infinity: null stands there; a line that a kill has cut short costs no other line."""
-    log = RunLog(str(tmp_path / "m.pt.log.jsonl"))
-    log.write("train", 800.0, grad_norm=math.nan)
-    log.write("test", math.inf)
-    first, second = read_log(tmp_path / "m.pt.log.jsonl")
-    assert (first["loss"], first["ppl"], first["grad_norm"]) == (800.0, None, None)
-    assert (second["loss"], second["ppl"], second["bpc"]) == (None, None, None)
-    with (tmp_path / "m.pt.log.jsonl").open("a") as file:
-        file.write('{"kind": "tra')
-    log.write("start", step=3)
-    assert json.loads((tmp_path / "m.pt.log.jsonl").read_text().splitlines()[-1]) == {"kind": "start", "step": 3}
