@@ -274,6 +274,13 @@ class VariableLengthSampler(BPTTBatchSampler):
             row += length
 
 
+def rotate_columns(ids: Tensor, batch_size: int, offsets: Tensor) -> Tensor:
+    """The text with column b rotated by offsets[b] rows (partial shuffling; Press, arXiv 1903.04167)."""
+    rows = len(ids) // batch_size
+    columns = ids[: rows * batch_size].view(batch_size, rows)
+    return torch.cat([column.roll(-int(offset)) for column, offset in zip(columns, offsets, strict=True)])
+
+
 def get_batch(ids: Tensor, slices: list[slice]) -> tuple[Tensor, Tensor]:
     """Source and target of one draw of slices, a slice per column: (T, B) and (T, B), int64.
 

@@ -20,47 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.qrnn import QRNNLayer
+from layers.weight_drop import WeightDropLinear, drop_weight
+from mos import MixtureOfSoftmaxes
 from splitcross import SplitCrossEntropyLoss, default_splits
 from utils import LockedDropout
 
 # What a layer carries from batch to batch, each tensor (1, B, ·): (h, c) LSTM, (h,) GRU, (c, last input) or
 # (c,) QRNN.
 Hidden = tuple[Tensor, ...]
-Criterion = SplitCrossEntropyLoss  # an output layer: what `build` makes beside the model
-DROPOUTS = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")
-
-
-class DropWeight(torch.autograd.Function):
-    """DropConnect on the CPU: `weight` with each element zeroed with probability p, the rest over 1-p.
-
-    The mask comes from raw random bits, 16 per element, compared with a threshold (p exact to 2^-16): a draw
-    of `Tensor.bernoulli_` per element costs more than ten times as much, 8 % of a whole step.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, p: float) -> Tensor:
-        n = weight.numel()
-        bits = torch.empty((n + 3) // 4, dtype=torch.int64).random_(-(2**63), None)  # all 64 bits random
-        threshold = min(round(p * 2**16), 2**16 - 1) - 2**15  # an int16 lies below it with probability p
-        keep = bits.view(torch.int16)[:n].view_as(weight) >= threshold
-        ctx.save_for_backward(keep)
-        ctx.scale = 1 / (1 - p)
-        return keep.to(weight.dtype).mul_(weight).mul_(ctx.scale)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (keep,) = ctx.saved_tensors
-        return keep.to(grad.dtype).mul_(grad).mul_(ctx.scale), None
-
-
-def drop_weight(raw: Tensor, p: float, training: bool) -> Tensor:
-    """Weight drop (AWD, section 2): one mask per batch over a weight matrix; `raw` itself in evaluation."""
-    if not training or p == 0:
-        return raw
-    if raw.device.type != "cpu":
-        return F.dropout(raw, p)
-    return DropWeight.apply(raw, p)
+Criterion = SplitCrossEntropyLoss | MixtureOfSoftmaxes  # an output layer: what `build` makes beside the model
+DROPOUTS = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop", "dropoutl")  # the last: the mixture's
 
 
 class WriteInto(torch.autograd.Function):
@@ -74,19 +43,6 @@ class WriteInto(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
-
-
-class WeightDropLinear(nn.Linear):
-    """A linear layer whose whole weight is dropped: the parameter is `weight_raw`, (out, in)."""
-
-    def __init__(self, in_features: int, out_features: int, wdrop: float) -> None:
-        super().__init__(in_features, out_features)
-        self.wdrop = wdrop
-        self.weight_raw = self.weight
-        del self.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, drop_weight(self.weight_raw, self.wdrop, self.training), self.bias)
 
 
 class QRNN(QRNNLayer):
@@ -234,15 +190,17 @@ class RNNModel(nn.Module):
         dropout, dropouth, dropouti: locked dropout after the last layer, between layers, on the embedding.
         dropoute: dropout of whole word types.  wdrop: weight drop.
         tie_weights: the decoder's weight is the embedding's; the last layer is then E wide.
+        nhidlast: width of the last layer, for another than that; 0: none.
+        mixture: the criterion is a mixture, which takes any width; the decoder's weight is then E wide.
 
     Raises:
-        ValueError: there is no such kind of layer.
+        ValueError: there is no such kind of layer, or the last one does not fit a tied weight.
     """
 
     def __init__(
         self, rnn_type: str, ntoken: int, ninp: int, nhid: int, nlayers: int,
         dropout: float = 0.4, dropouth: float = 0.3, dropouti: float = 0.65, dropoute: float = 0.1,
-        wdrop: float = 0.5, tie_weights: bool = True,
+        wdrop: float = 0.5, tie_weights: bool = True, nhidlast: int = 0, mixture: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         if rnn_type not in LAYERS:
@@ -250,11 +208,17 @@ class RNNModel(nn.Module):
         self.dropoute = dropoute
         self.locki, self.lockh, self.locko = map(LockedDropout, (dropouti, dropouth, dropout))
         self.encoder = nn.Embedding(ntoken, ninp, _weight=torch.empty(ntoken, ninp))
-        sizes = [ninp, *[nhid] * (nlayers - 1), ninp if tie_weights else nhid]
+        last = nhidlast or (ninp if tie_weights or mixture else nhid)
+        if tie_weights and last != ninp and not mixture:
+            raise ValueError(
+                f"--nhidlast {last}: a tied weight needs the last layer as wide as --emsize {ninp}; give --untied "
+                "or --n_experts too, or leave it out"
+            )
+        sizes = [ninp, *[nhid] * (nlayers - 1), last]
         self.rnns = nn.ModuleList(
             LAYERS[rnn_type](sizes[i], sizes[i + 1], wdrop, first=i == 0) for i in range(nlayers)
         )
-        self.decoder = Decoder(self.encoder, sizes[-1], tie_weights)
+        self.decoder = Decoder(self.encoder, ninp if mixture else last, tie_weights)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -308,10 +272,16 @@ def build(args: dict[str, Any], ntoken: int) -> tuple[RNNModel, Criterion]:
     Raises:
         ValueError: the settings do not go together, or not with a vocabulary of `ntoken` words.
     """
-    dropouts = {name: args[name] for name in DROPOUTS}
+    n_experts, splits, nhidlast = args.get("n_experts", 0), args.get("splits"), args.get("nhidlast", 0)
+    *dropouts, dropoutl = (args.get(name, 0.0) for name in DROPOUTS)
     sizes = args["emsize"], args["nhid"], args["nlayers"]
-    model = RNNModel(args["model"], ntoken, *sizes, **dropouts, tie_weights=args["tied"])
-    splits = default_splits(ntoken) if args.get("splits") is None else args["splits"]
+    model = RNNModel(args["model"], ntoken, *sizes, *dropouts, args["tied"], nhidlast, mixture=n_experts > 0)
+    width = nhidlast or (args["emsize"] if args["tied"] or n_experts else args["nhid"])
+    if n_experts:
+        if splits:
+            raise ValueError(f"--n_experts {n_experts}: goes with one softmax only; leave --splits out")
+        return model, MixtureOfSoftmaxes(width, args["emsize"], n_experts, dropoutl)
+    splits = default_splits(ntoken) if splits is None else splits
     if splits and splits[-1] >= ntoken:
         raise ValueError(f"--splits {splits}: the last one has to lie below the vocabulary's size, {ntoken}")
-    return model, SplitCrossEntropyLoss(model.decoder.weight.size(1), splits)
+    return model, SplitCrossEntropyLoss(width, splits)

@@ -121,7 +121,7 @@ def pointer_loss(
     windows = [min(window, len(ids)) for window in windows]  # no more pairs than that
     weight, bias = model.decoder.weight, model.decoder.bias
     hidden = model.init_hidden(1)
-    states, words = weight.new_empty(0, weight.size(1)), ids.new_empty(0, dtype=torch.long)
+    states, words = weight.new_empty(0, model.rnns[-1].hidden_size), ids.new_empty(0, dtype=torch.long)
     total = torch.zeros(len(thetas), len(lambdas), len(windows), dtype=torch.float64)
     for source, target in eval_batches(ids, max(bptt, SEGMENT), 1):
         output, hidden, raw, _ = model(source, hidden, return_h=True)
@@ -152,7 +152,15 @@ def search(
             say(f"| {theta:8g} |" + "".join(f"{ppl(value):9.2f}" for value in row))
     best = list(itertools.product(thetas, lambdas, windows))[int(loss.argmin())]
     say(f"| best on val: --theta {best[0]:g} --lambdasm {best[1]:g} --window {best[2]}")
+    for name, value, tried in zip(("theta", "lambdasm", "window"), best, (thetas, lambdas, windows), strict=True):
+        on_edge(name, value, tried)
     return best
+
+
+def on_edge(name: str, best: float, tried: Sequence[float]) -> None:
+    """Says so when the best value of a search is the first or last that was tried: a better one may lie beyond."""
+    if len(tried) > 1 and best in (min(tried), max(tried)):
+        say(f"| --{name} {best:g} lies on the edge of what was tried: a better one may lie beyond")
 
 
 THETA, SHARE = {"type": number(float, 0, most=1000)}, {"type": number(float, 0, most=1)}
@@ -164,7 +172,8 @@ POINTER = [
 ]
 SEARCH = [
     Flag("--search", SWITCH, False, "find theta, lambdasm and window on the validation text"),
-    Flag("--search_thetas", {**THETA, "nargs": "+"}, [0.1, 0.2, 0.3, 0.45, 0.7, 1.0, 1.4], "the values tried"),
+    Flag("--search_thetas", {**THETA, "nargs": "+"}, [0.1, 0.2, 0.3, 0.45, 0.7, 1.0, 1.4, 2.0, 2.8],
+         "the values tried"),
     Flag("--search_lambdas", {**SHARE, "nargs": "+"}, [0.03, 0.05, 0.08, 0.1, 0.13, 0.16, 0.2, 0.25, 0.35],
          "the values tried"),
     Flag("--search_windows", {**COUNT, "nargs": "+"}, None, "the values tried (default: that of --window)"),

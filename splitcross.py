@@ -20,6 +20,11 @@ from torch import Tensor, nn
 BLOCK_ROWS, BLOCK_ELEMENTS = 256, 5 * 2**20
 
 
+def block_rows(V: int) -> int:
+    """How many rows of V logits to have at once."""
+    return max(BLOCK_ROWS, BLOCK_ELEMENTS // V)
+
+
 def default_splits(ntoken: int) -> list[int]:
     """The splits for a vocabulary of `ntoken` types: none up to 75,000, as published above (Scales)."""
     splits = [4200, 35000, 180000] if ntoken > 500_000 else [2800, 20000, 76000] if ntoken > 75_000 else []
@@ -39,7 +44,7 @@ class BlockedCrossEntropy(torch.autograd.Function):
         ctx: Any, hiddens: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, count: int, train: bool
     ) -> Tensor:
         N, V = len(hiddens), len(weight)
-        rows = min(N, max(BLOCK_ROWS, BLOCK_ELEMENTS // V))
+        rows = min(N, block_rows(V))
         block = hiddens.new_empty(rows, V)
         if train:
             d_hiddens, d_weight = torch.empty_like(hiddens), torch.empty_like(weight)

@@ -17,7 +17,15 @@ import torch
 from torch import Tensor, nn
 
 import harness.files as files
-from data import EVAL_BATCH_SIZE, TEST_BATCH_SIZE, Corpus, VariableLengthSampler, eval_batches, get_batch
+from data import (
+    EVAL_BATCH_SIZE,
+    TEST_BATCH_SIZE,
+    Corpus,
+    VariableLengthSampler,
+    eval_batches,
+    get_batch,
+    rotate_columns,
+)
 from harness.log import DOUBLE_RULE, RULE, EpochBar, RunLog, figures, say
 from harness.ranks import ALONE, Ranks, Stop, Stopper
 from harness.run import Run
@@ -31,6 +39,8 @@ NO_TIME = ("SIGTERM", "--max_minutes")  # a run that ends for these neither vali
 def train_batches(run: Run, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Source and target, (T, B) each, of this rank's columns, from where the run stands to the epoch's end."""
     args = run.args
+    if args.shuffle:
+        ids = rotate_columns(ids, args.batch_size, run.offsets)
     sampler = VariableLengthSampler(ids, args.bptt, args.batch_size, run.lengths, run.at.row, args.max_seq_len)
     for slices in sampler:
         yield get_batch(ids, slices[run.columns])
@@ -88,6 +98,7 @@ def evaluate(
     text of n rows predicts n - 1 of them: the first one is only read. Columns are dealt out to `ranks`.
     """
     model.eval()
+    criterion.eval()
     columns = ranks.columns(batch_size)
     hidden = model.init_hidden(columns.stop - columns.start)
     total, count = 0.0, 0
@@ -127,10 +138,8 @@ def fit(run: Run, on_stall: str = "") -> str:
             while at.epoch <= args.epochs:
                 if on_stall == "stop" and has_stalled(at.history, args.nonmono):
                     return "stall"
-                run.model.train()
-                if at.row == 0:
-                    run.hidden = run.first_hidden()
                 check_stop()
+                run.start_epoch()
                 timer = Timer(run)
                 with EpochBar(at.epoch, at.row * args.batch_size, last_row * args.batch_size) as bar:
                     for source, target in train_batches(run, train):

@@ -23,12 +23,22 @@ from torch import Tensor, nn
 from model import DROPOUTS, Criterion, RNNModel, build
 from utils import RunError, UserError, out_of_memory, replacing
 
-MODEL_FORMAT, STATE_FORMAT = "awd-lm model 1", "awd-lm state 2"
-WHAT = {MODEL_FORMAT: "a saved model", STATE_FORMAT: "the state of a run"}
+MODEL_FORMAT, STATE_FORMAT, STATS_FORMAT = "awd-lm model 1", "awd-lm state 2", "awd-lm statistics 1"
+WHAT = {
+    **{MODEL_FORMAT: "a saved model", STATE_FORMAT: "the state of a run"},
+    STATS_FORMAT: "the statistics of dynamiceval.py",
+}
 PARTS = {"args": dict, "vocab": list, "model": dict, "criterion": dict, "metrics": dict}  # of a model
 STATE_PARTS = {
     **{"script": str, "fingerprint": str, "args": dict, "vocab": list, "weights": dict, "mean": dict | None},
-    **{"optimizer": dict, "scaler": dict, "generators": dict, "hidden": list, "at": dict},
+    **{
+        "optimizer": dict,
+        "scaler": dict,
+        "generators": dict,
+        "hidden": list,
+        "at": dict,
+        "offsets": Tensor | None,
+    },
 }
 
 

@@ -72,6 +72,8 @@ class Run:
             keep_freed_memory(2**24)
         try:
             self.model, self.criterion = build(vars(args), len(corpus.vocab))
+            # The projection's softmax is what gains from a compiler: cuDNN's and oneDNN's layers would not.
+            self.loss = self.criterion.compiled() if args.compile else self.criterion
         except ValueError as error:
             raise UserError(str(error)) from None
         args.splits = self.criterion.splits
@@ -87,12 +89,11 @@ class Run:
 
         self.amp = AMP[args.amp]  # forward and loss run under autocast to it; None: in float32
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp is torch.float16)
-        # The projection's softmax is what gains from a compiler: cuDNN's and oneDNN's layers would not.
-        self.loss = self.criterion.compiled() if args.compile else self.criterion
         self.optimizer = make_optimizer(self.parameters, args.optimizer, args.lr, args.wdecay)
         self.mean: Mean | None = None  # of the weights, once averaging is on
         self.columns = ranks.columns(args.batch_size)  # this rank's, of the whole batch
         self.hidden: list[Hidden] = self.first_hidden()
+        self.offsets: Tensor | None = None  # by which the columns are rotated in this epoch, with --shuffle
         self.lengths = torch.Generator().manual_seed(args.seed)  # batch lengths, apart from the masks
         self.at = Position(lr=args.lr)
         self.grad_norm: Tensor | None = None  # of the last step, before clipping; still on the device
@@ -105,6 +106,16 @@ class Run:
     def first_hidden(self) -> list[Hidden]:
         """What an epoch begins with, of this rank's columns."""
         return self.model.init_hidden(self.columns.stop - self.columns.start)
+
+    def start_epoch(self) -> None:
+        """Nothing is carried into an epoch; its columns begin where the draw says."""
+        self.model.train()
+        self.criterion.train()
+        if self.at.row == 0:
+            self.hidden = self.first_hidden()
+            if self.args.shuffle:
+                rows = len(self.corpus.train) // self.args.batch_size
+                self.offsets = torch.randint(rows, (self.args.batch_size,), generator=self.lengths)
 
     def start_averaging(self) -> None:
         """From the next step on the weights enter a running mean; the descent goes on with the raw ones."""
@@ -228,6 +239,7 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "generators": generators,
             "hidden": self.ranks.join_columns(detach(self.hidden)),
+            "offsets": self.offsets,
         }
         return {
             **{"format": files.STATE_FORMAT, "script": self.script, "args": vars(self.args)},
@@ -281,6 +293,7 @@ class Run:
             self.hidden = map_tensors(lambda x: x[:, self.columns].to(self.device), state["hidden"])
         else:  # another --batch_size: the columns of the text are others, this epoch starts again
             self.at.row = self.at.batch = 0
+        self.offsets = state["offsets"]
         generators, rank = state["generators"], self.ranks.rank
         self.lengths.set_state(generators["lengths"])
         masks = torch.atleast_2d(generators["cpu"])  # (ranks, ·)

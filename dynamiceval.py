@@ -1,0 +1,289 @@
+"""Evaluate a saved model while it goes on learning from the text: each word is scored before it is learnt from.
+
+    python dynamiceval.py --data data/penn --save PTB.pt
+    python dynamiceval.py --data data/penn --save PTB.pt --search                  # find --lr and --lamb first
+    python dynamiceval.py --data data/penn --save PTB.pt --pointer --lambdasm 0.1  # with the cache pointer too
+
+The file is never changed; the statistics of its gradients over the training text are kept beside it (SAVE.stats).
+
+Method: Krause, Kahembwe, Murray, Renals, "Dynamic Evaluation of Neural Sequence Models", arXiv 1709.07432: a
+gradient step per segment, scaled by the root mean square of each weight's gradient over the training text (MS),
+and a decay towards the saved weights in proportion to it:
+
+    w ← w + λ·D·(w_0 − w) − η·g / (MS + ε)        D = min(MS / M, 1/λ), M the mean of MS over tensors
+
+Shapes: T time, B batch, H hidden, P pairs that the pointer has seen before.
+"""
+
+import hashlib
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data import Corpus, eval_batches, read_corpus
+from harness import (
+    COUNT,
+    DOUBLE_RULE,
+    POSITIVE,
+    SWITCH,
+    Flag,
+    RunLog,
+    figures,
+    number,
+    open_model,
+    parse_evaluation,
+    ppl,
+    run_script,
+    say,
+)
+from harness.files import STATS_FORMAT, Opened, load, save
+from model import detach
+from pointer import POINTER, mixture_logprob, on_edge, pointer_prob
+from utils import RunError, UserError
+
+CHUNK = 1 << 16  # weights updated at once: all that an update reads of them fits a core's cache
+LR = [3e-5, 4e-5, 5e-5, 6e-5, 7e-5, 1e-4]  # searched, for segments of 5 tokens
+LAMB = [1e-3, 2e-3, 3e-3, 5e-3]
+PUBLISHED = {"QRNN": {"lr": 1.2e-4, "lamb": 0.02, "bptt": 20}}  # others: as in the paper's released code
+DEFAULT = {"lr": 5e-5, "lamb": 2e-3, "bptt": 5}
+
+
+def weights_of(saved: Opened) -> list[Tensor]:
+    """All weights of model and criterion, a tied one once."""
+    return [*saved.model.parameters(), *saved.criterion.parameters()]
+
+
+def segment_gradients(
+    saved: Opened, batches: Iterable[tuple[Tensor, Tensor]], columns: int, each: bool = False
+) -> Iterator[tuple[Tensor, Tensor, Tensor, list[Tensor | None]]]:
+    """For segment after segment the gradients of its mean loss, in training mode with nothing dropped.
+
+    What layers carry goes on from segment to segment, detached.
+
+    Args:
+        batches: source and target, (T, B) each; the weights may change between them.
+        each: whether the loss of every position is wanted, or only the mean.
+
+    Yields:
+        losses: (N,), or the mean (), in nats, on the device.
+        states: (T, B, H), the last layer's raw output; target: (T, B).
+        gradients: one per weight, None where the segment does not touch it.
+    """
+    model, criterion, weights = saved.model.train(), saved.criterion.train(), weights_of(saved)
+    hidden = model.init_hidden(columns)
+    for source, target in batches:
+        output, hidden, raw, _ = model(source, detach(hidden), return_h=True)
+        decoder = model.decoder
+        losses = criterion(decoder.weight, decoder.bias, output, target, reduction="none" if each else "mean")
+        gradients = torch.autograd.grad(losses.mean(), weights, allow_unused=True)
+        yield losses.detach(), raw[-1].detach(), target, gradients
+
+
+def gradient_statistics(saved: Opened, ids: Tensor, batch_size: int, bptt: int, max_batches: int) -> list[Tensor]:
+    """MS, one tensor per weight: the root of the mean of g² over the segments of a text.
+
+    Segments of `bptt` rows and `batch_size` columns; `max_batches`: stop after so many; 0: all of them.
+    """
+    squares = [torch.zeros_like(weight) for weight in weights_of(saved)]
+    segments = (len(ids) // batch_size - 1) // bptt
+    segments = min(segments, max_batches) if max_batches else segments
+    batches, count = islice(eval_batches(ids, bptt, batch_size), segments), 0
+    bar = tqdm(
+        segment_gradients(saved, batches, batch_size), "statistics", segments, leave=False, unit=" segments",
+        disable=not sys.stderr.isatty(),
+    )  # fmt: skip
+    for _, _, _, gradients in bar:
+        count += 1
+        for square, gradient in zip(squares, gradients, strict=True):
+            if gradient is not None:
+                square.addcmul_(gradient, gradient)
+    return [square.div_(count).sqrt_() for square in squares]
+
+
+class MovingWeights:
+    """The weights as they learn, and the way back to the saved ones.
+
+    Args:
+        weights: they move in place.
+        ms: their statistics.
+        lr, lamb, epsilon: η, λ and ε.
+    """
+
+    def __init__(self, weights: list[Tensor], ms: list[Tensor], lr: float, lamb: float, epsilon: float) -> None:
+        mean = torch.stack([x.mean() for x in ms]).mean()  # M
+        self.weights, self.saved = [w.data for w in weights], [w.data.clone() for w in weights]
+        self.decay = [(x * (lamb / mean)).clamp_(max=1.0) for x in ms]  # λ·D
+        self.rate = [lr / (x + epsilon) for x in ms]  # η / (MS + ε)
+        tensors = zip(self.weights, self.saved, self.decay, self.rate, strict=True)
+        self.chunks = [list(zip(*(x.view(-1).split(CHUNK) for x in group), strict=True)) for group in tensors]
+
+    @torch.no_grad()
+    def update(self, gradients: list[Tensor | None]) -> None:
+        """One step of all weights."""
+        for chunks, gradient in zip(self.chunks, gradients, strict=True):
+            parts = [None] * len(chunks) if gradient is None else gradient.reshape(-1).split(CHUNK)
+            for (weight, saved, decay, rate), part in zip(chunks, parts, strict=True):
+                weight.lerp_(saved, decay)
+                if part is not None:
+                    weight.addcmul_(part, rate, value=-1)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Puts the saved weights back."""
+        for weight, saved in zip(self.weights, self.saved, strict=True):
+            weight.copy_(saved)
+
+
+def dynamic_loss(
+    saved: Opened,
+    moving: MovingWeights,
+    ids: Tensor,
+    bptt: int,
+    pointer: tuple[float, float, int] | None = None,
+    title: str = "",
+) -> tuple[float, int]:
+    """Mean negative log-likelihood of the predicted tokens, each scored before it is learnt from, in nats.
+
+    The weights move, and are put back at the end. Ctrl-C ends it early, with the figures so far.
+
+    Args:
+        ids: (n,), the text; its first token is only read.
+        bptt: tokens per segment: the weights move after each.
+        pointer: θ, λ and window of the cache pointer, to mix its probabilities in; None: without it.
+
+    Returns:
+        The loss, and how many of the n - 1 tokens have been scored.
+    """
+    total, count = 0.0, 0
+    states, words = torch.empty(0), torch.empty(0, dtype=torch.long)  # the pairs that the pointer sees
+    bar = tqdm(total=len(ids) - 1, desc=title, unit=" tokens", leave=False, disable=not sys.stderr.isatty())
+    try:
+        for losses, new_states, target, gradients in segment_gradients(
+            saved, eval_batches(ids, bptt, 1), columns=1, each=pointer is not None
+        ):
+            if pointer is None:
+                total += losses.item() * len(target)
+            else:
+                theta, lambdasm, window = pointer
+                past = min(len(states), window)
+                states = torch.cat(
+                    [states.to(new_states)[len(states) - past :], new_states.squeeze(1)]
+                )  # (P + T, H)
+                words = torch.cat([words.to(target)[len(words) - past :], target.squeeze(1)])
+                prob = pointer_prob(states, words, past, [theta], [window]).cpu().double()  # (1, 1, T)
+                share = torch.tensor(lambdasm, dtype=torch.float64)
+                total -= mixture_logprob(prob, -losses.cpu().double(), share).sum().item()
+            count += len(target)
+            moving.update(gradients)
+            bar.set_postfix_str(f"ppl {ppl(total / count):.2f}", refresh=False)
+            bar.update(len(target))
+    except KeyboardInterrupt:
+        if not count:
+            raise
+    finally:
+        bar.close()
+        moving.restore()
+    return total / count, count
+
+
+def find_statistics(saved: Opened, path: str, corpus: Corpus, args: Namespace) -> list[Tensor]:
+    """The statistics beside the model, if they are of these weights, text and settings; else new ones."""
+    weights = weights_of(saved)
+    digest = hashlib.sha256()
+    for weight in weights:
+        digest.update(weight.detach().cpu().numpy())
+    how = {"batch_size": args.batch_size, "bptt": args.bptt, "max_batches": args.max_batches}
+    how |= {"text": corpus.digest, "weights": digest.hexdigest()}
+    if os.path.exists(path):
+        found = load(path, "--save", STATS_FORMAT)
+        if found.get("how") == how:
+            return [tensor.to(saved.device) for tensor in found["ms"]]
+    ms = gradient_statistics(saved, corpus.train.to(saved.device), args.batch_size, args.bptt, args.max_batches)
+    save(path, {"format": STATS_FORMAT, "how": how, "ms": [tensor.cpu() for tensor in ms]})
+    return ms
+
+
+def search(saved: Opened, ms: list[Tensor], ids: Tensor, args: Namespace) -> tuple[float, float]:
+    """Prints a table of perplexities over the first tokens of a text; returns the best η and λ."""
+    ids, factor, found = ids[: args.search_tokens + 1], args.bptt / 5, {}
+    rates, lambs = [lr * factor for lr in args.search_lrs], [lamb * factor for lamb in args.search_lambs]
+    say(f"| {len(ids) - 1} tokens | val ppl, a row per lr, a column per lamb")
+    say(f"| {'lr':>8} |" + "".join(f"{lamb:9.2g}" for lamb in lambs))
+    for lr in rates:
+        for lamb in lambs:
+            moving = MovingWeights(weights_of(saved), ms, lr, lamb, args.epsilon)
+            found[lr, lamb], count = dynamic_loss(
+                saved, moving, ids, args.bptt, title=f"lr {lr:.2g} lamb {lamb:.2g}"
+            )
+            if count < len(ids) - 1:
+                raise KeyboardInterrupt
+        say(f"| {lr:8.2g} |" + "".join(f"{ppl(found[lr, lamb]):9.2f}" for lamb in lambs))
+    lr, lamb = min(found, key=found.get)
+    say(f"| best on val: --lr {lr:g} --lamb {lamb:g}")
+    on_edge("lr", lr, rates)
+    on_edge("lamb", lamb, lambs)
+    return lr, lamb
+
+
+FACTOR = {"type": number(float, 0, most=1e3)}
+DYNAMIC = [
+    Flag("--lr", FACTOR, None, "rate η (default: 5e-5, QRNN 1.2e-4)"),
+    Flag("--lamb", FACTOR, None, "decay towards the saved weights, λ (default: 0.002, QRNN 0.02)"),
+    Flag("--epsilon", FACTOR, 2e-5, "stabilises the rate of weights that hardly ever move, ε"),
+    Flag("--bptt", POSITIVE, None, "tokens per segment: the weights move after each (default: 5, QRNN 20)"),
+    Flag("--batch_size", POSITIVE, 100, "columns of training text that the statistics are taken over"),
+    Flag("--max_batches", COUNT, 0, "segments that the statistics are taken over; 0: all of the training text"),
+]
+SEARCH = [
+    Flag("--search", SWITCH, False, "find lr and lamb on the validation text"),
+    Flag("--search_tokens", POSITIVE, 30_000, "so many tokens of it"),
+    Flag("--search_lrs", {**FACTOR, "nargs": "+"}, LR, "the values tried, times bptt / 5"),
+    Flag("--search_lambs", {**FACTOR, "nargs": "+"}, LAMB, "the values tried, times bptt / 5"),
+]
+MIXED = [Flag("--pointer", SWITCH, False, "mix the cache pointer in"), *POINTER[:3]]
+
+
+def main() -> int:
+    groups = ("dynamic evaluation", DYNAMIC), ("search", SEARCH), ("with the cache pointer", MIXED)
+    args = parse_evaluation(__doc__, *groups)
+    saved = open_model(args)
+    for name, value in (DEFAULT | PUBLISHED.get(saved.args.model, {})).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    corpus = read_corpus(args.data or saved.args.data, saved.vocab)
+    if len(corpus.train) < 2 * args.batch_size:
+        raise UserError(
+            f"--batch_size {args.batch_size}: the training text has {len(corpus.train)} tokens; give less"
+        )
+    ms = find_statistics(saved, f"{args.save}.stats", corpus, args)
+    if args.search:
+        args.lr, args.lamb = search(saved, ms, corpus.valid.to(saved.device), args)
+    moving = MovingWeights(weights_of(saved), ms, args.lr, args.lamb, args.epsilon)
+    pointer = (args.theta, args.lambdasm, args.window) if args.pointer else None
+    log = RunLog(f"{args.save}.log.jsonl")
+    for split, ids in (("val", corpus.valid), ("test", corpus.test)):
+        loss, count = dynamic_loss(saved, moving, ids.to(saved.device), args.bptt, pointer, split)
+        if loss != loss:
+            raise RunError(f"the {split} loss is {loss}: try a lower --lr")
+        whole = count == len(ids) - 1
+        what = (
+            "End of dynamic evaluation"
+            if whole
+            else f"Part of dynamic evaluation, {count} of {len(ids) - 1} tokens"
+        )
+        say(f"{DOUBLE_RULE}\n| {what} | {figures(loss, f'{split} ', bpc=False)}\n{DOUBLE_RULE}")
+        how = {"lr": args.lr, "lamb": args.lamb, "bptt": args.bptt, "pointer": pointer, "tokens": count}
+        log.write("dynamic evaluation", loss, split=split, partial=not whole, **how)
+        if not whole:
+            return 130
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,56 @@
+"""Weight drop (DropConnect): a weight matrix with each of its elements dropped, one mask per batch.
+
+Merity, Keskar, Socher, arXiv 1708.02182 ("AWD"), section 2.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class DropWeight(torch.autograd.Function):
+    """DropConnect on the CPU: `weight` with each element zeroed with probability p, the rest over 1-p.
+
+    The mask comes from raw random bits, 16 per element, compared with a threshold (p exact to 2^-16): a draw
+    of `Tensor.bernoulli_` per element costs more than ten times as much, 8 % of a whole step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, p: float) -> Tensor:
+        n = weight.numel()
+        bits = torch.empty((n + 3) // 4, dtype=torch.int64).random_(-(2**63), None)  # all 64 bits random
+        threshold = min(round(p * 2**16), 2**16 - 1) - 2**15  # an int16 lies below it with probability p
+        keep = bits.view(torch.int16)[:n].view_as(weight) >= threshold
+        ctx.save_for_backward(keep)
+        ctx.scale = 1 / (1 - p)
+        return keep.to(weight.dtype).mul_(weight).mul_(ctx.scale)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (keep,) = ctx.saved_tensors
+        return keep.to(grad.dtype).mul_(grad).mul_(ctx.scale), None
+
+
+def drop_weight(raw: Tensor, p: float, training: bool) -> Tensor:
+    """Weight drop (AWD, section 2): one mask per batch over a weight matrix; `raw` itself in evaluation."""
+    if not training or p == 0:
+        return raw
+    if raw.device.type != "cpu":
+        return F.dropout(raw, p)
+    return DropWeight.apply(raw, p)
+
+
+class WeightDropLinear(nn.Linear):
+    """A linear layer whose whole weight is dropped: the parameter is `weight_raw`, (out, in)."""
+
+    def __init__(self, in_features: int, out_features: int, wdrop: float) -> None:
+        super().__init__(in_features, out_features)
+        self.wdrop = wdrop
+        self.weight_raw = self.weight
+        del self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, drop_weight(self.weight_raw, self.wdrop, self.training), self.bias)

@@ -1,0 +1,139 @@
+"""Mixture of softmaxes: an output layer whose logits are not bound to the rank of the embedding.
+
+Yang, Dai, Salakhutdinov, Cohen, arXiv 1711.03953, section 3. Of h, the last layer's output after its dropout:
+
+    π = softmax(P·h)                      prior of the K experts
+    l_k = tanh(L_k·h + b_k)               their latents, one locked dropout over all of them
+    p(w) = Σ_k π_k · softmax_w(W·l_k + b)
+
+Shapes: N positions (T·B), H features of the last layer, K experts, E embedding, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from splitcross import block_rows
+from utils import LockedDropout
+
+
+class MixtureCrossEntropy(torch.autograd.Function):
+    """The loss of all positions together and its gradients, by one block of logits after the other.
+
+    Written plainly it holds (N, K, V) several times over. Here the logits of some positions become the
+    probabilities of the targets, then with r_k = π_k·p_k(target) / p(target), the share of expert k in them, in
+    place the gradient -r_k · (1[target] - p_k) of the expert's logits; the next block overwrites them.
+
+    latents (N, K, E), log_prior (N, K), weight (V, E), bias (V,), targets (N,) -> the sum over `count`, in nats.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, latents: Tensor, log_prior: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, count: int
+    ) -> Tensor:
+        (N, K, _), V = latents.shape, len(weight)
+        step = max(1, block_rows(V) // K)
+        block = latents.new_empty(min(N, step) * K, V)
+        d_latents, d_prior = torch.empty_like(latents), torch.empty_like(log_prior)
+        d_weight, d_bias = torch.empty_like(weight), torch.zeros_like(bias)
+        total = latents.new_zeros(())
+        for start in range(0, N, step):
+            rows = slice(start, start + step)
+            x = latents[rows].flatten(0, 1)  # (n·K, E)
+            target = targets[rows].repeat_interleave(K)[:, None]  # (n·K, 1)
+            logits = torch.addmm(bias, x, weight.T, out=block[: len(x)])  # (n·K, V)
+            highest = logits.amax(1, keepdim=True)
+            expected = logits.gather(1, target)
+            powers = logits.sub_(highest).exp_()
+            norm = powers.sum(1, keepdim=True)
+            joint = log_prior[rows] + (expected - highest - norm.log()).view(-1, K)  # log π_k + log p_k(target)
+            total -= joint.logsumexp(1).sum()
+            share = joint.softmax(1).div_(count).view(-1, 1)  # r_k / count, (n·K, 1)
+            grad = powers.mul_(share / norm)  # r_k · p_k, and r_k · (p_k - 1) at the target
+            grad.scatter_add_(1, target, -share)
+            d_prior[rows] = -share.view(-1, K)
+            torch.mm(grad, weight, out=d_latents[rows].view(len(x), -1))
+            torch.addmm(d_weight, grad.T, x, beta=0 if start == 0 else 1, out=d_weight)
+            d_bias.add_(grad.sum(0))
+        ctx.save_for_backward(d_latents, d_prior, d_weight, d_bias)
+        return total / count
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # By 1, as in training, they are handed over as they are: the weight's is as large as the weight.
+        return *(x if grad == 1 else x * grad for x in ctx.saved_tensors), None, None
+
+
+def mixture_losses(latents: Tensor, log_prior: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+    """The loss of each position, (N,), written plainly; arguments as above."""
+    logprob = F.log_softmax(F.linear(latents, weight, bias), dim=-1)  # (N, K, V)
+    chosen = logprob.gather(2, targets[:, None, None].expand(-1, latents.size(1), 1)).squeeze(2)  # (N, K)
+    return -(log_prior + chosen).logsumexp(1)
+
+
+class MixtureOfSoftmaxes(nn.Module):
+    """The criterion: mean (or summed) negative log-likelihood of targets, in nats, under the mixture.
+
+    Args:
+        hidden_size: H, of the last layer.
+        emsize: E, the width of the decoder's weight.
+        n_experts: K.
+        dropoutl: locked dropout on the latents.
+
+    Attributes:
+        prior.weight (K, H); latent.weight (K·E, H), the rows of the first expert first; latent.bias (K·E,).
+    """
+
+    def __init__(self, hidden_size: int, emsize: int, n_experts: int, dropoutl: float = 0.0) -> None:
+        super().__init__()
+        self.n_experts, self.splits = n_experts, []
+        self.prior = nn.Linear(hidden_size, n_experts, bias=False)
+        self.latent = nn.Linear(hidden_size, n_experts * emsize)
+        self.dropout = LockedDropout(dropoutl)
+
+    def experts(self, hiddens: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+        """(N, H) of T rows of so many columns -> latents (N, K, E), log prior (N, K)."""
+        latents = torch.tanh(self.latent(hiddens))  # (N, K·E)
+        latents = self.dropout(latents.view(-1, columns, latents.size(1)))  # (T, B, K·E), one mask per column
+        dtype = self.prior.weight.dtype  # under autocast the two are in half precision
+        log_prior = F.log_softmax(self.prior(hiddens).to(dtype), dim=-1)
+        return latents.to(dtype).reshape(len(hiddens), self.n_experts, -1), log_prior
+
+    def forward(
+        self, weight: Tensor, bias: Tensor | None, hiddens: Tensor, targets: Tensor, reduction: str = "mean"
+    ) -> Tensor:
+        """The loss of `targets` in nats: a scalar, or (N,) without a reduction.
+
+        Args:
+            weight, bias: the decoder's, (V, E) and (V,) or None.
+            hiddens: (N, H), or (T, B, H).
+            targets: (T, B), of integers in [0, V); or (N,), when nothing is dropped.
+            reduction: "mean" over the N positions, "sum", or "none": one loss per position.
+        """
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction {reduction!r}: use 'mean', 'sum' or 'none'")
+        columns = targets.size(1) if targets.dim() == 2 else 1
+        latents, log_prior = self.experts(hiddens.flatten(0, -2), columns)
+        bias = weight.new_zeros(len(weight)) if bias is None else bias
+        targets = targets.reshape(-1)
+        with torch.autocast(hiddens.device.type, enabled=False):
+            if torch.is_grad_enabled() and reduction != "none":
+                count = len(targets) if reduction == "mean" else 1
+                return MixtureCrossEntropy.apply(latents, log_prior, weight, bias, targets, count)
+            step = max(1, block_rows(len(weight)) // self.n_experts)
+            blocks = zip(latents.split(step), log_prior.split(step), targets.split(step), strict=True)
+            losses = torch.cat([mixture_losses(x, prior, weight, bias, target) for x, prior, target in blocks])
+        return {"mean": losses.mean, "sum": losses.sum, "none": lambda: losses}[reduction]()
+
+    def compiled(self) -> "MixtureOfSoftmaxes":
+        """Raises ValueError: there is nothing here that a compiler would make quicker."""
+        raise ValueError("--compile: does nothing for --n_experts; leave it out")
+
+    def logprob(self, weight: Tensor, bias: Tensor | None, hiddens: Tensor) -> Tensor:
+        """Log-probabilities of every word: (N, H) -> (N, V), in nats."""
+        latents, log_prior = self.experts(hiddens, 1)
+        logprob = F.log_softmax(F.linear(latents, weight, bias), dim=-1)  # (N, K, V)
+        return (logprob + log_prior[:, :, None]).logsumexp(1)
