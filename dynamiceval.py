@@ -15,8 +15,8 @@ and a decay towards the saved weights in proportion to it:
 Shapes: T time, B batch, H hidden, P pairs that the pointer has seen before.
 """
 
+import contextlib
 import hashlib
-import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
@@ -42,7 +42,8 @@ from harness import (
     run_script,
     say,
 )
-from harness.files import STATS_FORMAT, Opened, load, save
+from harness.files import STATS_FORMAT, NotWrittenError, Opened, load, save
+from harness.log import warn
 from model import detach
 from pointer import POINTER, mixture_logprob, on_edge, pointer_prob
 from utils import RunError, UserError
@@ -195,17 +196,20 @@ def dynamic_loss(
 def find_statistics(saved: Opened, path: str, corpus: Corpus, args: Namespace) -> list[Tensor]:
     """The statistics beside the model, if they are of these weights, text and settings; else new ones."""
     weights = weights_of(saved)
-    digest = hashlib.sha256()
+    digest = hashlib.sha256("\n".join(saved.vocab).encode())
     for weight in weights:
         digest.update(weight.detach().cpu().numpy())
     how = {"batch_size": args.batch_size, "bptt": args.bptt, "max_batches": args.max_batches}
     how |= {"text": corpus.digest, "weights": digest.hexdigest()}
-    if os.path.exists(path):
+    with contextlib.suppress(UserError):  # there are none, or they are damaged
         found = load(path, "--save", STATS_FORMAT)
         if found.get("how") == how:
             return [tensor.to(saved.device) for tensor in found["ms"]]
     ms = gradient_statistics(saved, corpus.train.to(saved.device), args.batch_size, args.bptt, args.max_batches)
-    save(path, {"format": STATS_FORMAT, "how": how, "ms": [tensor.cpu() for tensor in ms]})
+    try:
+        save(path, {"format": STATS_FORMAT, "how": how, "ms": [tensor.cpu() for tensor in ms]})
+    except NotWrittenError as error:
+        warn(f"{path}: cannot be written ({error.reason}); the statistics are taken again next time")
     return ms
 
 
