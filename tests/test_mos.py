@@ -125,7 +125,7 @@ def test_last_layer_may_have_a_width_of_its_own(tied):
         with pytest.raises(ValueError, match="--nhidlast 5: a tied weight"):
             build(args, V)
     else:
-        model, criterion = build(args, V)
+        model, _ = build(args, V)
         assert model.decoder.weight.shape == (V, 5)
         assert model.rnns[-1].hidden_size == 5
         model, _ = build({**args, "n_experts": 2}, V)
