@@ -93,7 +93,13 @@ def log_probs(
     splits: tuple[int, ...] = (),
     criterion: dict[str, Array] | None = None,
 ) -> Array:
-    """log p of all words, (N, H) -> (N, V): one softmax; or a head with tombstones, and one a cluster."""
+    """log p of all words, (N, H) -> (N, V): one softmax; a head with tombstones, and one per cluster; a mixture."""
+    if criterion and "prior.weight" in criterion:
+        prior = np.exp(log_softmax(hiddens @ criterion["prior.weight"].T))  # (N, K)
+        latents = np.tanh(hiddens @ criterion["latent.weight"].T + criterion["latent.bias"])  # (N, K·E)
+        experts = np.split(latents, prior.shape[1], axis=1)
+        mixed = [prior[:, [k]] * np.exp(log_softmax(x @ weight.T + bias)) for k, x in enumerate(experts)]
+        return np.log(sum(mixed))
     if not splits:
         return log_softmax(hiddens @ weight.T + bias)
     first = splits[0]

@@ -43,6 +43,7 @@ KINDS_AND_FLAGS = [
     ("QRNN", "--untied", "--splits", 9),
     ("GRU", "--untied", "--wdrop", 0),
 ]
+MIXTURES = [("LSTM", "--n_experts", 3, "--nhidlast", 9), ("QRNN", "--n_experts", 2, "--untied")]
 
 
 def train_kind(trained, kind: str, *flags: object) -> Trained:
@@ -146,7 +147,7 @@ def test_log_holds_the_printed_figures_unrounded(trained):
     assert all(isinstance(entry, dict) for entry in read_log(run.folder / "m.pt.log.jsonl"))
 
 
-@pytest.mark.parametrize("flags", KINDS_AND_FLAGS, ids=lambda f: " ".join(map(str, f)))
+@pytest.mark.parametrize("flags", KINDS_AND_FLAGS + MIXTURES, ids=lambda f: " ".join(map(str, f)))
 def test_perplexities_are_those_of_float64(trained, flags):
     """Valid (batch size 10) and test (1) are those of NumPy over the saved file, to the printed digits."""
     run = train_kind(trained, *flags)
