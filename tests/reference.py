@@ -93,7 +93,7 @@ def log_probs(
     splits: tuple[int, ...] = (),
     criterion: dict[str, Array] | None = None,
 ) -> Array:
-    """log p of all words, (N, H) -> (N, V): one softmax; a head with tombstones, and one per cluster; a mixture."""
+    """log p of all words, (N, H) -> (N, V): one, split or mixed softmax."""
     if criterion and "prior.weight" in criterion:
         prior = np.exp(log_softmax(hiddens @ criterion["prior.weight"].T))  # (N, K)
         latents = np.tanh(hiddens @ criterion["latent.weight"].T + criterion["latent.bias"])  # (N, K·E)
