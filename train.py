@@ -39,7 +39,7 @@ NO_TIME = ("SIGTERM", "--max_minutes")  # a run that ends for these neither vali
 def train_batches(run: Run, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Source and target, (T, B) each, of this rank's columns, from where the run stands to the epoch's end."""
     args = run.args
-    if args.shuffle:
+    if run.offsets is not None:
         ids = rotate_columns(ids, args.batch_size, run.offsets)
     sampler = VariableLengthSampler(ids, args.bptt, args.batch_size, run.lengths, run.at.row, args.max_seq_len)
     for slices in sampler:
@@ -270,5 +270,6 @@ def finish(run: Run, why: str) -> int:
         say(f"| stopped ({why}); --resume {run.args.save} goes on")
     if why not in NO_TIME and run.ranks.is_main and os.path.exists(run.args.save):
         test(run.args.save, run.corpus.test, run.args.bptt, run.log)
-    run.require_written()
+    for error in run.unwritten.values():
+        raise error
     return 143 if why == "SIGTERM" else 0

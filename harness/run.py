@@ -112,10 +112,10 @@ class Run:
         self.model.train()
         self.criterion.train()
         if self.at.row == 0:
-            self.hidden = self.first_hidden()
-            if self.args.shuffle:
-                rows = len(self.corpus.train) // self.args.batch_size
-                self.offsets = torch.randint(rows, (self.args.batch_size,), generator=self.lengths)
+            self.hidden, columns = self.first_hidden(), self.args.batch_size
+            rows = len(self.corpus.train) // columns
+            shuffle = self.args.shuffle
+            self.offsets = torch.randint(rows, (columns,), generator=self.lengths) if shuffle else None
 
     def start_averaging(self) -> None:
         """From the next step on the weights enter a running mean; the descent goes on with the raw ones."""
@@ -178,8 +178,8 @@ class Run:
             write()
         except files.NotWrittenError as error:
             if path not in self.unwritten:
-                warn(f"{path}: cannot be written ({error.reason}), what was there is kept; the run goes on, and "
-                     "tries again")  # fmt: skip
+                kept = "what was there is kept; the run goes on, and tries again"
+                warn(f"{path}: cannot be written ({error.reason}), {kept}")
             self.unwritten[path] = error
             return False
         self.unwritten.pop(path, None)
@@ -220,11 +220,6 @@ class Run:
         if self.ranks.is_main:
             self.write(path, lambda: files.save(path, state))
 
-    def require_written(self) -> None:
-        """Raises NotWrittenError when the last attempt to write any of the run's files failed."""
-        for error in self.unwritten.values():
-            raise error
-
     def state(self) -> dict[str, Any]:
         """Plain data and CPU tensors. Of several ranks it holds all columns of what is carried, and the
         generators' states in a row each. Collective."""
@@ -233,13 +228,9 @@ class Run:
             generators["cuda"] = self.ranks.each(torch.cuda.get_rng_state(self.device))
         mean = self.mean and {"count": self.mean.count, "weights": self.mean.weights.state_dict()}
         tensors = {
-            "weights": self.weights.state_dict(),
-            "mean": mean,
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "generators": generators,
+            **{"weights": self.weights.state_dict(), "mean": mean, "optimizer": self.optimizer.state_dict()},
+            **{"scaler": self.scaler.state_dict(), "generators": generators, "offsets": self.offsets},
             "hidden": self.ranks.join_columns(detach(self.hidden)),
-            "offsets": self.offsets,
         }
         return {
             **{"format": files.STATE_FORMAT, "script": self.script, "args": vars(self.args)},
@@ -306,10 +297,10 @@ class Run:
             torch.cuda.set_rng_state(torch.atleast_2d(generators["cuda"])[rank].clone(), self.device)
 
     def find_best(self) -> float | None:
-        """The loss to beat: that of the best model of this run that lies on the disk.
+        """The loss to beat: that of the best model of this run on the disk; for another --save it is copied.
 
-        The file may be of a later step than the state, which is a copy from earlier or could not be written
-        after that model was: on the CPU, the run comes to the same one again. Under another name, it is copied.
+        It may be of a later step than the state, which is a copy from earlier or could not be written since: on
+        the CPU, the run comes to the same one again.
         """
         path, save = self.args.resume, self.args.save
         if not os.path.exists(path):
@@ -322,6 +313,6 @@ class Run:
         if metrics.get("script") != self.script or metrics.get("fingerprint") != self.corpus.digest:
             return self.at.best_loss  # of another run: its loss says nothing here
         if metrics.get("step", 0) > self.at.step:
-            kept = "kept until a better one"
-            say(f"| {save} is of step {metrics['step']}: {kept} | {figures(metrics['valid_loss'])}")
+            of = f"of step {metrics['step']}: kept until a better one"
+            say(f"| {save} is {of} | {figures(metrics['valid_loss'])}")
         return None if metrics.get("partial") else metrics["valid_loss"]
