@@ -20,17 +20,19 @@ def shapes(args: Namespace, ntoken: int, targets: Tensor) -> list[tuple[int, int
     """(N, I, O) of every weight that a step multiplies by; `targets` (T, B) of one batch.
 
     The recurrent matrices count with all rows at once, though no LSTM can do that; the decoder counts once,
-    tied or not. Of a split softmax: the head for all rows, each cluster for the targets within it. Looking
-    words up in the embedding is no product.
+    tied or not, with the rows of all experts. Of a split softmax: the head for all rows, each cluster for the
+    targets within it. Looking words up in the embedding is no product.
     """
-    N, splits, found = targets.numel(), args.splits, []
-    sizes = [args.emsize, *[args.nhid] * (args.nlayers - 1), args.emsize]
+    N, splits, found, K = targets.numel(), args.splits, [], args.n_experts
+    last = args.nhidlast or args.emsize
+    sizes = [args.emsize, *[args.nhid] * (args.nlayers - 1), last]
     for i, (inputs, nhid) in enumerate(pairwise(sizes)):
         if args.model == "LSTM":
             found += [(N, inputs, 4 * nhid), (N, nhid, 4 * nhid)]
         else:
             found += [(N, inputs if i else 2 * inputs, 3 * nhid)]
-    found += [(N, args.emsize, splits[0] + len(splits) if splits else ntoken)]
+    found += [(N, last, K), (N, last, K * args.emsize)] if K else []  # prior and latents of a mixture
+    found += [(N * (K or 1), args.emsize, splits[0] + len(splits) if splits else ntoken)]
     for start, end in pairwise([*splits, ntoken] if splits else []):
         rows = int(((targets >= start) & (targets < end)).sum())
         found += [(rows, args.emsize, end - start)] if rows else []

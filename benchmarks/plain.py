@@ -68,7 +68,8 @@ class PlainModel(nn.Module):
     def __init__(self, args: Namespace, ntoken: int) -> None:
         super().__init__()
         self.args = args
-        sizes = [args.emsize, *[args.nhid] * (args.nlayers - 1), args.emsize]
+        last = args.nhidlast or args.emsize
+        sizes = [args.emsize, *[args.nhid] * (args.nlayers - 1), last]
         if args.model == "LSTM":
             layers = [PlainLSTM(a, b, args.wdrop) for a, b in pairwise(sizes)]
         else:
@@ -81,6 +82,10 @@ class PlainModel(nn.Module):
         if args.splits:
             self.tail_vectors = nn.Parameter(torch.zeros(len(args.splits), args.emsize))
             self.tail_bias = nn.Parameter(torch.zeros(len(args.splits)))
+
+        if args.n_experts:
+            self.prior = nn.Linear(last, args.n_experts, bias=False)
+            self.latent = nn.Linear(last, args.n_experts * args.emsize)
 
     def forward(self, words: Tensor, hidden: list[State]) -> tuple[Tensor, list[State], Tensor]:
         """(T, B) -> the last layer's output after its dropout, the new states, that output before it."""
@@ -97,7 +102,9 @@ class PlainModel(nn.Module):
         return x, states, raw
 
     def loss(self, output: Tensor, targets: Tensor) -> Tensor:
-        """Mean over (T, B) targets, in nats: one softmax, or the split one (arXiv 1803.08240, 3.2)."""
+        """Mean over (T, B) targets, in nats: one softmax, a split one (arXiv 1803.08240, 3.2), or a mixture."""
+        if self.args.n_experts:
+            return self.mixture_loss(output, targets.flatten())
         output, targets = output.flatten(0, 1), targets.flatten()  # (N, E), (N,)
         weight, bias, splits = self.decoder.weight, self.decoder.bias, self.args.splits
         if not splits:
@@ -112,6 +119,14 @@ class PlainModel(nn.Module):
             total = total + F.cross_entropy(logits, targets[hit] - start, reduction="sum")
         head = F.linear(output, head_weight, head_bias)
         return (total + F.cross_entropy(head, head_targets, reduction="sum")) / len(targets)
+
+    def mixture_loss(self, output: Tensor, targets: Tensor) -> Tensor:
+        """The same under K softmaxes (arXiv 1711.03953)."""
+        latents = locked_dropout(torch.tanh(self.latent(output)), self.args.dropoutl, self.training)  # (T, B, K·E)
+        logits = self.decoder(latents.view(len(targets), -1, self.args.emsize))  # (N, K, V)
+        prior = F.softmax(self.prior(output), -1).view(len(targets), -1, 1)
+        prob = (prior * F.softmax(logits, -1)).sum(1)  # (N, V)
+        return F.nll_loss(prob.log(), targets)
 
 
 def make_plain_step(model: PlainModel) -> Callable[[Tensor, Tensor], Tensor]:

@@ -29,6 +29,7 @@ ADAM = {"optimizer": "adam", "alpha": 0.0, "beta": 0.0, "dropoute": 0.0, "dropou
 QRNN = {"model": "QRNN", "nlayers": 4}
 WT103 = {"nhid": 2500, "dropouth": 0.1, "wdrop": 0.0, "wdecay": 0.0, "bptt": 140, "batch_size": 60}
 CHARS = {"emsize": 200, "nhid": 1000, "dropouth": 0.25, "bptt": 150, "batch_size": 128, "lr": 2e-3}
+MOS = {"emsize": 280, "nhid": 960, "nhidlast": 620, "dropoutl": 0.29, "batch_size": 12, "lr": 20.0}
 SETTINGS = {
     "ptb-lstm": (10_000, PTB),
     "ptb-qrnn": (10_000, {**PTB, **QRNN, "nhid": 1550, "clip": 0.2, "wdrop": 0.1, "dropouth": 0.3}),
@@ -36,8 +37,10 @@ SETTINGS = {
     "wt103-qrnn": (267_735, {**ADAM, **QRNN, **WT103}),
     "small": (10_000, {**PTB, "emsize": 200, "nhid": 400, "nlayers": 2}),
     "ptb-chars": (50, {**ADAM, **CHARS}),
+    "ptb-mos": (10_000, {**PTB, **MOS, "n_experts": 15}),
+    "ptb-mos-1": (10_000, {**PTB, **MOS, "n_experts": 1}),
 }
-TINY = {"emsize": 8, "nhid": 12, "batch_size": 4, "bptt": 6}
+TINY = {"emsize": 8, "nhid": 12, "nhidlast": 0, "batch_size": 4, "bptt": 6}
 BATCHES = 4  # different ones, in turn
 Work = Callable[[], Any]  # one step, which returns its loss, or one pass over a text
 
@@ -78,6 +81,7 @@ def ours(name: str, tiny: bool, device: torch.device) -> Work:
     ntoken, args = setting(name, tiny)
     run, batches = make_run(ntoken, args, device), training_batches(ntoken, args, device)
     run.model.train()
+    run.criterion.train()
     return lambda: train_step(run, *next(batches))
 
 

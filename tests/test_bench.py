@@ -95,7 +95,7 @@ def test_floor_multiplies_every_weight_once(name: str) -> None:
     matrices = [p.numel() for module in modules for p in module.parameters() if p.dim() == 2]
     assert sum(inputs * outputs for _, inputs, outputs in shapes) == sum(matrices)
     everywhere = len(shapes) - len(args.splits)
-    assert all(rows == ntoken for rows, *_ in shapes[:everywhere])
+    assert all(rows in (ntoken, ntoken * args.n_experts) for rows, *_ in shapes[:everywhere])
     assert all(rows == outputs for rows, _, outputs in shapes[everywhere:])
 
 

@@ -3,12 +3,15 @@
 import json
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 from conftest import SMALL
-from runner import run_cli, run_fresh
+from runner import run_cli
+from toys import call, error_line
 
+import plot
 from plot import limits, make_curve, read_curves, read_log, split_runs, ticks
 
 
@@ -166,17 +169,17 @@ def run(trained, tmp_path) -> Path:
     return tmp_path
 
 
-def plot(*argv: object, cwd: Path):
+def draw(*argv: object, cwd: Path):
     return run_cli(*argv, cwd=cwd, script="plot.py")
 
 
 def test_a_picture_is_written(run):
     """A PNG beside the model, or what --out says, of one log or several."""
-    result = plot("m.pt", cwd=run)
+    result = draw("m.pt", cwd=run)
     assert (result.status, result.out) == (0, "| curves written to m.pt.png\n"), result
     assert (run / "m.pt.png").read_bytes().startswith(b"\x89PNG")
     shutil.copy(run / "m.pt.log.jsonl", run / "other.pt.log.jsonl")
-    result = plot("m.pt.log.jsonl", "other.pt", "--out", "both.svg", cwd=run)
+    result = draw("m.pt.log.jsonl", "other.pt", "--out", "both.svg", cwd=run)
     assert result.status == 0, result
     svg = (run / "both.svg").read_text()
     assert svg.startswith("<?xml")
@@ -192,7 +195,7 @@ def test_points_that_no_axis_can_hold_are_left_out(run):
     (curve,) = read_curves([str(run / "up.pt")])
     assert [point.epoch for point in curve.valid] == [1, 4]
     assert len(curve.train) == 1
-    result = plot("up.pt", cwd=run)
+    result = draw("up.pt", cwd=run)
     assert (result.status, result.err) == (0, ""), result
 
 
@@ -220,19 +223,17 @@ def test_bad_input_is_one_line(run, argv, named):
         "list": [{**train(5), "ms_per_batch": [1]}],
     }.items():
         (run / f"{name}.pt.log.jsonl").write_text("\n".join(map(json.dumps, entries)))
-    result = plot(*argv, cwd=run)
+    result = draw(*argv, cwd=run)
     assert (result.status, len(result.err.splitlines())) == (2, 1), result
     assert named in result.err
     assert not [*run.glob("*.png"), *run.glob("*.tmp")]
 
 
-def test_without_matplotlib(run, monkeypatch):
+def test_without_matplotlib(run, monkeypatch, capsys):
     """One line with the command that installs it."""
-    (run / "matplotlib.py").write_text("raise ImportError\n")
-    monkeypatch.setenv("PYTHONPATH", str(run))
-    result = run_fresh("m.pt", cwd=run, script="plot.py")
-    assert (result.status, len(result.err.splitlines())) == (2, 1), result
-    assert "pip install matplotlib" in result.err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert call(plot, run / "m.pt") == 2
+    assert "pip install matplotlib" in error_line(capsys)
 
 
 def test_a_run_killed_and_resumed_has_the_curve_of_the_whole_run(trained, corpus, tmp_path):
