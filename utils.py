@@ -47,7 +47,7 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, on the host or on a device: torch has no class of its own for the host."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    words = ("can't allocate memory", "not enough memory", "out of memory", "overflow")  # sizes past 2^63 bytes
+    words = ("can't allocate memory", "not enough memory", "out of memory", "calculation overflowed")
     of_onednn = ("could not create a primitive", "could not execute a primitive")  # all that it says of it
     text = str(error)
     return isinstance(error, RuntimeError) and (text in of_onednn or any(word in text for word in words))

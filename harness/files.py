@@ -60,12 +60,8 @@ def write(path: str, fill: Callable[[BinaryIO], object]) -> None:
     try:
         with replacing(path) as file:
             fill(file)
-    except (OSError, RuntimeError) as error:
-        # torch's zip writer may turn a full disk into a RuntimeError of its own
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        raise NotWrittenError(path, cause.strerror or str(cause)) from error
+    except OSError as error:
+        raise NotWrittenError(path, error.strerror or str(error)) from error
 
 
 def save(path: str, contents: dict[str, Any]) -> None:
