@@ -26,8 +26,9 @@ from utils import UserError, penn_treebank_dataset, replacing, wikitext_2_datase
 
 def find_files(data: str) -> list[Path]:
     """The paths of the three texts of a folder, once they are there."""
-    known = Path(data).name in CORPORA
-    what_to_do = f"run ./getdata.sh {Path(data).name}" if known else f"give a folder with {'.txt, '.join(SPLITS)}.txt"
+    what_to_do = f"give a folder with {'.txt, '.join(SPLITS)}.txt"
+    if Path(data).name in CORPORA:
+        what_to_do = f"run ./getdata.sh {Path(data).name}"
     if not Path(data).is_dir():
         raise UserError(f"--data {data}: there is no such folder; {what_to_do}")
     files = [Path(data, f"{split}.txt") for split in SPLITS]
