@@ -92,7 +92,7 @@ def gradient_statistics(saved: Opened, ids: Tensor, batch_size: int, bptt: int, 
     Segments of `bptt` rows and `batch_size` columns; `max_batches`: stop after so many; 0: all of them.
     """
     squares = [torch.zeros_like(weight) for weight in weights_of(saved)]
-    segments = (len(ids) // batch_size - 1) // bptt
+    segments = max(1, (len(ids) // batch_size - 1) // bptt)  # whole ones, but for a text of less than one
     segments = min(segments, max_batches) if max_batches else segments
     batches, count = islice(eval_batches(ids, bptt, batch_size), segments), 0
     bar = tqdm(
@@ -118,21 +118,25 @@ class MovingWeights:
 
     def __init__(self, weights: list[Tensor], ms: list[Tensor], lr: float, lamb: float, epsilon: float) -> None:
         mean = torch.stack([x.mean() for x in ms]).mean()  # M
-        self.weights, self.saved = [w.data for w in weights], [w.data.clone() for w in weights]
+        self.weights, self.saved = weights, [weight.detach().clone() for weight in weights]
         self.decay = [(x * (lamb / mean)).clamp_(max=1.0) for x in ms]  # λ·D
         self.rate = [lr / (x + epsilon) for x in ms]  # η / (MS + ε)
-        tensors = zip(self.weights, self.saved, self.decay, self.rate, strict=True)
-        self.chunks = [list(zip(*(x.view(-1).split(CHUNK) for x in group), strict=True)) for group in tensors]
+        self.chunk = CHUNK if weights[0].device.type == "cpu" else max(x.numel() for x in ms)
 
     @torch.no_grad()
     def update(self, gradients: list[Tensor | None]) -> None:
-        """One step of all weights."""
-        for chunks, gradient in zip(self.chunks, gradients, strict=True):
-            parts = [None] * len(chunks) if gradient is None else gradient.reshape(-1).split(CHUNK)
-            for (weight, saved, decay, rate), part in zip(chunks, parts, strict=True):
-                weight.lerp_(saved, decay)
-                if part is not None:
-                    weight.addcmul_(part, rate, value=-1)
+        """One step of all weights, a chunk of them after the other."""
+        for *parts, gradient in zip(self.weights, self.saved, self.decay, self.rate, gradients, strict=True):
+            # Views made anew each time: cuDNN's layers may have moved a weight to other memory since.
+            chunks = zip(*(part.view(-1).split(self.chunk) for part in parts), strict=True)
+            if gradient is None:
+                for weight, saved, decay, _ in chunks:
+                    weight.lerp_(saved, decay)
+                continue
+            for (weight, saved, decay, rate), g in zip(
+                chunks, gradient.reshape(-1).split(self.chunk), strict=True
+            ):
+                weight.lerp_(saved, decay).addcmul_(g, rate, value=-1)
 
     @torch.no_grad()
     def restore(self) -> None:
