@@ -3,7 +3,7 @@
 flags    the settings, in one table          files    saved models and states on disk
 script   how a script begins and ends        run      what training changes, and how it is resumed
 log      what is printed and logged          start    how a run begins
-ranks    the processes of torchrun, and how a run is told to stop
+texts    the texts of --data on disk         ranks    the processes of torchrun, how a run is told to stop
 """
 
 from harness.files import check_writable as check_writable
