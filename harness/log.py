@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 from tqdm import tqdm
@@ -32,9 +33,15 @@ def figures(loss: float, prefix: str = "", bpc: bool = True) -> str:
     return f"{text} | {prefix}bpc {loss / math.log(2):8.3f}" if bpc else text
 
 
-def above_bar() -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def above_bar() -> Iterator[None]:
     """While entered, the progress bar makes room."""
-    return tqdm.external_write_mode(file=sys.stdout) if sys.stdout.isatty() else contextlib.nullcontext()
+    if not sys.stdout.isatty():
+        yield
+        return
+    with tqdm.external_write_mode(file=sys.stdout):
+        sys.stdout.write("\r\x1b[K")  # what the terminal itself wrote behind the bar: ^C, say
+        yield
 
 
 def say(text: str) -> None:
@@ -69,7 +76,7 @@ class EpochBar(tqdm):
     def close(self) -> None:
         super().close()
         if not self.disable:
-            sys.stdout.write("\r\x1b[K")  # what the terminal itself wrote behind the bar: ^C, say
+            sys.stdout.write("\r\x1b[K")  # likewise
             sys.stdout.flush()
 
     def show(self, tokens: int, loss: float | None) -> None:
