@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils import RunError, UserError, map_tensors, out_of_memory, pick_device, replacing
+from utils import RunError, UserError, keep_freed_memory, map_tensors, out_of_memory, pick_device, replacing
 
 ROOT = Path(__file__).parent.parent
 
@@ -240,7 +240,7 @@ def test_freed_memory_is_kept(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=lambda *option: told.append(option)))
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "")
     monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
-    utils.keep_freed_memory()
+    keep_freed_memory()
     assert told == [(-3, 2**25), (-1, 2**31 - 1)]  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
     assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
 
