@@ -31,8 +31,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from harness.texts import DATASETS, fetch_dataset, file_digest, find_files, load_cache, save_cache
-from tools.corpora import SPLITS
+from harness.texts import (
+    DATASETS,
+    SPLITS,
+    fetch_dataset,
+    file_digest,
+    find_files,
+    load_cache,
+    read_tokenizer,
+    save_cache,
+)
 from utils import BPTTBatchSampler, LabelEncoder, UserError
 
 EOS, UNK = "<eos>", "<unk>"
@@ -83,6 +91,7 @@ class Corpus(NamedTuple):
     vocab: id -> word, sorted by frequency in the training text, ties in order of first appearance.
     train, valid, test: (N,) int16 where the ids fit, else int32; memory-mapped from the cache.
     digest: names the three texts' bytes.
+    tokenizer: the folder's tokenizer.json, or None.
     """
 
     vocab: list[str]
@@ -90,6 +99,7 @@ class Corpus(NamedTuple):
     valid: Tensor
     test: Tensor
     digest: str
+    tokenizer: str | None = None
 
     def to(self, device: torch.device) -> "Corpus":
         return self._replace(**{split: getattr(self, split).to(device) for split in SPLITS})
@@ -101,7 +111,8 @@ def read_corpus(data: str, vocab: list[str] | None = None, vocab_size: int = 0, 
     The vocabulary is the training text's. A word that only valid or test has becomes `<unk>` where the
     training text knows `<unk>`; otherwise it is appended in order of first appearance. `vocab_size` (so many
     types at most, `<unk>` and `<eos>` included) and `min_count` (words seen less often go) turn the rest into
-    `<unk>`. With `vocab`, a saved model's, the text is encoded with exactly that.
+    `<unk>`. What a tokenizer.json beside the texts can make belongs to it, seen or not. With `vocab`, a saved
+    model's, the text is encoded with exactly that.
 
     Raises:
         UserError: a text is missing, too short or not UTF-8; a word that `vocab` has neither an id nor an
@@ -112,7 +123,8 @@ def read_corpus(data: str, vocab: list[str] | None = None, vocab_size: int = 0, 
     files = fetch_dataset(data) if data in DATASETS else find_files(data)
     digests = [file_digest(path) for path in files]
     digest = hashlib.sha256("".join(digests).encode()).hexdigest()
-    rule = "\n".join([f"{vocab_size} {min_count}", *(vocab or ())])
+    tokenizer, pieces = read_tokenizer(files[0].parent)
+    rule = "\n".join([f"{vocab_size} {min_count}", *(vocab or ()), *([tokenizer] if tokenizer else ())])
     name = f".cache-{hashlib.sha256(rule.encode()).hexdigest()[:16]}.pt"
     folder = files[0].parent
     home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "awd-lm")
@@ -123,7 +135,8 @@ def read_corpus(data: str, vocab: list[str] | None = None, vocab_size: int = 0, 
             cached = load_cache(path, digest)
             if cached and vocab in (None, cached["vocab"]):
                 return Corpus(**cached)
-    corpus = encode_files(data, files, digest, vocab, vocab_size, min_count)
+    corpus = encode_files(data, files, digest, vocab, vocab_size, min_count, pieces)
+    corpus = corpus._replace(tokenizer=tokenizer)
     problem = None
     for place in places:
         try:
@@ -165,8 +178,9 @@ def unknown_word(word: str, place: str) -> UserError:
 
 
 def encode_files(
-    data: str, files: list[Path], digest: str, vocab: list[str] | None, vocab_size: int, min_count: int
-) -> Corpus:
+    data: str, files: list[Path], digest: str, vocab: list[str] | None, vocab_size: int, min_count: int,
+    pieces: list[str],
+) -> Corpus:  # fmt: skip
     """Reads three texts, training first; see `read_corpus`. Some 8 bytes per token are held for a moment."""
     table = KnownWords(vocab) if vocab else FirstSeen()
     texts, types = [], 0
@@ -183,7 +197,10 @@ def encode_files(
             if (length := sum(map(len, blocks))) < 2:
                 problem = "has a single token" if length else "is empty"
                 raise UserError(f"{table.place}: {problem}; every text needs two tokens or more")
-            types = types or len(table)  # the training text's
+            if vocab is None and len(texts) == 1:
+                for piece in pieces:
+                    table.setdefault(piece, len(table))
+                types = len(table)  # the training text's, and what else its tokenizer makes
     if vocab is None:  # by blocks: numpy turns what it counts, or takes as an index, into 8 bytes per token
         counts = sum(np.bincount(block, minlength=types) for block in texts[0])
         vocab, final = by_frequency(list(table), counts, vocab_size, min_count)

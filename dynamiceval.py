@@ -198,7 +198,15 @@ def dynamic_loss(
 
 
 def find_statistics(saved: Opened, path: str, corpus: Corpus, args: Namespace) -> list[Tensor]:
-    """The statistics beside the model, if they are of these weights, text and settings; else new ones."""
+    """The statistics beside the model, if they are of these weights, text and settings; else new ones.
+
+    Raises:
+        UserError: the training text is too short for them.
+    """
+    if len(corpus.train) < 2 * args.batch_size:
+        raise UserError(
+            f"--batch_size {args.batch_size}: the training text has {len(corpus.train)} tokens; give less"
+        )
     weights = weights_of(saved)
     digest = hashlib.sha256("\n".join(saved.vocab).encode())
     for weight in weights:
@@ -257,18 +265,19 @@ SEARCH = [
 MIXED = [Flag("--pointer", SWITCH, False, "mix the cache pointer in"), *POINTER[:3]]
 
 
+def publish(args: Namespace, saved: Opened) -> None:
+    """Gives the settings that were not given their published values for this kind of model."""
+    for name, value in (DEFAULT | PUBLISHED.get(saved.args.model, {})).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
 def main() -> int:
     groups = ("dynamic evaluation", DYNAMIC), ("search", SEARCH), ("with the cache pointer", MIXED)
     args = parse_evaluation(__doc__, *groups)
     saved = open_model(args)
-    for name, value in (DEFAULT | PUBLISHED.get(saved.args.model, {})).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    publish(args, saved)
     corpus = read_corpus(args.data or saved.args.data, saved.vocab)
-    if len(corpus.train) < 2 * args.batch_size:
-        raise UserError(
-            f"--batch_size {args.batch_size}: the training text has {len(corpus.train)} tokens; give less"
-        )
     ms = find_statistics(saved, f"{args.save}.stats", corpus, args)
     if args.search:
         args.lr, args.lamb = search(saved, ms, corpus.valid.to(saved.device), args)

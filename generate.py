@@ -3,15 +3,13 @@
     python generate.py --save PTB.pt --prompt "the company said" --words 200 --temperature 0.8 --top_k 50
     python generate.py --save PTB.pt --prompt "the company" --next 10
 
-Every text begins after an `<eos>`, the end of the line before: its first word is predicted from that.
-Where all words but those in <...> are single characters, prompt and text are plain text, with `_` in the
-vocabulary for the space (the Penn Treebank's characters). Where they are numbers from 0 to 255, more than 100
-of them, they are the bytes of UTF-8 (enwik8).
+Every text begins after an `<eos>`, the end of the line before: its first word is predicted from that. Prompt
+and text are plain text where the model has a tokenizer, or characters or bytes for words (see tokenizer.py);
+else words apart by spaces.
 
 Shapes: T time, B batch, V vocabulary.
 """
 
-import codecs
 import sys
 from collections.abc import Iterator
 
@@ -19,45 +17,21 @@ import torch
 from torch import Tensor
 
 from data import EOS, encode_line, make_encoder
-from harness import COUNT, POSITIVE, Flag, check_writable, number, open_model, parse_evaluation, run_script, write
+from harness import (
+    COUNT,
+    POSITIVE,
+    SWITCH,
+    Flag,
+    check_writable,
+    number,
+    open_model,
+    parse_evaluation,
+    run_script,
+    write,
+)
 from model import Criterion, Hidden, RNNModel
-from utils import LabelEncoder, UserError
-
-
-class Text:
-    """Words of the vocabulary to running text, and back, by what the vocabulary looks like."""
-
-    def __init__(self, vocab: list[str]) -> None:
-        plain = [word for word in vocab if not (len(word) > 2 and word[0] == "<" and word[-1] == ">")]
-        self.bytes = len(plain) > 100 and all(word.isdecimal() and int(word) < 256 for word in plain)
-        self.characters = not self.bytes and all(len(word) == 1 for word in plain)
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.line_start = True
-
-    def piece(self, word: str) -> str:
-        """What the next word adds to the text: a newline for `<eos>`, nothing for part of a character."""
-        if self.bytes:
-            byte = b"\n" if word == EOS else bytes([int(word)]) if word.isdecimal() else b"\xff"
-            piece = self.decoder.decode(byte)  # 0xff, in no UTF-8 text, becomes the replacement character
-        elif word == EOS:
-            piece = "\n"
-        elif self.characters:
-            piece = " " if word == "_" else word
-        else:
-            piece = word if self.line_start else f" {word}"
-        self.line_start = piece.endswith("\n") if piece else self.line_start
-        return piece
-
-    def end(self) -> str:
-        """What is left at the end of the text: a character cut short, and the last newline."""
-        rest = self.decoder.decode(b"", final=True)
-        return rest if self.line_start and not rest else rest + "\n"
-
-    def words(self, line: str) -> str:
-        """A line of plain text as the corpus has it, words apart by spaces."""
-        if self.bytes:
-            return " ".join(map(str, line.encode("utf-8", "surrogateescape")))
-        return " ".join("_" if c == " " else c for c in line) if self.characters else line
+from tokenizer import CorpusText, TokenizerText, make_text
+from utils import LabelEncoder
 
 
 class Output:
@@ -126,21 +100,24 @@ def generate(
     top_k: int,
     top_p: float,
     generator: torch.Generator,
+    never: int | None = None,
 ) -> Iterator[int]:
-    """Draws `n` words, one after the other, that go on from `prompt`."""
+    """Draws `n` words, one after the other, that go on from `prompt`; the word `never` is not drawn."""
     words, hidden = prompt, model.init_hidden(1)
     for _ in range(n):
         logprob, hidden = next_logprob(model, criterion, words, hidden)
+        if never is not None:
+            logprob[never] = -torch.inf
         prob = next_word_prob(logprob, temperature, top_k, top_p)
         words = [int(torch.multinomial(prob, 1, generator=generator))]
         yield words[0]
 
 
-def encode_prompt(prompt: str, encoder: LabelEncoder, text: Text) -> list[int]:
+def encode_prompt(prompt: str, encoder: LabelEncoder, text: CorpusText | TokenizerText) -> list[int]:
     """The ids of a prompt, after the `<eos>` that every text begins with; newlines are `<eos>`, too."""
     ids = []
     for line in prompt.split("\n"):
-        ids += [encoder.token_to_index[EOS], *encode_line(text.words(line), encoder, f"--prompt {prompt!r}")]
+        ids += [encoder.token_to_index[EOS], *encode_line(text.encode(line), encoder, f"--prompt {prompt!r}")]
     return ids
 
 
@@ -150,6 +127,8 @@ GENERATION = [
     Flag("--temperature", {"type": number(float, 0.001)}, 1.0, "divides the logits: below 1 safer, above wilder"),
     Flag("--top_k", COUNT, 0, "draw from the K most probable; 0: all"),
     Flag("--top_p", {"type": number(float, 0, most=1)}, 1.0, "draw from the most probable that hold P; 1: all"),
+    Flag("--no_unk", SWITCH, True, "never draw <unk> (the default)"),
+    Flag("--unk", {"dest": "no_unk", "action": "store_false"}, True, "draw <unk>, too"),
     Flag("--seed", COUNT, 1111, "of the draws"),
     Flag("--next", {**POSITIVE, "metavar": "K"}, None, "instead print the K most probable words after the prompt, "
          "with the model's own probabilities"),
@@ -159,10 +138,9 @@ GENERATION = [
 
 def main() -> None:
     args = parse_evaluation(__doc__, ("generation", GENERATION))
-    model, criterion, vocab, _, _ = open_model(args)
-    if EOS not in vocab:
-        raise UserError(f"--save {args.save}: has no {EOS} in its vocabulary; use a model of main.py's")
-    encoder, text, output = make_encoder(vocab), Text(vocab), Output(args.outf)
+    model, criterion, vocab, _, _, tokenizer = open_model(args)
+    text = make_text(tokenizer, vocab, f"--save {args.save}")
+    encoder, output = make_encoder(vocab), Output(args.outf)
     prompt = encode_prompt(args.prompt, encoder, text)
     if args.next:
         logprob, _ = next_logprob(model, criterion, prompt, model.init_hidden(1))
@@ -171,9 +149,10 @@ def main() -> None:
             output.write(f"{prob:.6f}\t{vocab[word]}\n")
     else:
         generator = torch.Generator().manual_seed(args.seed)
+        never = encoder.unknown_index if args.no_unk else None
         how = args.words, args.temperature, args.top_k, args.top_p
         output.write("".join(text.piece(vocab[word]) for word in prompt[1:]))
-        for word in generate(model, criterion, prompt, *how, generator):
+        for word in generate(model, criterion, prompt, *how, generator, never):
             output.write(text.piece(vocab[word]))
         output.write(text.end())
     output.close()

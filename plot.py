@@ -1,191 +1,62 @@
-"""Draw the learning curves of one or several runs into a picture.
+"""Draw the learning curves of one or several runs, or the surprisal of a sentence, into a picture.
 
     python plot.py PTB.pt                                       # -> PTB.pt.png
     python plot.py LSTM.pt QRNN.pt --out curves.png             # or .pdf, .svg
     python plot.py old/PTB.pt.log.jsonl PTB.pt --out curves.png
+    python plot.py --surprisal tokens.tsv --line 3              # what score.py --tokens or --words wrote
 
 Training and validation perplexity over epochs and over time, from the logs that lie beside the models
 (SAVE.log.jsonl). Stars mark the best validation, dashed lines the switch to averaging.
 """
 
 import io
-import json
 import math
 import os
-from dataclasses import dataclass, field
-from typing import Any
+import warnings
+from argparse import Namespace
+from typing import Any, NamedTuple
 
-from harness import ArgumentParser, check_writable, ppl, run_script, write
+from harness import COUNT, ArgumentParser, Flag, check_writable, read_lines, run_script, write
+from harness.curves import SUFFIX, Curve, Point, read_curves
 from utils import UserError
 
-SUFFIX = ".log.jsonl"
-# Numbers that say where in a run a line belongs. They may be missing.
-PLACES = ("step", "epoch", "batch", "batches", "ms_per_batch", "epoch_s")
-LARGEST_LOSS = 300.0  # nats per token; the perplexity of a larger one leaves no room around it on an axis
 # Okabe and Ito's palette: told apart by colour-blind eyes too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
-@dataclass
-class Point:
-    """A perplexity and where it was measured: in epochs (2.5: half of the third is done) and in hours."""
-
-    epoch: float
-    hours: float
-    ppl: float
-
-
-@dataclass
-class Curve:
-    """What is drawn of one run."""
+class Bar(NamedTuple):
+    """A token or word: its surprisal, and the entropy before it where the file has it, in bits."""
 
     name: str
-    train: list[Point] = field(default_factory=list)
-    valid: list[Point] = field(default_factory=list)
-    switch: Point | None = None  # to averaging
-    test: float | None = None  # perplexity
-
-    @property
-    def label(self) -> str:
-        parts = [self.name]
-        if self.valid:
-            parts.append(f"valid {min(point.ppl for point in self.valid):.2f}")
-        if self.test is not None:
-            parts.append(f"test {self.test:.2f}")
-        return parts[0] + (": " + ", ".join(parts[1:]) if parts[1:] else "")
+    surprisal: float
+    entropy: float | None
 
 
-def parse_args() -> dict[str, Any]:
-    parser = ArgumentParser(__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a model, or its .log.jsonl")
-    parser.add_argument("--out", help="the picture: .png, .pdf or .svg (default: the first RUN's name + .png)")
-    return vars(parser.parse_args())
-
-
-def read_log(path: str) -> list[dict[str, Any]]:
-    """The entries of a log; lines that a full disk or a kill cut short are passed over.
+def read_surprisal(path: str, line: int) -> list[Bar]:
+    """The rows of one line of the text out of a TSV that score.py wrote.
 
     Raises:
-        UserError: it is missing or empty, has no figures, or is another program's.
+        UserError: it is another file, or has no such line.
     """
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            lines = file.read().splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; give a model that main.py trained, or its log") from None
-    entries = []
-    for number, line in enumerate(lines, start=1):
+    rows = (row.split("\t") for row in read_lines(path))
+    header = next(rows)
+    columns = {name: i for i, name in enumerate(header)}
+    name = "word" if "word" in columns else "token"
+    if not {"line", name, "surprisal"} <= columns.keys():
+        raise UserError(f"{path}: is no output of score.py --tokens or --words; its first line is no such header")
+    bars, last = [], "0"
+    for i, row in enumerate(rows, start=2):
         try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(entry, dict) and isinstance(entry.get("kind"), str):
-            for name in PLACES:
-                if not is_number(entry.get(name, 0)):
-                    raise UserError(
-                        f"{path}: {name!r} in line {number} is no number; give a log that main.py wrote"
-                    )
-            entries.append(entry)
-    if not any(is_figure(entry) for entry in entries):
-        what = "has no figures yet" if lines else "is empty"
-        raise UserError(f"{path}: {what}; give the log of a run that has printed its first line")
-    return entries
-
-
-def is_number(value: object, most: float = 1e15) -> bool:
-    """Whether it is one that an axis can show: finite, of no more than `most` either way."""
-    return isinstance(value, int | float) and -most <= value <= most
-
-
-def is_figure(entry: dict[str, Any]) -> bool:
-    """Whether it is a training or validation loss that can be drawn: finite, and with its place in the run.
-
-    A validation in mid-epoch (--max_steps) is none: the whole run would not have had it.
-    """
-    needed = {"train": ("epoch", "step", "batch", "batches"), "valid": ("epoch", "step")}
-    places = needed.get(entry["kind"], ("none",))
-    placed = all(name in entry for name in places) and not entry.get("partial")
-    return placed and is_number(entry.get("loss"), LARGEST_LOSS)
-
-
-def split_runs(entries: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The runs that wrote a log, one after the other, each as if it had never been interrupted.
-
-    A run that goes on from an older state repeats a stretch: the later lines win. A "start" line says where
-    an invocation goes on; a log from before there was one shows it by a step that is smaller than the last.
-    """
-    runs: list[list[dict[str, Any]]] = [[]]
-    steps: list[int] = []  # of the figures of the last run: they only grow
-    for entry in entries:
-        is_start, step = entry["kind"] == "start", entry.get("step")
-        if steps and step is not None and (is_start or step < steps[-1]):
-            if step == 0 if is_start else step <= steps[0]:
-                runs.append([])
-                steps = []
-            else:
-                last = step if is_start else step - 1
-                drop_past(last, runs[-1])
-                while steps and steps[-1] > last:
-                    steps.pop()
-        runs[-1].append(entry)
-        if is_figure(entry):
-            steps.append(step)
-    return [run for run in runs if any(is_figure(entry) for entry in run)]
-
-
-def drop_past(last: int, run: list[dict[str, Any]]) -> None:
-    """Takes what was logged past step `last` from the end of `run`."""
-    kept = []
-    while run and not (is_figure(run[-1]) and run[-1]["step"] <= last):
-        entry = run.pop()
-        if entry.get("step", last) <= last:
-            kept.append(entry)
-    run.extend(reversed(kept))
-
-
-def make_curve(name: str, entries: list[dict[str, Any]]) -> Curve:
-    """The points of one run; its clock is the sum of what the epochs took, in training and validation."""
-    curve = Curve(name)
-    before_s = 0.0  # all epochs before this one
-    whole_s = 0.0  # this epoch, once it is over
-    spent_s = 0.0  # in this epoch so far
-    batch, epoch = 0, 0  # of the line before
-    for entry in entries:
-        kind = entry["kind"]
-        if kind == "test" and is_number(entry.get("loss")):
-            curve.test = ppl(entry["loss"])
-        if kind == "averaging" and curve.valid:
-            curve.switch = curve.valid[-1]
-        if kind != "start" and not is_figure(entry):
-            continue
-        if entry.get("epoch", 0) != epoch:
-            before_s, whole_s, spent_s = before_s + whole_s, 0.0, 0.0
-            batch, epoch = 0, entry.get("epoch", 0)
-        if kind == "start":
-            batch = entry.get("batch", 0)
-        elif kind == "train":
-            spent_s += entry.get("ms_per_batch", 0.0) / 1000 * max(0, entry["batch"] - batch)
-            batch = entry["batch"]
-            at = epoch - 1 + min(1.0, batch / max(1, entry["batches"]))
-            curve.train.append(Point(at, (before_s + spent_s) / 3600, ppl(entry["loss"])))
-        else:
-            whole_s = entry.get("epoch_s", spent_s)
-            curve.valid.append(Point(epoch, (before_s + whole_s) / 3600, ppl(entry["loss"])))
-    return curve
-
-
-def read_curves(paths: list[str]) -> list[Curve]:
-    """All runs in the logs of these models, under names that differ."""
-    curves = []
-    logs = [path if path.endswith(SUFFIX) else path + SUFFIX for path in paths]
-    short = [os.path.basename(log.removesuffix(SUFFIX)).removesuffix(".pt") for log in logs]
-    for log, name in zip(logs, short, strict=True):
-        name = log.removesuffix(SUFFIX).removesuffix(".pt") if short.count(name) > 1 else name
-        for i, run in enumerate(split_runs(read_log(log))):
-            tuned = any(entry.get("script") == "finetune.py" for entry in run)
-            suffix = ", fine-tuned" if tuned else f", run {i + 1}" if i else ""
-            curves.append(make_curve(name + suffix, run))
-    return curves
+            last = row[columns["line"]]
+            entropy = float(row[columns["entropy"]]) if "entropy" in columns else None
+            bar = Bar(row[columns[name]], float(row[columns["surprisal"]]), entropy)
+        except (IndexError, ValueError):
+            raise UserError(f"{path}, line {i}: has not the columns that the first line says") from None
+        if last == str(line):
+            bars.append(bar)
+    if not bars:
+        raise UserError(f"--line {line}: {path} has the lines up to {last} alone; give one of them")
+    return bars
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -201,23 +72,57 @@ def ticks(low: float, high: float) -> list[float]:
     return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def draw(curves: list[Curve], format: str) -> bytes:
-    """The picture's bytes: perplexity over epochs on the left, over time on the right.
+def import_pyplot() -> Any:
+    """Matplotlib, without a screen; imported only when it is needed.
 
     Raises:
-        UserError: Matplotlib is not installed.
+        UserError: it is not installed.
     """
     try:
         import matplotlib
 
         matplotlib.use("Agg")
-        from matplotlib import patheffects, pyplot
-        from matplotlib.lines import Line2D
-        from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+        from matplotlib import pyplot
     except ImportError:
         raise UserError("plot.py: Matplotlib is not installed; pip install matplotlib") from None
-
     pyplot.rcParams.update({"font.size": 13, "axes.spines.top": False, "axes.spines.right": False})
+    return pyplot
+
+
+def save_picture(pyplot: Any, figure: Any, format: str) -> bytes:
+    picture = io.BytesIO()
+    with warnings.catch_warnings(action="ignore"):  # of characters that its font lacks
+        figure.savefig(picture, format=format, dpi=160)
+    pyplot.close(figure)
+    return picture.getvalue()
+
+
+def draw_surprisal(bars: list[Bar], format: str) -> bytes:
+    """The picture's bytes: a bar per word, the entropy before it as a dot."""
+    pyplot = import_pyplot()
+    figure, panel = pyplot.subplots(figsize=(max(6.0, 0.62 * len(bars) + 1.5), 5), layout="constrained")
+    places = range(len(bars))
+    panel.bar(places, [bar.surprisal for bar in bars], width=0.72, color=COLOURS[0], label="surprisal")
+    if bars[0].entropy is not None:
+        dots = {"marker": "D", "markersize": 6, "markeredgecolor": "white", "linestyle": "", "color": COLOURS[1]}
+        panel.plot(places, [bar.entropy for bar in bars], label="entropy before it", **dots)
+        panel.legend(frameon=False)
+    names = [bar.name for bar in bars]
+    panel.set_xticks(places, names, rotation=40, ha="right", rotation_mode="anchor", parse_math=False)
+    panel.set_xlim(-0.6, len(bars) - 0.4)
+    panel.set_ylabel("bits")
+    panel.grid(axis="y", color="#dddddd", linewidth=0.8)
+    panel.set_axisbelow(True)
+    return save_picture(pyplot, figure, format)
+
+
+def draw(curves: list[Curve], format: str) -> bytes:
+    """The picture's bytes: perplexity over epochs on the left, over time on the right."""
+    pyplot = import_pyplot()
+    from matplotlib import patheffects
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
     figure, panels = pyplot.subplots(1, 2, figsize=(13, 6.2), sharey=True, layout="constrained")
     longest = max((point.hours for curve in curves for point in curve.train + curve.valid), default=0.0)
     unit, factor = ("hours", 1) if longest >= 1 else ("minutes", 60)
@@ -276,10 +181,7 @@ def draw(curves: list[Curve], format: str) -> bytes:
     ]
     panels[1].legend(handles=runs, loc="upper right", framealpha=0.9, edgecolor="none")
     figure.legend(handles=kinds, loc="outside lower center", ncols=len(kinds), frameon=False)
-    picture = io.BytesIO()
-    figure.savefig(picture, format=format, dpi=160)
-    pyplot.close(figure)
-    return picture.getvalue()
+    return save_picture(pyplot, figure, format)
 
 
 def limits(curves: list[Curve]) -> tuple[float, float]:
@@ -292,16 +194,32 @@ def limits(curves: list[Curve]) -> tuple[float, float]:
     return low / room, high * room
 
 
+PICTURE = [
+    Flag("runs", {"nargs": "*", "metavar": "RUN"}, None, "a model, or its .log.jsonl"),
+    Flag("--surprisal", {"metavar": "TSV"}, None, "instead, the surprisal of a line: what score.py --tokens or "
+         "--words wrote"),
+    Flag("--line", COUNT, 1, "the line of its text"),
+    Flag("--out", {}, None, "the picture: .png, .pdf or .svg (default: the first RUN's or the TSV's name + .png)"),
+]  # fmt: skip
+
+
 def main() -> int:
-    args = parse_args()
-    out = args.get("out") or args["runs"][0].removesuffix(SUFFIX) + ".png"
+    parser = ArgumentParser(__doc__)
+    parser.add_flags("picture", PICTURE)
+    args = Namespace(**{**{flag.name: flag.default for flag in PICTURE}, **vars(parser.parse_args())})
+    if bool(args.runs) == bool(args.surprisal):
+        raise UserError("RUN, --surprisal TSV: give one of them (see --help)")
+    out = args.out or (args.surprisal or args.runs[0].removesuffix(SUFFIX)) + ".png"
     format = os.path.splitext(out)[1].lstrip(".").lower()
     if format not in ("png", "pdf", "svg"):
         raise UserError(f"--out {out}: is no name of a picture; let it end in .png, .pdf or .svg")
     check_writable(out, "--out")
-    picture = draw(read_curves(args["runs"]), format)
+    if args.surprisal:
+        picture, what = draw_surprisal(read_surprisal(args.surprisal, args.line), format), "surprisal"
+    else:
+        picture, what = draw(read_curves(args.runs), format), "curves"
     write(out, lambda file: file.write(picture))
-    print(f"| curves written to {out}")
+    print(f"| {what} written to {out}")
     return 0
 
 

@@ -1,117 +1,230 @@
-"""The surprisal of sentences under a saved model: log-probability and perplexity of every line of a file.
+"""The surprisal of text under a saved model: of lines, of tokens, of words; minimal pairs and n-best lists.
 
-    python score.py --save PTB.pt sentences.txt          # each line by itself
-    python score.py --save PTB.pt article.txt --carry    # line after line, as one text
+    python score.py --save PTB.pt sentences.txt                   # a row per line
+    python score.py --save PTB.pt sentences.txt --tokens          # a row per token
+    python score.py --save PTB.pt article.txt --carry             # line after line, as one text
+    python score.py --save PTB.pt sentences.txt --adaptive        # learns from each line once it is scored
+    python score.py --save PTB.pt --pairs blimp.jsonl             # accuracy on minimal pairs, by paradigm
+    python score.py --save PTB.pt --nbest lists.tsv --weight 0.5  # the best one of each list
 
-A line has the form of the corpus: words apart by spaces (`_` for a space in a character model of the Penn
-Treebank). It is scored after an `<eos>`, and the `<eos>` that ends it counts as a token. One row per line, tab
-separated: its number, tokens, unknown words, log-probability in nats, perplexity, the unknown words. What all
-lines come to together goes to stderr.
+A model with a tokenizer takes plain text; another one its corpus's form, words apart by spaces (`_` for a space
+in a character model of the Penn Treebank). A line is scored after an `<eos>`, and the `<eos>` that ends it is
+one of its tokens. Rows are tab separated, below a header; what all lines come to together goes to stderr. A
+token that the vocabulary lacks is shown as `<unk> token`.
 
-Shapes: T time, B lines side by side.
+Surprisal is -log2 p, in bits; entropy that of the distribution before the token; rank 1 the likeliest.
 """
 
+import json
+import math
 import sys
+from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 
-import torch
-
-from data import EOS, encode_line, make_encoder
-from harness import SWITCH, Flag, open_model, parse_evaluation, ppl, run_script
-from model import Criterion, Hidden, RNNModel
+from data import EOS, read_corpus
+from dynamiceval import DYNAMIC, MovingWeights, find_statistics, publish, weights_of
+from harness import SWITCH, Flag, number, open_model, parse_evaluation, ppl, read_lines, run_script
+from harness.files import Opened
+from surprisal import Line, Reader, Scored, score_adaptively, score_apart, score_carried
 from utils import UserError
 
-BATCH = 16  # lines scored side by side, when the state is reset between them
-ROWS = 1024  # positions at once, of all lines together
+Rows = Iterator[tuple[object, ...]]
 
 
-@torch.no_grad()
-def line_logprobs(
-    model: RNNModel, criterion: Criterion, lines: list[list[int]], eos: int, hidden: list[Hidden]
-) -> tuple[list[float], list[Hidden]]:
-    """Log-probabilities of B lines in nats, each with the `<eos>` that ends it, and the state at the end.
-
-    Args:
-        lines: the words of each line. Shorter ones are filled up; what comes after a line's end changes
-            nothing before it, but the returned state is of use for a single line only.
-        hidden: the states to start from, B columns.
-    """
-    length = max(map(len, lines)) + 1
-    filled = [[eos, *line, *[eos] * (length - len(line))] for line in lines]
-    words = torch.tensor(filled, device=model.encoder.weight.device).T  # (T + 1, B)
-    counted = torch.arange(length)[:, None] <= torch.tensor([len(line) for line in lines])  # (T, B)
-    total = torch.zeros(len(lines), dtype=torch.float64)
-    rows = max(1, ROWS // len(lines))
-    for source, target, mask in zip(
-        words[:-1].split(rows), words[1:].split(rows), counted.split(rows), strict=True
-    ):
-        output, hidden = model(source, hidden)
-        loss = criterion(model.decoder.weight, model.decoder.bias, output, target, reduction="none")
-        total -= loss.cpu().double().view_as(mask).where(mask, 0.0).sum(0)
-    return total.tolist(), hidden
+def print_row(*cells: object) -> None:
+    print(*(f"{cell:.6f}" if isinstance(cell, float) else cell for cell in cells), sep="\t")
 
 
-def read_lines(path: str) -> Iterator[str]:
-    """The lines of a UTF-8 file, split at newlines only.
+def line_rows(scored: Scored, reader: Reader, unit: float) -> Rows:
+    line, logprob = scored.line, scored.logprob.sum().item()
+    tokens = len(line.ids) + 1
+    yield (
+        line.number,
+        tokens,
+        len(line.unknown),
+        f"{logprob:.4f}",
+        f"{ppl(-logprob / tokens):.2f}",
+        " ".join(line.unknown),
+    )
+
+
+def token_rows(scored: Scored, reader: Reader, unit: float) -> Rows:
+    names = [*map(reader.show, scored.line.tokens), EOS]
+    surprisal, entropy = -scored.logprob / unit, scored.entropy / unit
+    figures = zip(names, surprisal.tolist(), entropy.tolist(), scored.rank.long().tolist(), strict=True)
+    for position, row in enumerate(figures, start=1):
+        yield scored.line.number, position, *row
+
+
+def word_rows(scored: Scored, reader: Reader, unit: float) -> Rows:
+    line, surprisal, first = scored.line, (-scored.logprob / unit).tolist(), 0
+    words, position = line.text.split(), 0
+    for position, (word, pieces) in enumerate(groupby(line.tokens, lambda token: token.word), start=1):
+        last = first + len(list(pieces))
+        yield line.number, position, words[word], last - first, sum(surprisal[first:last])
+        first = last
+    yield line.number, position + 1, EOS, 1, surprisal[first]
+
+
+# mode: its header, its rows of a line, whether they need whole distributions
+ROWS_OF = {
+    "lines": (("line", "tokens", "unknown", "logprob", "ppl", "unknown words"), line_rows, False),
+    "tokens": (("line", "position", "token", "surprisal", "entropy", "rank"), token_rows, True),
+    "words": (("line", "position", "word", "pieces", "surprisal"), word_rows, False),
+}
+
+
+def print_lines(scored: Iterable[Scored], reader: Reader, mode: str, unit: float) -> None:
+    """Prints the rows of all lines, and on stderr what they come to together."""
+    header, rows_of, _ = ROWS_OF[mode]
+    total: Counter = Counter()
+    for line in scored:
+        if not total:  # the file can be read
+            print_row(*header)
+        total.update(
+            lines=1, tokens=len(line.logprob), unknown=len(line.line.unknown), loss=-line.logprob.sum().item()
+        )
+        total.update(words=len(line.line.text.split()) + 1, characters=len(line.line.text) + 1)
+        for row in rows_of(line, reader, unit):
+            print_row(*row)
+    counts = " | ".join(f"{name} {total[name]}" for name in ("lines", "tokens", "unknown"))
+    figures = f"logprob {-total['loss']:.4f} | ppl {ppl(total['loss'] / total['tokens']):.2f}"
+    if reader.form.pieces:
+        figures += f" | ppl per word {ppl(total['loss'] / total['words']):.2f}"
+        figures += f" | bits per character {total['loss'] / total['characters'] / math.log(2):.3f}"
+    print(f"| total | {counts} | {figures}", file=sys.stderr)
+
+
+def read_pairs(path: str) -> Iterator[tuple[str, str, str]]:
+    """Yields (paradigm, good, bad): of BLiMP's JSON lines, or of two columns.
 
     Raises:
-        UserError: it cannot be read, is empty or not UTF-8.
+        UserError: see `read_lines`; or a line is neither.
     """
-    number = 0
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 in line {number}; convert the file, e.g. with iconv") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; give a text file") from None
-    if not number:
-        raise UserError(f"{path}: is empty; give a text with at least one line")
+    for i, line in enumerate(read_lines(path), start=1):
+        if not line.lstrip().startswith("{"):
+            cells = line.split("\t")
+            if len(cells) != 2:
+                raise UserError(f"{path}, line {i}: has {len(cells)} columns; give a good and a bad sentence")
+            yield "all", *cells
+            continue
+        try:
+            entry = json.loads(line)
+            found = tuple(entry[name] for name in ("UID", "sentence_good", "sentence_bad"))
+        except (ValueError, RecursionError):
+            raise UserError(f"{path}, line {i}: is not JSON; give BLiMP's lines, or two columns") from None
+        except KeyError as error:
+            raise UserError(f"{path}, line {i}: has no {error}; give BLiMP's fields") from None
+        if not all(isinstance(cell, str) for cell in found):
+            raise UserError(f"{path}, line {i}: a field is no string; give BLiMP's fields")
+        yield found
 
 
-def score(
-    model: RNNModel, criterion: Criterion, path: str, vocab: list[str], carry: bool
-) -> Iterator[tuple[object, ...]]:
-    """Yields a row for each line of a file: tokens, unknown, log-probability, the unknown words.
+def print_pairs(saved: Opened, reader: Reader, path: str) -> None:
+    """Prints the share of pairs whose good sentence has the higher probability, by paradigm and of all."""
+    paradigms: list[str] = []
+
+    def lines() -> Iterator[Line]:
+        for i, (paradigm, *pair) in enumerate(read_pairs(path), start=1):
+            paradigms.append(paradigm)
+            for text in pair:
+                yield reader.line(i, text, f"{path}, line {i}")
+
+    right, pairs = Counter(), Counter()
+    scored = score_apart(saved, lines(), False)
+    for i, (good, bad) in enumerate(zip(scored, scored, strict=True)):
+        names = {paradigms[i], "all"}
+        pairs.update(names)
+        right.update(names if good.logprob.sum() > bad.logprob.sum() else ())
+    print_row("paradigm", "pairs", "accuracy")
+    for name in [*(name for name in dict.fromkeys(paradigms) if name != "all"), "all"]:
+        print_row(name, pairs[name], right[name] / pairs[name])
+
+
+def print_best(saved: Opened, reader: Reader, path: str, weight: float) -> None:
+    """Prints, of each id, the text with the highest score + weight · ln p(text).
 
     Raises:
-        UserError: see `read_lines`; or a word is unknown and there is no `<unk>`.
+        UserError: see `read_lines`; or a line has not an id, a number and a text.
     """
-    encoder, lines, hidden, first = make_encoder(vocab), read_lines(path), model.init_hidden(1), 1
-    eos = encoder.token_to_index[EOS]
-    while batch := list(islice(lines, 1 if carry else BATCH)):
-        ids = [encode_line(line, encoder, f"{path}, line {i}") for i, line in enumerate(batch, first)]
-        start = hidden if carry else model.init_hidden(len(batch))
-        logprobs, hidden = line_logprobs(model, criterion, ids, eos, start)
-        for line, logprob in zip(batch, logprobs, strict=True):
-            words = line.split()
-            unknown = [word for word in words if word not in encoder.token_to_index]
-            yield len(words) + 1, len(unknown), logprob, " ".join(unknown)
-        first += len(batch)
+    given: list[tuple[str, float]] = []
+
+    def lines() -> Iterator[Line]:
+        for i, row in enumerate(read_lines(path), start=1):
+            cells = row.split("\t")
+            if len(cells) != 3:
+                raise UserError(f"{path}, line {i}: has {len(cells)} columns; give an id, a score and a text")
+            try:
+                given.append((cells[0], float(cells[1])))
+            except ValueError:
+                raise UserError(f"{path}, line {i}: the score {cells[1]!r} is no number") from None
+            yield reader.line(i, cells[2], f"{path}, line {i}")
+
+    best: dict[str, tuple[object, ...]] = {}
+    for i, scored in enumerate(score_apart(saved, lines(), False)):
+        (id, score), logprob = given[i], scored.logprob.sum().item()
+        total = score + weight * logprob
+        if id not in best or total > best[id][1]:
+            best[id] = id, total, score, logprob, scored.line.text
+    print_row("id", "total", "score", "logprob", "text")
+    for row in best.values():
+        print_row(*row)
+
+
+SCORES = [
+    Flag("text", {"nargs": "?", "metavar": "FILE"}, None, "the text, - for stdin: one sentence per line"),
+    Flag("--tokens", SWITCH, False, "a row per token: surprisal, entropy, rank"),
+    Flag(
+        "--words",
+        SWITCH,
+        False,
+        "a row per word, apart by white space: the sum of its tokens' surprisal",
+    ),
+    Flag("--nats", SWITCH, False, "surprisal and entropy in nats (else in bits)"),
+    Flag("--carry", SWITCH, False, "go on from line to line, as in one text (else each starts afresh)"),
+    Flag("--context", {"metavar": "FILE"}, None, "read the line of the same number in FILE before each line"),
+    Flag("--adaptive", SWITCH, False, "learn from each line once it is scored"),
+    Flag("--pairs", {"metavar": "FILE"}, None, "minimal pairs: BLiMP's JSON lines, or a good and a bad column"),
+    Flag("--nbest", {"metavar": "FILE"}, None, "lists to choose from: id, score, text"),
+    Flag("--weight", {"type": number(float, -1e9, most=1e9)}, 1.0, "of the log-probability, beside the score"),
+]
+
+
+def check_uses(args: Namespace) -> None:
+    """Raises UserError unless the flags say one thing to do."""
+    uses = [f"--{name}" for name in ("tokens", "words", "pairs", "nbest") if getattr(args, name)]
+    how = [f"--{name}" for name in ("carry", "adaptive", "context") if getattr(args, name)]
+    if len(uses) > 1:
+        raise UserError(f"{' '.join(uses)}: are different things to do; give one of them")
+    if bool(args.text) == bool(args.pairs or args.nbest):
+        raise UserError("FILE, --pairs or --nbest: one of them says what to score; give one")
+    if (how and not args.text) or (args.carry and args.context):
+        raise UserError(f"{' '.join(uses + how)}: do not go together; leave one out")
 
 
 def main() -> None:
-    how = [
-        Flag("text", {"metavar": "FILE"}, None, "the text, one sentence per line"),
-        Flag("--carry", SWITCH, False, "go on from line to line, as in one text (else each starts afresh)"),
-    ]
-    args = parse_evaluation(__doc__, ("scores", how))
+    args = parse_evaluation(__doc__, ("scores", SCORES), ("with --adaptive", DYNAMIC))
+    check_uses(args)
     saved = open_model(args)
-    if EOS not in saved.vocab:
-        raise UserError(f"--save {args.save}: has no {EOS} in its vocabulary; use a model of main.py's")
-    total = Counter()
-    for row in score(saved.model, saved.criterion, args.text, saved.vocab, args.carry):
-        tokens, unknown, logprob, words = row
-        if not total:  # the file can be read
-            print("line", "tokens", "unknown", "logprob", "ppl", "unknown words", sep="\t")
-        total.update(lines=1, tokens=tokens, unknown=unknown, logprob=logprob)
-        print(total["lines"], tokens, unknown, f"{logprob:.4f}", f"{ppl(-logprob / tokens):.2f}", words, sep="\t")
-    figures = f"logprob {total['logprob']:.4f} | ppl {ppl(-total['logprob'] / total['tokens']):.2f}"
-    counts = " | ".join(f"{name} {total[name]}" for name in ("lines", "tokens", "unknown"))
-    print(f"| total | {counts} | {figures}", file=sys.stderr)
+    reader = Reader(saved, args.save)
+    if args.pairs:
+        return print_pairs(saved, reader, args.pairs)
+    if args.nbest:
+        return print_best(saved, reader, args.nbest, args.weight)
+    mode = "tokens" if args.tokens else "words" if args.words else "lines"
+    whole, lines = ROWS_OF[mode][2], reader.lines(args.text, args.context)
+    if args.adaptive:
+        publish(args, saved)
+        ms = find_statistics(
+            saved, f"{args.save}.stats", read_corpus(args.data or saved.args.data, saved.vocab), args
+        )
+        moving = MovingWeights(weights_of(saved), ms, args.lr, args.lamb, args.epsilon)
+        scored = score_adaptively(saved, lines, whole, args.carry, moving, args.bptt)
+    else:
+        scored = (score_carried if args.carry else score_apart)(saved, lines, whole)
+    print_lines(scored, reader, mode, 1.0 if args.nats else math.log(2))
 
 
 if __name__ == "__main__":

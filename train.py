@@ -26,11 +26,12 @@ from data import (
     get_batch,
     rotate_columns,
 )
-from harness.log import DOUBLE_RULE, RULE, EpochBar, RunLog, figures, say
+from harness.log import DOUBLE_RULE, RULE, EpochBar, RunLog, figures, ppl, say
 from harness.ranks import ALONE, Ranks, Stop, Stopper
 from harness.run import Run
 from model import Criterion, RNNModel, detach
 from optim import OPTIMIZERS, has_stalled
+from tokenizer import count_units
 
 EVAL_ROWS = 1024  # positions at once, at least: the matrix products like as many
 NO_TIME = ("SIGTERM", "--max_minutes")  # a run that ends for these neither validates nor tests
@@ -243,9 +244,21 @@ def test(path: str, ids: Tensor, bptt: int, log: RunLog) -> float:
     """Evaluates a saved model on the test text at batch size 1 and prints the last line of a run."""
     saved = files.to_evaluate(files.load_model(path, "--save"), ids.device)
     loss = evaluate(saved.model, saved.criterion, ids, bptt, TEST_BATCH_SIZE)
-    say(f"{DOUBLE_RULE}\n| End of training | {figures(loss, 'test ')}\n{DOUBLE_RULE}")
-    log.write("test", loss)
+    units = unit_figures(loss, ids[1:], saved)
+    more = "".join(f" | test {name} {value:8.3f}" for name, value in units.items())
+    say(f"{DOUBLE_RULE}\n| End of training | {figures(loss, 'test ')}{more}\n{DOUBLE_RULE}")
+    log.write("test", loss, **{name.replace(" ", "_"): value for name, value in units.items()})
     return loss
+
+
+def unit_figures(loss: float, targets: Tensor, saved: files.Opened) -> dict[str, float]:
+    """Perplexity per word and bits per character of a loss in nats per token; empty where nobody can tell."""
+    units = count_units(saved.tokenizer, saved.vocab, targets.cpu().numpy())
+    if units is None:
+        return {}
+    words, characters = units
+    total = loss * len(targets)
+    return {"ppl per word": ppl(total / words), "bits per character": total / characters / math.log(2)}
 
 
 def evaluate_only(saved: dict[str, Any], path: str, corpus: Corpus, bptt: int) -> int:

@@ -22,3 +22,4 @@ from harness.log import figures as figures
 from harness.log import ppl as ppl
 from harness.log import say as say
 from harness.script import run_script as run_script
+from harness.texts import read_lines as read_lines

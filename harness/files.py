@@ -1,6 +1,6 @@
 """What is written to disk: the saved model, and beside it the state of the run that made it.
 
-    SAVE         {'format', 'args', 'vocab', 'model', 'criterion', 'metrics'}: the weights to evaluate with
+    SAVE         {'format', 'args', 'vocab', 'tokenizer', 'model', 'criterion', 'metrics'}: to evaluate with
     SAVE.state   everything that an exact resume needs: raw weights, mean, optimizer, generators, position
 
 Both are plain data and tensors, written whole or not at all, and loaded with `weights_only=True`: loading one
@@ -28,9 +28,12 @@ WHAT = {
     **{MODEL_FORMAT: "a saved model", STATE_FORMAT: "the state of a run"},
     STATS_FORMAT: "the statistics of dynamiceval.py",
 }
-PARTS = {"args": dict, "vocab": list, "model": dict, "criterion": dict, "metrics": dict}  # of a model
+PARTS = {  # of a model
+    **{"args": dict, "vocab": list, "tokenizer": str | None, "model": dict, "criterion": dict, "metrics": dict},
+}
 STATE_PARTS = {
-    **{"script": str, "fingerprint": str, "args": dict, "vocab": list, "weights": dict, "mean": dict | None},
+    **{"script": str, "fingerprint": str, "args": dict, "vocab": list, "tokenizer": str | None, "weights": dict},
+    "mean": dict | None,
     **{
         "optimizer": dict,
         "scaler": dict,
@@ -133,14 +136,16 @@ def load(path: str, flag: str, kind: str) -> dict[str, Any]:
 
 
 def model_contents(
-    args: Namespace, vocab: list[str], model: nn.Module, criterion: nn.Module, metrics: dict[str, Any]
-) -> dict[str, Any]:
+    args: Namespace, vocab: list[str], model: nn.Module, criterion: nn.Module, metrics: dict[str, Any],
+    tokenizer: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """What a saved model holds: the weights to evaluate with; `metrics`: plain data, losses in nats."""
     parts = {
         part: {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
         for part, module in (("model", model), ("criterion", criterion))
     }
-    return {"format": MODEL_FORMAT, "args": vars(args), "vocab": vocab, **parts, "metrics": metrics}
+    words = {"vocab": vocab, "tokenizer": tokenizer}
+    return {"format": MODEL_FORMAT, "args": vars(args), **words, **parts, "metrics": metrics}
 
 
 def load_model(path: str, flag: str) -> dict[str, Any]:
@@ -149,7 +154,7 @@ def load_model(path: str, flag: str) -> dict[str, Any]:
     Raises:
         UserError: see `load`; or its parts do not fit each other.
     """
-    saved = load(path, flag, MODEL_FORMAT)
+    saved = {"tokenizer": None, **load(path, flag, MODEL_FORMAT)}  # older models have none
     check_parts(saved, PARTS, f"{flag} {path}")
     check_tensors(saved, f"{flag} {path}")
     return saved
@@ -161,7 +166,7 @@ def load_state(path: str, flag: str) -> dict[str, Any]:
     Raises:
         UserError: see `load`; or its parts do not fit each other.
     """
-    state = load(path, flag, STATE_FORMAT)
+    state = {"tokenizer": None, **load(path, flag, STATE_FORMAT)}
     check_parts(state, STATE_PARTS, f"{flag} {path}")
     parts: dict[str, dict[str, Any]] = {"model": {}, "criterion": {}}
     for name, tensor in state["weights"].items():
@@ -221,6 +226,7 @@ class Opened(NamedTuple):
     vocab: list[str]
     args: Namespace  # of the run that made it
     device: torch.device
+    tokenizer: str | None
 
 
 def to_evaluate(saved: dict[str, Any], device: torch.device) -> Opened:
@@ -229,4 +235,4 @@ def to_evaluate(saved: dict[str, Any], device: torch.device) -> Opened:
     model.load_state_dict(fit_names(saved["model"], model))
     criterion.load_state_dict(saved["criterion"])
     modules = (module.to(device).eval() for module in (model, criterion))
-    return Opened(*modules, saved["vocab"], Namespace(**saved["args"]), device)
+    return Opened(*modules, saved["vocab"], Namespace(**saved["args"]), device, saved["tokenizer"])

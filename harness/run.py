@@ -197,7 +197,9 @@ class Run:
         }
         written = None
         if self.ranks.is_main:
-            contents = files.model_contents(self.args, self.corpus.vocab, *self.evaluated(), metrics)
+            contents = files.model_contents(
+                self.args, self.corpus.vocab, *self.evaluated(), metrics, self.corpus.tokenizer
+            )
             written = self.write(self.args.save, lambda: files.save(self.args.save, contents))
         return self.ranks.from_rank_0(written)
 
@@ -234,7 +236,8 @@ class Run:
         }
         return {
             **{"format": files.STATE_FORMAT, "script": self.script, "args": vars(self.args)},
-            **{"vocab": self.corpus.vocab, "fingerprint": self.corpus.digest, "at": asdict(self.at)},
+            **{"vocab": self.corpus.vocab, "tokenizer": self.corpus.tokenizer},
+            **{"fingerprint": self.corpus.digest, "at": asdict(self.at)},
             **map_tensors(Tensor.cpu, tensors),
         }
 

@@ -139,6 +139,8 @@ def load_corpus(start: Start) -> Corpus:
         ranks.agree("")
     if ranks.from_rank_0(corpus.digest) != corpus.digest:
         raise UserError(f"--data {args.data}: is another text on this machine than on rank 0's")
+    if stored:
+        corpus = corpus._replace(tokenizer=stored["tokenizer"])  # the ids are those of its vocabulary
     return corpus.to(start.device)
 
 

@@ -10,8 +10,10 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,12 @@ from zipfile import BadZipFile
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from tools.corpora import CORPORA, SPLITS
 from utils import UserError, penn_treebank_dataset, replacing, wikitext_2_dataset
+
+TOKENIZER = "tokenizer.json"  # beside the texts, where prepare.py has made them
 
 
 def find_files(data: str) -> list[Path]:
@@ -77,6 +82,46 @@ def file_digest(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def read_tokenizer(folder: Path) -> tuple[str | None, list[str]]:
+    """The text of a folder's tokenizer.json and the pieces that it makes, by its own ids; None without one.
+
+    Raises:
+        UserError: it cannot be read, or is none.
+    """
+    path = folder / TOKENIZER
+    try:
+        text = path.read_text("utf-8") if path.exists() else None
+        vocab = json.loads(text)["model"]["vocab"] if text is not None else {}
+        return text, sorted(vocab, key=vocab.__getitem__)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{path}: is no tokenizer of prepare.py's; make the corpus again, or remove it") from None
+
+
+def read_lines(path: str, bar: tqdm | None = None) -> Iterator[str]:
+    """The lines of a UTF-8 text, `-` for stdin, without their ends: newlines, also Windows's. `bar` counts bytes.
+
+    Raises:
+        UserError: it cannot be read, is empty, binary or not UTF-8.
+    """
+    number = 0
+    try:
+        with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if b"\0" in line:
+                    raise UserError(f"{path}: is binary data (line {number}); give a text")
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                if bar is not None:
+                    bar.update(len(line))
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 in line {number}; convert the file, e.g. with iconv") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; give a text file") from None
+    if not number:
+        raise UserError(f"{path}: is empty; give a text with at least one line")
 
 
 def save_cache(path: Path, corpus: dict[str, Any]) -> None:

@@ -12,7 +12,8 @@ from runner import run_cli
 from toys import call, error_line
 
 import plot
-from plot import limits, make_curve, read_curves, read_log, split_runs, ticks
+from harness.curves import make_curve, read_curves, read_log, split_runs
+from plot import limits, ticks
 
 
 def train(step: int, epoch: int = 1, loss: float = 5.0, ms: float = 1000.0, batches: int = 10) -> dict:

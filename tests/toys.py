@@ -12,19 +12,23 @@ from torch import Tensor
 
 from harness import files
 from harness.script import run_script
-from model import DROPOUTS, RNNModel, build
-from splitcross import SplitCrossEntropyLoss
+from model import DROPOUTS, Criterion, RNNModel, build
 
 ROOT = Path(__file__).parent.parent
 WORDS = ["<eos>", "<unk>", *(f"w{i}" for i in range(48))]
 
 
 def make_model(
-    rnn_type: str = "LSTM", splits: tuple[int, ...] = (), vocab: list[str] = WORDS, seed: int = 0
-) -> tuple[dict[str, Any], RNNModel, SplitCrossEntropyLoss]:
+    rnn_type: str = "LSTM",
+    splits: tuple[int, ...] = (),
+    vocab: list[str] = WORDS,
+    seed: int = 0,
+    n_experts: int = 0,
+) -> tuple[dict[str, Any], RNNModel, Criterion]:
     """The args, model and criterion (evaluation mode, float32) of two layers of random weights."""
     torch.manual_seed(seed)
     args = {"model": rnn_type, "emsize": 12, "nhid": 16, "nlayers": 2, "tied": True, "splits": list(splits)}
+    args |= {"n_experts": n_experts} if n_experts else {}
     model, criterion = build({**args, **dict.fromkeys(DROPOUTS, 0.0)}, len(vocab))
     for parameter in [*model.parameters(), *criterion.parameters()]:
         torch.nn.init.normal_(parameter, std=0.5)
@@ -32,15 +36,15 @@ def make_model(
 
 
 def double_model(
-    rnn_type: str = "LSTM", splits: tuple[int, ...] = (), vocab: list[str] = WORDS
-) -> tuple[RNNModel, SplitCrossEntropyLoss]:
+    rnn_type: str = "LSTM", splits: tuple[int, ...] = (), vocab: list[str] = WORDS, n_experts: int = 0
+) -> tuple[RNNModel, Criterion]:
     """The model and criterion that `save_model` saves, in float64."""
-    _, model, criterion = make_model(rnn_type, splits, vocab)
+    _, model, criterion = make_model(rnn_type, splits, vocab, n_experts=n_experts)
     return model.double(), criterion.double()
 
 
 @torch.no_grad()
-def one_by_one(model: RNNModel, criterion: SplitCrossEntropyLoss, ids: list[int]) -> Tensor:
+def one_by_one(model: RNNModel, criterion: Criterion, ids: list[int]) -> Tensor:
     """Log-probabilities of the word after each of `ids`, (T, V), read a word at a time."""
     hidden, rows = model.init_hidden(1), []
     for word in ids:
@@ -49,9 +53,16 @@ def one_by_one(model: RNNModel, criterion: SplitCrossEntropyLoss, ids: list[int]
     return torch.stack(rows)
 
 
-def save_model(path: Path, rnn_type: str = "LSTM", splits: tuple[int, ...] = (), vocab: list[str] = WORDS) -> Path:
-    args, model, criterion = make_model(rnn_type, splits, vocab)
-    files.save(str(path), files.model_contents(Namespace(**args), vocab, model, criterion, {}))
+def save_model(
+    path: Path,
+    rnn_type: str = "LSTM",
+    splits: tuple[int, ...] = (),
+    vocab: list[str] = WORDS,
+    n_experts: int = 0,
+    tokenizer: str | None = None,
+) -> Path:
+    args, model, criterion = make_model(rnn_type, splits, vocab, n_experts=n_experts)
+    files.save(str(path), files.model_contents(Namespace(**args), vocab, model, criterion, {}, tokenizer))
     return path
 
 

@@ -1,0 +1,174 @@
+"""The logs of runs read back as learning curves: what plot.py draws.
+
+    python plot.py PTB.pt
+
+A log may hold several runs, cut up and resumed; each becomes one curve, as if it had never been interrupted.
+"""
+
+import json
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from harness.log import ppl
+from utils import UserError
+
+SUFFIX = ".log.jsonl"
+# Numbers that say where in a run a line belongs. They may be missing.
+PLACES = ("step", "epoch", "batch", "batches", "ms_per_batch", "epoch_s")
+LARGEST_LOSS = 300.0  # nats per token; the perplexity of a larger one leaves no room around it on an axis
+
+
+@dataclass
+class Point:
+    """A perplexity and where it was measured: in epochs (2.5: half of the third is done) and in hours."""
+
+    epoch: float
+    hours: float
+    ppl: float
+
+
+@dataclass
+class Curve:
+    """What is drawn of one run."""
+
+    name: str
+    train: list[Point] = field(default_factory=list)
+    valid: list[Point] = field(default_factory=list)
+    switch: Point | None = None  # to averaging
+    test: float | None = None  # perplexity
+
+    @property
+    def label(self) -> str:
+        parts = [self.name]
+        if self.valid:
+            parts.append(f"valid {min(point.ppl for point in self.valid):.2f}")
+        if self.test is not None:
+            parts.append(f"test {self.test:.2f}")
+        return parts[0] + (": " + ", ".join(parts[1:]) if parts[1:] else "")
+
+
+def read_log(path: str) -> list[dict[str, Any]]:
+    """The entries of a log; lines that a full disk or a kill cut short are passed over.
+
+    Raises:
+        UserError: it is missing or empty, has no figures, or is another program's.
+    """
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            lines = file.read().splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give a model that main.py trained, or its log") from None
+    entries = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("kind"), str):
+            for name in PLACES:
+                if not is_number(entry.get(name, 0)):
+                    raise UserError(
+                        f"{path}: {name!r} in line {number} is no number; give a log that main.py wrote"
+                    )
+            entries.append(entry)
+    if not any(is_figure(entry) for entry in entries):
+        what = "has no figures yet" if lines else "is empty"
+        raise UserError(f"{path}: {what}; give the log of a run that has printed its first line")
+    return entries
+
+
+def is_number(value: object, most: float = 1e15) -> bool:
+    """Whether it is one that an axis can show: finite, of no more than `most` either way."""
+    return isinstance(value, int | float) and -most <= value <= most
+
+
+def is_figure(entry: dict[str, Any]) -> bool:
+    """Whether it is a training or validation loss that can be drawn: finite, and with its place in the run.
+
+    A validation in mid-epoch (--max_steps) is none: the whole run would not have had it.
+    """
+    needed = {"train": ("epoch", "step", "batch", "batches"), "valid": ("epoch", "step")}
+    places = needed.get(entry["kind"], ("none",))
+    placed = all(name in entry for name in places) and not entry.get("partial")
+    return placed and is_number(entry.get("loss"), LARGEST_LOSS)
+
+
+def split_runs(entries: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The runs that wrote a log, one after the other, each as if it had never been interrupted.
+
+    A run that goes on from an older state repeats a stretch: the later lines win. A "start" line says where
+    an invocation goes on; a log from before there was one shows it by a step that is smaller than the last.
+    """
+    runs: list[list[dict[str, Any]]] = [[]]
+    steps: list[int] = []  # of the figures of the last run: they only grow
+    for entry in entries:
+        is_start, step = entry["kind"] == "start", entry.get("step")
+        if steps and step is not None and (is_start or step < steps[-1]):
+            if step == 0 if is_start else step <= steps[0]:
+                runs.append([])
+                steps = []
+            else:
+                last = step if is_start else step - 1
+                drop_past(last, runs[-1])
+                while steps and steps[-1] > last:
+                    steps.pop()
+        runs[-1].append(entry)
+        if is_figure(entry):
+            steps.append(step)
+    return [run for run in runs if any(is_figure(entry) for entry in run)]
+
+
+def drop_past(last: int, run: list[dict[str, Any]]) -> None:
+    """Takes what was logged past step `last` from the end of `run`."""
+    kept = []
+    while run and not (is_figure(run[-1]) and run[-1]["step"] <= last):
+        entry = run.pop()
+        if entry.get("step", last) <= last:
+            kept.append(entry)
+    run.extend(reversed(kept))
+
+
+def make_curve(name: str, entries: list[dict[str, Any]]) -> Curve:
+    """The points of one run; its clock is the sum of what the epochs took, in training and validation."""
+    curve = Curve(name)
+    before_s = 0.0  # all epochs before this one
+    whole_s = 0.0  # this epoch, once it is over
+    spent_s = 0.0  # in this epoch so far
+    batch, epoch = 0, 0  # of the line before
+    for entry in entries:
+        kind = entry["kind"]
+        if kind == "test" and is_number(entry.get("loss")):
+            curve.test = ppl(entry["loss"])
+        if kind == "averaging" and curve.valid:
+            curve.switch = curve.valid[-1]
+        if kind != "start" and not is_figure(entry):
+            continue
+        if entry.get("epoch", 0) != epoch:
+            before_s, whole_s, spent_s = before_s + whole_s, 0.0, 0.0
+            batch, epoch = 0, entry.get("epoch", 0)
+        if kind == "start":
+            batch = entry.get("batch", 0)
+        elif kind == "train":
+            spent_s += entry.get("ms_per_batch", 0.0) / 1000 * max(0, entry["batch"] - batch)
+            batch = entry["batch"]
+            at = epoch - 1 + min(1.0, batch / max(1, entry["batches"]))
+            curve.train.append(Point(at, (before_s + spent_s) / 3600, ppl(entry["loss"])))
+        else:
+            whole_s = entry.get("epoch_s", spent_s)
+            curve.valid.append(Point(epoch, (before_s + whole_s) / 3600, ppl(entry["loss"])))
+    return curve
+
+
+def read_curves(paths: list[str]) -> list[Curve]:
+    """All runs in the logs of these models, under names that differ."""
+    curves = []
+    logs = [path if path.endswith(SUFFIX) else path + SUFFIX for path in paths]
+    short = [os.path.basename(log.removesuffix(SUFFIX)).removesuffix(".pt") for log in logs]
+    for log, name in zip(logs, short, strict=True):
+        name = log.removesuffix(SUFFIX).removesuffix(".pt") if short.count(name) > 1 else name
+        for i, run in enumerate(split_runs(read_log(log))):
+            tuned = any(entry.get("script") == "finetune.py" for entry in run)
+            suffix = ", fine-tuned" if tuned else f", run {i + 1}" if i else ""
+            curves.append(make_curve(name + suffix, run))
+    return curves

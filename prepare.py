@@ -1,0 +1,270 @@
+"""Make a corpus of any plain text: words, characters or subword pieces, and the tokenizer that travels along.
+
+    python prepare.py book.txt --out data/book                                         # deals out its paragraphs
+    python prepare.py articles/ --out data/articles --level subword --vocab_size 8000  # deals out its files
+    zcat wiki.gz | python prepare.py - --out data/wiki --level char
+
+Writes train.txt, valid.txt, test.txt (a line per line of the text, tokens apart by spaces) and tokenizer.json.
+Reads UTF-8: files, all of a folder, or standard input; they are never changed. The tokenizer is made on the
+training text. The same text and settings give the same bytes. Memory is bounded by the longest line, the number
+of documents and of different words. Needs `pip install tokenizers`.
+"""
+
+import itertools
+import shutil
+import sys
+import tempfile
+from argparse import Namespace
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from data import UNK
+from harness import COUNT, SWITCH, ArgumentParser, Flag, number, read_lines, run_script, say, write
+from harness.texts import SPLITS, TOKENIZER
+from tokenizer import SPACE, import_tokenizers
+from utils import UserError, replacing
+
+TRAIN, VALID, TEST = range(3)
+LINES = 1000  # encoded at once
+WHITE = r"\s\x1c-\x1f\x85"  # all that Python splits words at
+# Initials; words with inner apostrophes and hyphens, numbers with inner points; dots, dashes; any other character.
+WORD = rf"(?:\p{{L}}\.){{2,}}|\w+(?:['’-]\w+|(?<=\d)[.,:]\d+)*|\.{{2,}}|-{{2,}}|[^\w{WHITE}]"
+
+SHARE = {"type": number(float, 0, below=1)}
+PREPARE = [
+    Flag("sources", {"nargs": "+", "metavar": "FILE"}, None, "text in UTF-8: files, folders, or - for stdin"),
+    Flag("--out", {"required": True}, None, "folder of the corpus"),
+    Flag("--level", {"choices": ["word", "char", "subword"]}, "word", "what a token is"),
+    Flag("--vocab_size", COUNT, None, "types at most, <unk> and <eos> included; 0: no limit (default: "
+         "subword 8000, else 0)"),
+    Flag("--min_count", COUNT, 2, "words or characters that the training text has less often become <unk>; so "
+         "many pairs make a subword"),
+    Flag("--lower", SWITCH, False, "to lower case"),
+    Flag("--unwrap", SWITCH, False, "join the lines of a paragraph, up to a blank line, to one"),
+    Flag("--documents", {"choices": ["files", "blocks", "lines"]}, None, "what is dealt out whole: files, blocks "
+         "up to a blank line, or single lines (default: files, of a single one its blocks)"),
+    Flag("--valid", SHARE, 0.05, "share of the text that becomes valid.txt"),
+    Flag("--test", SHARE, 0.05, "share that becomes test.txt"),
+    Flag("--valid_file", {"metavar": "FILE"}, None, "a text of its own for valid.txt"),
+    Flag("--test_file", {"metavar": "FILE"}, None, "a text of its own for test.txt"),
+    Flag("--seed", COUNT, 1111, "of the dealing"),
+]  # fmt: skip
+
+
+def find_sources(sources: list[str], spool: Path) -> list[Path]:
+    """The files to read, a folder's sorted by name; what stdin brings is kept in `spool`: it is read three times.
+
+    Raises:
+        UserError: a folder holds no file.
+    """
+    found: list[Path] = []
+    for source in sources:
+        path = Path(source)
+        if source == "-":
+            path = spool / "stdin"
+            with open(path, "wb") as file:
+                shutil.copyfileobj(sys.stdin.buffer, file)
+        inside = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+        if path.is_dir() and not inside:
+            raise UserError(f"{source}: is a folder without a file; give texts")
+        found += inside or [path]
+    return found
+
+
+class Source:
+    """The lines of all texts, read anew in every pass, and the split that each of them is dealt to.
+
+    Args:
+        files: the text to deal out.
+        given: a text of its own for one split.
+        args: the settings.
+    """
+
+    def __init__(self, files: list[Path], given: dict[int, Path], args: Namespace) -> None:
+        self.files, self.given, self.unwrap = files, given, args.unwrap
+        self.documents = args.documents or ("files" if len(files) > 1 else "blocks")
+        # Words make sentences; what writes characters writes blank lines, too.
+        self.blanks = args.level != "word" and not args.unwrap and self.documents != "lines"
+        self.size = sum(path.stat().st_size for path in [*files, *given.values()] if path.is_file())
+        self.splits = np.zeros(1, np.int8)  # of document after document
+
+    def read(self, title: str) -> Iterator[tuple[int, str]]:
+        """Yields (split, line), the texts to deal out first."""
+        with tqdm(
+            total=self.size, unit="B", unit_scale=True, desc=title, delay=2, leave=False,
+            disable=not sys.stderr.isatty(),
+        ) as bar:  # fmt: skip
+            for document, line in self.read_documents(bar):
+                yield int(self.splits[document]), line
+            for split, path in self.given.items():
+                for line in self.read_file(path, bar):
+                    yield split, line
+
+    def read_documents(self, bar: tqdm) -> Iterator[tuple[int, str]]:
+        """Yields the number of a document, from 0, and a line of it."""
+        document = 0
+        for path in self.files:
+            for line in self.read_file(path, bar):
+                yield document, line
+                document += self.documents == "lines" or (self.documents == "blocks" and not line)
+            document += self.documents == "files"
+
+    def read_file(self, path: Path, bar: tqdm) -> Iterator[str]:
+        """The lines of a text: a blank one after each paragraph, or none."""
+        paragraph: list[str] = []
+        begun, needed = False, self.blanks or self.documents == "blocks"
+        for line in itertools.chain(read_lines(str(path), bar), [""]):
+            line = line.rstrip()
+            if line and self.unwrap:
+                paragraph.append(line.strip())
+            elif line:
+                yield line
+            elif begun:
+                if self.unwrap:
+                    yield " ".join(paragraph)
+                    paragraph.clear()
+                if needed:
+                    yield ""
+            begun = bool(line)
+
+    def deal(self, shares: dict[int, float], seed: int) -> None:
+        """Deals out the documents in a random order: so much text to each split of `shares`, the rest to train.
+
+        Raises:
+            UserError: there are not enough of them.
+        """
+        sizes = array("q")
+        with tqdm(total=self.size, unit="B", unit_scale=True, desc="dealing", delay=2, leave=False) as bar:
+            for document, line in self.read_documents(bar):
+                if document == len(sizes):
+                    sizes.append(0)
+                sizes[document] += len(line) + 1
+        self.splits = np.zeros(len(sizes), np.int8)
+        order, total = np.random.default_rng(seed).permutation(len(sizes)).tolist(), sum(sizes)
+        if len(sizes) <= len(shares):
+            raise UserError(
+                f"{self.files[0]}: {len(sizes)} {self.documents} cannot be dealt out to {len(shares) + 1} texts; "
+                "give more, --documents lines, or --valid_file and --test_file"
+            )
+        for split, share in shares.items():
+            room = share * total
+            for document in order:
+                if self.splits[document] == TRAIN and sizes[document] <= room:
+                    self.splits[document] = split
+                    room -= sizes[document]
+            if split not in self.splits:  # none is as small: the smallest
+                rest = [document for document in order if self.splits[document] == TRAIN]
+                self.splits[min(rest, key=sizes.__getitem__)] = split
+
+
+def make_tokenizer(level: str, lower: bool) -> Any:
+    """A tokenizer without a vocabulary yet."""
+    tokenizers = import_tokenizers()
+    pre, normal = tokenizers.pre_tokenizers, tokenizers.normalizers
+    normalizers = [normal.Lowercase()] if lower else []
+    if level == "subword":
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+        tokenizer.pre_tokenizer = pre.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    else:
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token=UNK))
+    if level == "char":
+        normalizers.append(normal.Replace(tokenizers.Regex(f"[{WHITE}]"), SPACE))
+        tokenizer.pre_tokenizer = pre.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+        space = tokenizers.decoders.Replace(SPACE, " ")
+        tokenizer.decoder = tokenizers.decoders.Sequence([space, tokenizers.decoders.Fuse()])
+    elif level == "word":
+        tokenizer.pre_tokenizer = pre.Split(tokenizers.Regex(WORD), "removed", invert=True)
+    tokenizer.normalizer = normal.Sequence(normalizers)
+    return tokenizer
+
+
+def train_tokenizer(
+    tokenizer: Any, lines: Iterator[str], level: str, vocab_size: int | None, min_count: int
+) -> None:
+    """Gives it the vocabulary of the training text.
+
+    Raises:
+        UserError: `vocab_size` is too small.
+    """
+    tokenizers = import_tokenizers()
+    least = 257 if level == "subword" else 3
+    vocab_size = (8000 if level == "subword" else 0) if vocab_size is None else vocab_size
+    if 0 < vocab_size < least:
+        why = "every byte is a piece" if level == "subword" else f"two of them are {UNK} and <eos>"
+        raise UserError(f"--vocab_size {vocab_size}: is too small, {why}; give {least} or more")
+    how = {"vocab_size": (vocab_size or 2**31) - 1, "min_frequency": min_count, "show_progress": False}
+    if level == "subword":
+        alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+        trainer = tokenizers.trainers.BpeTrainer(initial_alphabet=alphabet, **how)
+    else:
+        trainer = tokenizers.trainers.WordLevelTrainer(special_tokens=[UNK], **how)
+    tokenizer.train_from_iterator(lines, trainer)
+
+
+def write_corpus(source: Source, tokenizer: Any, out: Path) -> list[Counter]:
+    """Writes the three texts; returns what there is in each: lines, words, tokens, unknown."""
+    counts = [Counter() for _ in SPLITS]
+    texts = source.read("writing")
+    pieces = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
+    with ExitStack() as stack:
+        files = [stack.enter_context(replacing(out / f"{split}.txt")) for split in SPLITS]
+        while batch := list(itertools.islice(texts, LINES)):
+            encodings = tokenizer.encode_batch_fast([line for _, line in batch])
+            for (split, line), encoding in zip(batch, encodings, strict=True):
+                if line or source.blanks:
+                    tokens = [pieces[i] for i in encoding.ids]
+                    files[split].write(f"{' '.join(tokens)}\n".encode())
+                    counts[split].update(
+                        lines=1, words=len(line.split()) + 1, tokens=len(tokens) + 1, unknown=tokens.count(UNK)
+                    )
+        for path, count in zip((f"{split}.txt" for split in SPLITS), counts, strict=True):
+            if count["tokens"] < 2:
+                raise UserError(f"--out {out}: {path} would be empty; give more text or a larger share")
+        write(str(out / TOKENIZER), lambda file: file.write(tokenizer.to_str(pretty=False).encode()))
+    return counts
+
+
+def main() -> None:
+    parser = ArgumentParser(__doc__)
+    parser.add_flags("corpus", PREPARE)
+    args = Namespace(**{**{flag.name: flag.default for flag in PREPARE}, **vars(parser.parse_args())})
+    out = Path(args.out)
+    given = {VALID: args.valid_file, TEST: args.test_file}
+    shares = {TEST: args.test, VALID: args.valid}
+    shares = {split: share for split, share in shares.items() if not given[split]}
+    if not all(shares.values()) or sum(shares.values()) >= 1:
+        raise UserError(f"--valid {args.valid} --test {args.test}: have to be above 0 and together below 1")
+    tokenizer = make_tokenizer(args.level, args.lower)
+    with tempfile.TemporaryDirectory() as spool:
+        files = find_sources(args.sources, Path(spool))
+        given = {split: Path(path) for split, path in given.items() if path}
+        written = {(out / name).resolve() for name in (TOKENIZER, *(f"{split}.txt" for split in SPLITS))}
+        for path in [*files, *given.values()]:
+            if path.resolve() in written:
+                raise UserError(f"--out {out}: {path} would be written over; give another folder")
+        source = Source(files, given, args)
+        if shares:
+            source.deal(shares, args.seed)
+        training = (line for split, line in source.read("tokenizer") if split == TRAIN)
+        train_tokenizer(tokenizer, training, args.level, args.vocab_size, args.min_count)
+        out.mkdir(parents=True, exist_ok=True)
+        counts = write_corpus(source, tokenizer, out)
+    for split, count in zip(SPLITS, counts, strict=True):
+        lines, words, tokens, unknown = (count[name] for name in ("lines", "words", "tokens", "unknown"))
+        say(
+            f"| {split:5} | {lines:,} lines | {words:,} words | {tokens:,} tokens | {tokens / words:.3f} tokens "
+            f"per word | unknown {unknown / tokens:.2%}"
+        )
+    say(f"| vocabulary {tokenizer.get_vocab_size() + 1:,} | python main.py --data {out} --save MODEL trains on it")
+
+
+if __name__ == "__main__":
+    run_script(main)

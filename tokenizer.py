@@ -1,0 +1,177 @@
+"""Plain text to the tokens of a corpus, and back: by its tokenizer.json, or else by what its words look like.
+
+    python prepare.py book.txt --out data/book && python main.py --data data/book --save book.pt
+
+`prepare.py` makes the tokenizer, by Hugging Face's package of that name; it travels in the models trained on the
+corpus. Training itself only reads its vocabulary, and needs no package.
+
+    words        split from punctuation; rare ones are <unk>
+    characters   `▁` for a space
+    subwords     byte-level BPE: `Ġ` for a space, other bytes that are no letters likewise (GPT-2's table)
+"""
+
+import codecs
+import json
+import re
+from bisect import bisect_left
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data import EOS, UNK
+from utils import UserError
+
+SPACE = "▁"  # the token of a space among characters
+SPACES = SPACE + "Ġĉ"  # how pieces begin that a space or a tab is part of
+# The characters that stand for UTF-8's continuation bytes (0x80 to 0xbf) in GPT-2's table.
+CONTINUATION = frozenset(map(chr, [*range(0xA1, 0xC0), *range(0x122, 0x144)]))
+NO_SPACE_BEFORE = frozenset([*".,;:!?)]}%’”…/—", "..", "...", "--"])
+NO_SPACE_AFTER = frozenset("([{$£€“‘#@/—")
+
+
+class Token(NamedTuple):
+    """A piece of a line."""
+
+    piece: str  # as the vocabulary has it; `<unk>` where it does not
+    text: str  # as the line has it
+    word: int  # number of the word, apart from others by white space, that it is part of, from 0
+
+
+def count_units(tokenizer: str | None, vocab: list[str], ids: np.ndarray) -> tuple[int, int] | None:
+    """Words and characters of a text: of characters or subwords; None where the tokens say nothing of them.
+
+    A word is what white space sets apart; the end of each line counts as a word, as `<eos>` does in a corpus of
+    words, and as a character, the newline.
+    """
+    byte_level = tokenizer is not None and json.loads(tokenizer)["model"]["type"] == "BPE"
+    if not byte_level and (tokenizer is None or SPACE not in vocab):
+        return None
+    ends = np.array([piece == EOS for piece in vocab])[ids]
+    spaced = np.array([piece[0] in SPACES for piece in vocab])[ids]  # begins with a space
+    blank = np.array([not piece.strip(SPACES) for piece in vocab])[ids]
+    first = np.concatenate([[True], (ends | blank)[:-1]])  # of a line, or after a space of its own
+    words = ~ends & ~blank & (spaced | first)
+    plain = {EOS, UNK} if byte_level else set(vocab)
+    sizes = [1 if piece in plain else sum(c not in CONTINUATION for c in piece) for piece in vocab]
+    return int(words.sum() + ends.sum()), int(np.array(sizes)[ids].sum())
+
+
+class CorpusText:
+    """A text in the form of a corpus without a tokenizer, words apart by spaces; to running text and back.
+
+    By the look of the vocabulary: numbers from 0 to 255 are bytes (enwik8), single characters have `_` for the
+    space (the Penn Treebank's characters).
+    """
+
+    pieces = False  # whether its tokens make up words, and show how many characters there are
+
+    def __init__(self, vocab: list[str]) -> None:
+        plain = [word for word in vocab if not (len(word) > 2 and word[0] == "<" and word[-1] == ">")]
+        self.bytes = len(plain) > 100 and all(word.isdecimal() and int(word) < 256 for word in plain)
+        self.characters = not self.bytes and all(len(word) == 1 for word in plain)
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.line_start = True
+
+    def tokens(self, line: str) -> list[Token]:
+        """The tokens of a line that has the corpus's form."""
+        return [Token(word, word, i) for i, word in enumerate(line.split())]
+
+    def encode(self, line: str) -> str:
+        """A line of plain text as the corpus has it."""
+        if self.bytes:
+            return " ".join(map(str, line.encode("utf-8", "surrogateescape")))
+        return " ".join("_" if c == " " else c for c in line) if self.characters else line
+
+    def piece(self, word: str) -> str:
+        """What the next word adds to the text: a newline for `<eos>`, nothing for part of a character."""
+        if self.bytes:
+            byte = b"\n" if word == EOS else bytes([int(word)]) if word.isdecimal() else b"\xff"
+            piece = self.decoder.decode(byte)  # 0xff, in no UTF-8 text, becomes the replacement character
+        elif word == EOS:
+            piece = "\n"
+        elif self.characters:
+            piece = " " if word == "_" else word
+        else:
+            piece = word if self.line_start else f" {word}"
+        self.line_start = piece.endswith("\n") if piece else self.line_start
+        return piece
+
+    def end(self) -> str:
+        """What is left at the end of the text: a character cut short, and the last newline."""
+        rest = self.decoder.decode(b"", final=True)
+        return rest if self.line_start and not rest else rest + "\n"
+
+
+class TokenizerText:
+    """Plain text, by a tokenizer; the same calls.
+
+    Raises:
+        UserError: the package `tokenizers` is not installed, or it does not know what to make of `tokenizer`.
+    """
+
+    def __init__(self, tokenizer: str, place: str) -> None:
+        tokenizers = import_tokenizers()
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_str(tokenizer)
+        except Exception:  # of no narrower class
+            raise UserError(f"{place}: holds no tokenizer that can be read; train the model again") from None
+        self.new_stream = lambda: tokenizers.decoders.DecodeStream(skip_special_tokens=False)
+        self.pieces = self.tokenizer.decoder is not None
+        self.start_line()
+
+    def start_line(self) -> None:
+        self.line_start, self.stream, self.before, self.quotes = True, self.new_stream(), "", 0
+
+    def tokens(self, line: str) -> list[Token]:
+        """The tokens of a line of plain text."""
+        encoding = self.tokenizer.encode(line)
+        ends = [match.end() for match in re.finditer(r"\S+", line)]
+        return [
+            Token(piece, line[first:last], min(bisect_left(ends, last), len(ends) - 1))
+            for piece, (first, last) in zip(encoding.tokens, encoding.offsets, strict=True)
+        ]
+
+    def encode(self, line: str) -> str:
+        return " ".join(self.tokenizer.encode(line).tokens)
+
+    def piece(self, word: str) -> str:
+        if word == EOS:
+            self.start_line()
+            return "\n"
+        self.line_start = False
+        if self.pieces:
+            return self.stream.step(self.tokenizer, self.tokenizer.token_to_id(word)) or ""
+        space = self.before and not self.joined(word)
+        self.before, self.quotes = word, self.quotes + (word == '"')
+        return f" {word}" if space else word
+
+    def joined(self, word: str) -> bool:
+        """Whether no space belongs before a word: punctuation is put where English has it."""
+        opened = self.quotes % 2 == 1
+        if (word == '"' and opened) or (self.before == '"' and opened):
+            return True
+        return word in NO_SPACE_BEFORE or self.before in NO_SPACE_AFTER
+
+    def end(self) -> str:
+        return "" if self.line_start else "\n"
+
+
+def make_text(tokenizer: str | None, vocab: list[str], place: str) -> CorpusText | TokenizerText:
+    """The text of a saved model; `place` says in an error where that is from.
+
+    Raises:
+        UserError: see `TokenizerText`; or no line of it could end.
+    """
+    if EOS not in vocab:
+        raise UserError(f"{place}: has no {EOS} in its vocabulary; use a model of main.py's")
+    return TokenizerText(tokenizer, place) if tokenizer else CorpusText(vocab)
+
+
+def import_tokenizers() -> Any:
+    """The package, imported only when it is needed; UserError where it is not installed."""
+    try:
+        import tokenizers
+        import tokenizers.decoders
+    except ImportError:
+        raise UserError("tokenizers: the package is not installed; pip install tokenizers") from None
+    return tokenizers
