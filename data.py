@@ -31,16 +31,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from harness.texts import (
-    DATASETS,
-    SPLITS,
-    fetch_dataset,
-    file_digest,
-    find_files,
-    load_cache,
-    read_tokenizer,
-    save_cache,
-)
+import harness.texts as texts
+from harness.texts import SPLITS
 from utils import BPTTBatchSampler, LabelEncoder, UserError
 
 EOS, UNK = "<eos>", "<unk>"
@@ -120,10 +112,10 @@ def read_corpus(data: str, vocab: list[str] | None = None, vocab_size: int = 0, 
     """
     if vocab_size == 1:
         raise UserError(f"--vocab_size 1: leaves no room for {UNK} and {EOS}; give 2 or more")
-    files = fetch_dataset(data) if data in DATASETS else find_files(data)
-    digests = [file_digest(path) for path in files]
+    files = texts.fetch_dataset(data) if data in texts.DATASETS else texts.find_files(data)
+    digests = [texts.file_digest(path) for path in files]
     digest = hashlib.sha256("".join(digests).encode()).hexdigest()
-    tokenizer, pieces = read_tokenizer(files[0].parent)
+    tokenizer, pieces = texts.read_tokenizer(files[0].parent)
     rule = "\n".join([f"{vocab_size} {min_count}", *(vocab or ()), *([tokenizer] if tokenizer else ())])
     name = f".cache-{hashlib.sha256(rule.encode()).hexdigest()[:16]}.pt"
     folder = files[0].parent
@@ -132,7 +124,7 @@ def read_corpus(data: str, vocab: list[str] | None = None, vocab_size: int = 0, 
     for place in places:
         # With `vocab` the cache of any rule that led to the same vocabulary will do: that fixes the ids.
         for path in sorted(place.glob(".cache-*.pt")) if vocab else [place / name]:
-            cached = load_cache(path, digest)
+            cached = texts.load_cache(path, digest)
             if cached and vocab in (None, cached["vocab"]):
                 return Corpus(**cached)
     corpus = encode_files(data, files, digest, vocab, vocab_size, min_count, pieces)
@@ -140,8 +132,8 @@ def read_corpus(data: str, vocab: list[str] | None = None, vocab_size: int = 0, 
     problem = None
     for place in places:
         try:
-            save_cache(place / name, corpus._asdict())
-            cached = load_cache(place / name, digest)
+            texts.save_cache(place / name, corpus._asdict())
+            cached = texts.load_cache(place / name, digest)
             return Corpus(**cached) if cached else corpus
         except OSError as error:
             problem = problem or f"{place}: {error.strerror}"
@@ -183,7 +175,7 @@ def encode_files(
 ) -> Corpus:  # fmt: skip
     """Reads three texts, training first; see `read_corpus`. Some 8 bytes per token are held for a moment."""
     table = KnownWords(vocab) if vocab else FirstSeen()
-    texts, types = [], 0
+    encoded, types = [], 0
     with tqdm(
         total=sum(path.stat().st_size for path in files), unit="B", unit_scale=True,
         desc=f"reading {data}", delay=2, mininterval=0.5, leave=False,
@@ -193,21 +185,21 @@ def encode_files(
                 np.fromiter(map(table.__getitem__, words), np.int32, len(words))
                 for words in read_words(table.place, bar)
             ]
-            texts.append(blocks)
+            encoded.append(blocks)
             if (length := sum(map(len, blocks))) < 2:
                 problem = "has a single token" if length else "is empty"
                 raise UserError(f"{table.place}: {problem}; every text needs two tokens or more")
-            if vocab is None and len(texts) == 1:
+            if vocab is None and len(encoded) == 1:
                 for piece in pieces:
                     table.setdefault(piece, len(table))
                 types = len(table)  # the training text's, and what else its tokenizer makes
     if vocab is None:  # by blocks: numpy turns what it counts, or takes as an index, into 8 bytes per token
-        counts = sum(np.bincount(block, minlength=types) for block in texts[0])
+        counts = sum(np.bincount(block, minlength=types) for block in encoded[0])
         vocab, final = by_frequency(list(table), counts, vocab_size, min_count)
-        for block in itertools.chain(*texts):
+        for block in itertools.chain(*encoded):
             block[:] = final[block]
     dtype = np.int16 if len(vocab) <= 1 << 15 else np.int32
-    return Corpus(vocab, *(torch.from_numpy(np.concatenate(blocks, dtype=dtype)) for blocks in texts), digest)
+    return Corpus(vocab, *(torch.from_numpy(np.concatenate(blocks, dtype=dtype)) for blocks in encoded), digest)
 
 
 def by_frequency(

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layers.mogrifier import Mogrifier
 from layers.qrnn import QRNNLayer
 from layers.weight_drop import WeightDropLinear, drop_weight
 from mos import MixtureOfSoftmaxes
@@ -29,7 +30,8 @@ from utils import LockedDropout
 # (c,) QRNN.
 Hidden = tuple[Tensor, ...]
 Criterion = SplitCrossEntropyLoss | MixtureOfSoftmaxes  # an output layer: what `build` makes beside the model
-DROPOUTS = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop", "dropoutl")  # the last: the mixture's
+# Those of every model; then the mixture's, and the Mogrifier's own.
+DROPOUTS = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop", "dropoutl", "dropoutr")
 
 
 class WriteInto(torch.autograd.Function):
@@ -48,6 +50,8 @@ class WriteInto(torch.autograd.Function):
 class QRNN(QRNNLayer):
     """A QRNN layer whose whole linear weight is dropped. The first layer looks at two inputs per step."""
 
+    locked, summed = True, False
+
     def __init__(self, input_size: int, hidden_size: int, wdrop: float, first: bool) -> None:
         super().__init__(input_size, hidden_size, window=2 if first else 1)
         if wdrop:
@@ -64,6 +68,7 @@ class RecurrentLayer(nn.Module):
     bias_ih_l0, bias_hh_l0 (G·H,).
     """
 
+    locked, summed = True, False
     gates: int
     cudnn_mode: int  # cuDNN's own number for the kind of layer
 
@@ -144,7 +149,8 @@ class GRU(RecurrentLayer):
 
 # The choices of --model: Layer(input_size, hidden_size, wdrop, first), which knows its `reset_parameters` and
 # `init_hidden(batch_size)`; called with x (T, B, ·) and its hidden tensors it returns both anew.
-LAYERS = {"LSTM": LSTM, "GRU": GRU, "QRNN": QRNN}
+# `LAYERS[kind].locked`: one mask of dropout for all steps; `.summed`: the softmax is given the sum of all layers'.
+LAYERS = {"LSTM": LSTM, "GRU": GRU, "QRNN": QRNN, "Mogrifier": Mogrifier}
 
 
 class Decoder(nn.Module):
@@ -192,21 +198,23 @@ class RNNModel(nn.Module):
         tie_weights: the decoder's weight is the embedding's; the last layer is then E wide.
         nhidlast: width of the last layer, for another than that; 0: none.
         mixture: the criterion is a mixture, which takes any width; the decoder's weight is then E wide.
+        options: what the layers of this kind take beside sizes and weight drop.
 
     Raises:
-        ValueError: there is no such kind of layer, or the last one does not fit a tied weight.
+        ValueError: there is no such kind of layer, or their widths do not fit each other or a tied weight.
     """
 
     def __init__(
         self, rnn_type: str, ntoken: int, ninp: int, nhid: int, nlayers: int,
         dropout: float = 0.4, dropouth: float = 0.3, dropouti: float = 0.65, dropoute: float = 0.1,
-        wdrop: float = 0.5, tie_weights: bool = True, nhidlast: int = 0, mixture: bool = False,
+        wdrop: float = 0.5, tie_weights: bool = True, nhidlast: int = 0, mixture: bool = False, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__()
         if rnn_type not in LAYERS:
             raise ValueError(f"rnn_type {rnn_type!r}: use one of {', '.join(LAYERS)}")
-        self.dropoute = dropoute
-        self.locki, self.lockh, self.locko = map(LockedDropout, (dropouti, dropouth, dropout))
+        kind, self.dropoute = LAYERS[rnn_type], dropoute
+        drop = LockedDropout if kind.locked else nn.Dropout
+        self.locki, self.lockh, self.locko = map(drop, (dropouti, dropouth, dropout))
         self.encoder = nn.Embedding(ntoken, ninp, _weight=torch.empty(ntoken, ninp))
         last = nhidlast or (ninp if tie_weights or mixture else nhid)
         if tie_weights and last != ninp and not mixture:
@@ -215,8 +223,13 @@ class RNNModel(nn.Module):
                 "or --n_experts too, or leave it out"
             )
         sizes = [ninp, *[nhid] * (nlayers - 1), last]
+        if kind.summed and last != nhid:
+            raise ValueError(
+                f"--nhid {nhid}: a {rnn_type}'s layers are summed, and have to be as wide as the last, {last}; "
+                f"give --nhid {last}"
+            )
         self.rnns = nn.ModuleList(
-            LAYERS[rnn_type](sizes[i], sizes[i + 1], wdrop, first=i == 0) for i in range(nlayers)
+            kind(sizes[i], sizes[i + 1], wdrop, first=i == 0, **options) for i in range(nlayers)
         )
         self.decoder = Decoder(self.encoder, ninp if mixture else last, tie_weights)
         self.reset_parameters()
@@ -243,12 +256,15 @@ class RNNModel(nn.Module):
         Returns:
             output: (N, E), what the criterion (or the decoder) takes.
             hidden: what to carry to the next batch, attached to the graph: `detach` it.
-            raw: with `return_h`, every layer's output, (T, B, ·); dropped: the same after its dropout.
+            raw: with `return_h`, every layer's output, (T, B, ·), the last one's with those that are summed to it;
+                dropped: the same after its dropout.
         """
         x = self.locki(embedded_dropout(self.encoder, words, self.dropoute, self.training))  # (T, B, E)
         new_hidden, raw, dropped = [], [], []
         for i, (layer, carried) in enumerate(zip(self.rnns, hidden, strict=True)):
             x, carried = layer(x, carried)  # (T, B, H)
+            if layer.summed and i == len(self.rnns) - 1:
+                x = sum(raw, x)
             raw.append(x)
             x = self.lockh(x) if i < len(self.rnns) - 1 else self.locko(x)
             dropped.append(x)
@@ -273,9 +289,16 @@ def build(args: dict[str, Any], ntoken: int) -> tuple[RNNModel, Criterion]:
         ValueError: the settings do not go together, or not with a vocabulary of `ntoken` words.
     """
     n_experts, splits, nhidlast = args.get("n_experts", 0), args.get("splits"), args.get("nhidlast", 0)
-    *dropouts, dropoutl = (args.get(name, 0.0) for name in DROPOUTS)
-    sizes = args["emsize"], args["nhid"], args["nlayers"]
-    model = RNNModel(args["model"], ntoken, *sizes, *dropouts, args["tied"], nhidlast, mixture=n_experts > 0)
+    *dropouts, dropoutl, dropoutr = (args.get(name, 0.0) for name in DROPOUTS)
+    sizes, options = (args["emsize"], args["nhid"], args["nlayers"]), {}
+    if args["model"] == "Mogrifier":
+        options = {"rounds": args["rounds"], "rank": args["rank"], "dropoutr": dropoutr}
+    elif dropoutr:
+        raise ValueError(
+            f"--dropoutr {dropoutr}: is the Mogrifier's; leave it out, --wdrop drops the others' state"
+        )
+    how = {"tie_weights": args["tied"], "nhidlast": nhidlast, "mixture": n_experts > 0}
+    model = RNNModel(args["model"], ntoken, *sizes, *dropouts, **how, **options)
     width = nhidlast or (args["emsize"] if args["tied"] or n_experts else args["nhid"])
     if n_experts:
         if splits:

@@ -9,13 +9,15 @@ Yang, Dai, Salakhutdinov, Cohen, arXiv 1711.03953, section 3. Of h, the last lay
 Shapes: N positions (T·B), H features of the last layer, K experts, E embedding, V vocabulary.
 """
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from splitcross import block_rows
+from splitcross import SplitCrossEntropyLoss, block_rows
 from utils import LockedDropout
 
 
@@ -137,3 +139,37 @@ class MixtureOfSoftmaxes(nn.Module):
         latents, log_prior = self.experts(hiddens, 1)
         logprob = F.log_softmax(F.linear(latents, weight, bias), dim=-1)  # (N, K, V)
         return (logprob + log_prior[:, :, None]).logsumexp(1)
+
+
+def sampled(
+    criterion: SplitCrossEntropyLoss | MixtureOfSoftmaxes, samples: int, compiled: bool = False
+) -> Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]:
+    """A loss for batches whose columns come `samples` times, each time with other masks of dropout.
+
+    Of the samples of a position it is the probabilities that are averaged, then the log is taken (Melis, Circling
+    Back to Recurrent Models of Language, arXiv 2211.01848): they are experts of equal prior.
+
+    Returns:
+        loss(weight, bias, hiddens (T·B·samples, H), targets (T, B)) -> the mean over positions, in nats.
+
+    Raises:
+        ValueError: it is to be compiled.
+    """
+    if compiled:
+        raise ValueError(f"--compile: does nothing for --samples {samples}; leave it out")
+
+    def loss(weight: Tensor, bias: Tensor | None, hiddens: Tensor, targets: Tensor) -> Tensor:
+        targets, columns, splits = targets.reshape(-1), targets.size(1) * samples, criterion.splits
+        if splits:
+            each = criterion(weight, bias, hiddens, targets.repeat_interleave(samples), reduction="none")
+            return -((-each).view(-1, samples).logsumexp(1) - math.log(samples)).mean()
+        latents, log_prior = hiddens[:, None], hiddens.new_zeros(len(hiddens), 1)  # (N·samples, 1, E) and (·, 1)
+        if isinstance(criterion, MixtureOfSoftmaxes):
+            latents, log_prior = criterion.experts(hiddens, columns)
+        latents = latents.to(weight.dtype).reshape(len(targets), -1, latents.size(2))  # (N, samples·K, E)
+        log_prior = log_prior.to(weight.dtype).reshape(len(targets), -1) - math.log(samples)
+        bias = weight.new_zeros(len(weight)) if bias is None else bias
+        with torch.autocast(hiddens.device.type, enabled=False):
+            return MixtureCrossEntropy.apply(latents, log_prior, weight, bias, targets, len(targets))
+
+    return loss

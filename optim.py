@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from utils import UserError
+
 
 class Optimizer(NamedTuple):
     """A choice of `--optimizer`."""
@@ -24,10 +26,19 @@ OPTIMIZERS = {
 }
 
 
-def make_optimizer(parameters: list[Tensor], name: str, lr: float, wdecay: float) -> torch.optim.Optimizer:
-    """The optimizer `name` with weight decay, over the parameters of model and criterion alike."""
+def make_optimizer(
+    parameters: list[Tensor], name: str, lr: float, wdecay: float, beta1: float = 0.9
+) -> torch.optim.Optimizer:
+    """The optimizer `name` with weight decay, over the parameters of model and criterion alike.
+
+    Raises:
+        UserError: it has no momentum for `beta1` to set.
+    """
     fused = parameters[0].device.type == "cpu" or None  # one pass, without temporaries; None: torch decides
-    return OPTIMIZERS[name].kind(parameters, lr=lr, weight_decay=wdecay, fused=fused)
+    how = {"betas": (beta1, 0.999)} if name == "adam" else {}
+    if not how and beta1 != 0.9:
+        raise UserError(f"--beta1 {beta1}: is Adam's; give --optimizer adam, or leave it out")
+    return OPTIMIZERS[name].kind(parameters, lr=lr, weight_decay=wdecay, fused=fused, **how)
 
 
 class Mean:

@@ -93,19 +93,21 @@ class Source:
         # Words make sentences; what writes characters writes blank lines, too.
         self.blanks = args.level != "word" and not args.unwrap and self.documents != "lines"
         self.size = sum(path.stat().st_size for path in [*files, *given.values()] if path.is_file())
-        self.splits = np.zeros(1, np.int8)  # of document after document
+        self.splits: np.ndarray | None = None  # of document after document, once they are dealt
 
     def read(self, title: str) -> Iterator[tuple[int, str]]:
         """Yields (split, line), the texts to deal out first."""
-        with tqdm(
-            total=self.size, unit="B", unit_scale=True, desc=title, delay=2, leave=False,
-            disable=not sys.stderr.isatty(),
-        ) as bar:  # fmt: skip
+        with self.progress(title) as bar:
             for document, line in self.read_documents(bar):
-                yield int(self.splits[document]), line
+                yield TRAIN if self.splits is None else int(self.splits[document]), line
             for split, path in self.given.items():
                 for line in self.read_file(path, bar):
                     yield split, line
+
+    def progress(self, title: str) -> tqdm:
+        """A bar over the bytes read, where there is a terminal to show it."""
+        look = {"unit": "B", "unit_scale": True, "leave": False, "disable": not sys.stderr.isatty()}
+        return tqdm(total=self.size, desc=title, **look)
 
     def read_documents(self, bar: tqdm) -> Iterator[tuple[int, str]]:
         """Yields the number of a document, from 0, and a line of it."""
@@ -141,20 +143,21 @@ class Source:
             UserError: there are not enough of them.
         """
         sizes = array("q")
-        with tqdm(total=self.size, unit="B", unit_scale=True, desc="dealing", delay=2, leave=False) as bar:
+        with self.progress("dealing") as bar:
             for document, line in self.read_documents(bar):
-                if document == len(sizes):
+                while document >= len(sizes):
                     sizes.append(0)
                 sizes[document] += len(line) + 1
         self.splits = np.zeros(len(sizes), np.int8)
-        order, total = np.random.default_rng(seed).permutation(len(sizes)).tolist(), sum(sizes)
-        if len(sizes) <= len(shares):
+        order = np.random.default_rng(seed).permutation(len(sizes)).tolist()
+        order = [document for document in order if sizes[document]]
+        if len(order) <= len(shares):
             raise UserError(
-                f"{self.files[0]}: {len(sizes)} {self.documents} cannot be dealt out to {len(shares) + 1} texts; "
+                f"{self.files[0]}: {len(order)} {self.documents} cannot be dealt out to {len(shares) + 1} texts; "
                 "give more, --documents lines, or --valid_file and --test_file"
             )
         for split, share in shares.items():
-            room = share * total
+            room = share * sum(sizes)
             for document in order:
                 if self.splits[document] == TRAIN and sizes[document] <= room:
                     self.splits[document] = split

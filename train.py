@@ -56,6 +56,9 @@ def train_step(run: Run, source: Tensor, target: Tensor) -> Tensor:
     for group in run.optimizer.param_groups:
         group["lr"] = run.at.lr * len(source) / args.bptt
 
+    if args.drop_state and torch.rand(()) < args.drop_state:
+        run.hidden = run.first_hidden()
+    source = source.repeat_interleave(args.samples, dim=1)  # (T, B·samples): masks of dropout are per column
     with torch.autocast(source.device.type, dtype=run.amp, enabled=run.amp is not None):
         output, run.hidden, raw, dropped = run.model(source, detach(run.hidden), return_h=True)
         loss = run.loss(run.model.decoder.weight, run.model.decoder.bias, output, target)
@@ -126,7 +129,7 @@ def fit(run: Run, on_stall: str = "") -> str:
         Why it ended: "epochs", "stall", "SIGINT", "SIGTERM" or the flag that said so.
     """
     args, at, train = run.args, run.at, run.corpus.train
-    on_stall = on_stall or OPTIMIZERS[args.optimizer].on_stall
+    on_stall = on_stall or ("average" if args.average else OPTIMIZERS[args.optimizer].on_stall)
     last_row = len(train) // args.batch_size - 1  # a target only
     run.log.write("start", script=run.script, epoch=at.epoch, batch=at.batch, step=at.step)
     run.start_clock()

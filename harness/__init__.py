@@ -2,6 +2,7 @@
 
 flags    the settings, in one table          files    saved models and states on disk
 script   how a script begins and ends        run      what training changes, and how it is resumed
+position where a run stands                  curves   logs read back, for plot.py
 log      what is printed and logged          start    how a run begins
 texts    the texts of --data on disk         ranks    the processes of torchrun, how a run is told to stop
 """

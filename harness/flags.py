@@ -86,14 +86,20 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("--untied", {"dest": "tied", "action": "store_false"}, None, "a decoder weight of its own"),
         Flag("--n_experts", COUNT, 0, "softmaxes in the mixture; 0: one softmax without latents", **SHAPE),
         Flag("--nhidlast", COUNT, 0, "hidden units of the last layer; 0: emsize when tied, else nhid", **SHAPE),
+        Flag("--rounds", COUNT, 5, "of a Mogrifier, in which input and state gate each other", **SHAPE),
+        Flag("--rank", COUNT, 0, "of the matrices in these rounds; 0: full", **SHAPE),
     ],
     "regularisation (probabilities in [0, 1))": [
         Flag("--dropout", PROBABILITY, 0.4, "locked dropout after the last layer"),
         Flag("--dropouth", PROBABILITY, 0.3, "locked dropout between layers"),
         Flag("--dropouti", PROBABILITY, 0.65, "locked dropout on the embeddings"),
-        Flag("--dropoute", PROBABILITY, 0.1, "dropout of whole word types"),
-        Flag("--wdrop", PROBABILITY, 0.5, "weight drop: hidden-to-hidden, or all of a QRNN"),
+        Flag("--dropoute", PROBABILITY, 0.1, "dropout of whole word types (Mogrifier: 0 unless given)"),
+        Flag("--wdrop", PROBABILITY, 0.5, "weight drop: hidden-to-hidden, or all of a QRNN (Mogrifier: none)"),
+        Flag("--dropoutr", PROBABILITY, 0.0, "dropout of a Mogrifier's state, one mask for all steps"),
+        Flag("--drop_state", PROBABILITY, 0.0, "probability that a batch starts from a zero state (Mogrifier: "
+             "0.01 unless given)"),
         Flag("--dropoutl", PROBABILITY, 0.29, "locked dropout on the latents of --n_experts"),
+        Flag("--samples", POSITIVE, 1, "masks of dropout for each batch, whose probabilities are averaged"),
         Flag("--alpha", FACTOR, 2.0, "activation regularisation (AR); 0: none"),
         Flag("--beta", FACTOR, 1.0, "temporal activation regularisation (TAR); 0: none"),
         Flag("--wdecay", FACTOR, 1.2e-6, "weight decay on all weights"),
@@ -110,6 +116,9 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("--bptt", POSITIVE, 70, "mean sequence length, in tokens"),
         Flag("--max_seq_len", COUNT, 0, "longest sequence length, in tokens; 0: no limit"),
         Flag("--shuffle", SWITCH, False, "rotate every column of the text by an offset of its own in each epoch"),
+        Flag("--beta1", PROBABILITY, 0.9, "of Adam: share of the mean gradient that is kept per step"),
+        Flag("--average", SWITCH, False, "average the weights once the validation loss stalls, as SGD does, under "
+             "Adam too"),
         Flag("--nonmono", COUNT, 5, "epochs that the validation loss may fail to improve"),
         Flag("--seed", COUNT, 1111, "of all random numbers"),
     ],
@@ -124,6 +133,7 @@ FLAGS: dict[str, list[Flag]] = {
 RUN, MODEL, REGULARISATION, OPTIMISATION, MAIN = FLAGS
 BY_NAME = {flag.name: flag for group in FLAGS.values() for flag in group if "dest" not in flag.kind}
 DEFAULTS = {name: flag.default for name, flag in BY_NAME.items()}
+DEFAULTS_OF = {"Mogrifier": {"wdrop": 0.0, "dropoute": 0.0, "drop_state": 0.01}}  # by --model, where others
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -182,7 +192,8 @@ def open_model(args: Namespace) -> files.Opened:
 def resolve_args(given: dict[str, Any], stored: dict[str, Any]) -> Namespace:
     """All settings of a run: given over stored over default; a fresh name and the optimizer's own rate."""
     stored = {name: value for name, value in stored.items() if name in BY_NAME and BY_NAME[name].stored}
-    args = Namespace(**{**DEFAULTS, **stored, **given})
+    kind = given.get("model", stored.get("model"))
+    args = Namespace(**{**DEFAULTS, **DEFAULTS_OF.get(kind, {}), **stored, **given})
     changed = "optimizer" in given and given["optimizer"] != stored.get("optimizer")
     if args.lr is None or (changed and "lr" not in given):
         args.lr = OPTIMIZERS[args.optimizer].lr

@@ -7,7 +7,7 @@ import os
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,35 +16,14 @@ from torch import Tensor, nn
 import harness.files as files
 from data import Corpus
 from harness.log import RunLog, figures, ppl, say, warn
+from harness.position import Position
 from harness.ranks import ALONE, Ranks
 from model import Criterion, Hidden, RNNModel, build, detach
+from mos import sampled
 from optim import Mean, make_optimizer
-from utils import RunError, UserError, keep_freed_memory, map_tensors, out_of_memory
+from utils import UserError, keep_freed_memory, map_tensors, out_of_memory
 
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass
-class Position:
-    """Where a run stands: plain numbers, saved with its state."""
-
-    lr: float  # the base rate, before the scaling by batch length
-    epoch: int = 1
-    row: int = 0  # of the batched text: where the next batch starts
-    batch: int = 0  # of this epoch
-    step: int = 0  # optimizer steps of the whole run
-    loss_sum: float = 0.0  # over the batches since the last log line
-    loss_count: int = 0
-    epoch_s: float = 0.0  # spent in this epoch, as of `Run.count_time`
-    best_loss: float | None = None  # validation, nats per token, of the saved model
-    history: list[float] = field(default_factory=list)  # validation loss of every epoch
-
-    def not_finite(self, what: str, step: int) -> RunError:
-        """The error of a run that has diverged by `step`."""
-        return RunError(
-            f"{what} at epoch {self.epoch}, step {step}, rate {self.lr:g}; the saved model is as it was: try "
-            "a lower --lr or --clip"
-        )
 
 
 class Run:
@@ -74,6 +53,7 @@ class Run:
             self.model, self.criterion = build(vars(args), len(corpus.vocab))
             # The projection's softmax is what gains from a compiler: cuDNN's and oneDNN's layers would not.
             self.loss = self.criterion.compiled() if args.compile else self.criterion
+            self.loss = sampled(self.criterion, args.samples, args.compile) if args.samples > 1 else self.loss
         except ValueError as error:
             raise UserError(str(error)) from None
         args.splits = self.criterion.splits
@@ -89,7 +69,7 @@ class Run:
 
         self.amp = AMP[args.amp]  # forward and loss run under autocast to it; None: in float32
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp is torch.float16)
-        self.optimizer = make_optimizer(self.parameters, args.optimizer, args.lr, args.wdecay)
+        self.optimizer = make_optimizer(self.parameters, args.optimizer, args.lr, args.wdecay, args.beta1)
         self.mean: Mean | None = None  # of the weights, once averaging is on
         self.columns = ranks.columns(args.batch_size)  # this rank's, of the whole batch
         self.hidden: list[Hidden] = self.first_hidden()
@@ -105,7 +85,7 @@ class Run:
 
     def first_hidden(self) -> list[Hidden]:
         """What an epoch begins with, of this rank's columns."""
-        return self.model.init_hidden(self.columns.stop - self.columns.start)
+        return self.model.init_hidden((self.columns.stop - self.columns.start) * self.args.samples)
 
     def start_epoch(self) -> None:
         """Nothing is carried into an epoch; its columns begin where the draw says."""
@@ -281,10 +261,13 @@ class Run:
             self.at.lr = given["lr"]
         for group in self.optimizer.param_groups:
             group["weight_decay"] = args.wdecay
+            group |= {"betas": (args.beta1, 0.999)} if "betas" in group else {}
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        if state["hidden"][0][0].size(1) == args.batch_size:
-            self.hidden = map_tensors(lambda x: x[:, self.columns].to(self.device), state["hidden"])
+        D = args.samples
+        if state["hidden"][0][0].size(1) == args.batch_size * D:
+            own = slice(self.columns.start * D, self.columns.stop * D)
+            self.hidden = map_tensors(lambda x: x[:, own].to(self.device), state["hidden"])
         else:  # another --batch_size: the columns of the text are others, this epoch starts again
             self.at.row = self.at.batch = 0
         self.offsets = state["offsets"]

@@ -16,7 +16,7 @@ from harness.run import Run
 from utils import UserError, pick_device
 
 # A new fine-tuning starts its own course: these do not come from the training that made the model.
-OWN = ("epochs", "optimizer", "lr", "when", "nonmono")
+OWN = ("epochs", "optimizer", "lr", "when", "nonmono", "beta1", "average")
 
 
 class Found(NamedTuple):

@@ -67,7 +67,28 @@ def qrnn(x: Array, p: dict[str, Array]) -> Array:
     return np.stack(out)
 
 
-LAYERS = {"LSTM": lstm, "GRU": gru, "QRNN": qrnn}
+def mogrifier(x: Array, p: dict[str, Array]) -> Array:
+    """(T, B, E) -> (T, B, H); gates in the order i, f, g, o."""
+    h = c = np.zeros((x.shape[1], p["weight_hh"].shape[1]))
+    out = []
+    for x_t in x:
+        r = 0
+        while f"rounds.{r}.bias" in p:
+            own = f"rounds.{r}."
+            matrix = p[own + "weight"] if own + "weight" in p else p[own + "a"] @ p[own + "b"]
+            if r % 2 == 0:
+                x_t = 2 * sigmoid(h @ matrix + p[own + "bias"]) * x_t
+            else:
+                h = 2 * sigmoid(x_t @ matrix + p[own + "bias"]) * h
+            r += 1
+        i, f, g, o = np.split(x_t @ p["weight_ih"].T + h @ p["weight_hh"].T + p["bias"], 4, axis=1)
+        c = sigmoid(f) * c + np.minimum(sigmoid(i), 1 - sigmoid(f)) * np.tanh(g)
+        h = sigmoid(o) * np.tanh(c)
+        out.append(h)
+    return np.stack(out)
+
+
+LAYERS = {"LSTM": lstm, "GRU": gru, "QRNN": qrnn, "Mogrifier": mogrifier}
 
 
 def layers(kind: str, model: dict[str, Array], words: Array) -> list[Array]:
@@ -117,7 +138,8 @@ def log_probs(
 def losses(saved: dict[str, Any], words: Array, targets: Array) -> Array:
     """-log p of targets (T, B), the words read being (T, B): (T, B), in nats."""
     model = saved["model"]
-    hiddens = layers(saved["args"]["model"], model, words)[-1]
+    outputs = layers(saved["args"]["model"], model, words)
+    hiddens = sum(outputs) if saved["args"]["model"] == "Mogrifier" else outputs[-1]
     weight = model.get("decoder.weight", model["encoder.weight"])
     logp = log_probs(
         weight,

@@ -1,0 +1,236 @@
+"""The Mogrifier LSTM: its input and its state gate each other before the gates are computed.
+
+Melis, Kočiský, Blunsom, arXiv 1909.01792, section 2; the cell is that of Melis, Dyer, Blunsom, arXiv 1707.05589.
+Per step, with x and h after their dropouts:
+
+    for r = 0 .. R-1:    even r:  x ← 2σ(h·A_r·B_r + b_r) ⊙ x      odd r:  h ← 2σ(x·A_r·B_r + b_r) ⊙ h
+    i, f, g, o = W·[x, h] + b                                      R = 0: Melis's LSTM
+    c ← σ(f) ⊙ c + min(σ(i), 1 - σ(f)) ⊙ tanh(g)
+    h ← σ(o) ⊙ tanh(c)
+
+Shapes: T time, B batch, E the layer's input features, H hidden, R rounds, K rank of A·B.
+
+The loop over time is one autograd function, without a node of the graph per step. It keeps what comes out of
+products and sigmoids, and c; what is elementwise is calculated again. The gradient of a weight is one product over
+all steps.
+"""
+
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Round(NamedTuple):
+    """The weights of a round: σ(source · A · B + bias)."""
+
+    a: Tensor | None  # (from, K); None: B alone is of full rank
+    b: Tensor  # (K, to), or (from, to)
+    bias: Tensor  # (to,)
+
+
+def take_rounds(weights: list[Tensor], full: bool) -> list[Round]:
+    """The weights behind the first three, as rounds."""
+    size, rest = (2, 3)[not full], weights[3:]
+    parts = [rest[k : k + size] for k in range(0, len(rest), size)]
+    return [Round(*([None] * full), *part) for part in parts]
+
+
+def gate(x: Tensor, sigma: Tensor) -> Tensor:
+    """2σ ⊙ x."""
+    return (x * sigma).mul_(2)
+
+
+def before_rounds(x: Tensor, h: Tensor, sigmas: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """x and h before every round and after the last one, R + 1 each."""
+    xs, hs = [x], [h]
+    for r, sigma in enumerate(sigmas):
+        xs.append(xs[-1] if r % 2 else gate(xs[-1], sigma))
+        hs.append(gate(hs[-1], sigma) if r % 2 else hs[-1])
+    return xs, hs
+
+
+class MogrifierScan(torch.autograd.Function):
+    """All steps of a layer: x (T, B, E), h and c (B, H) -> out (T, B, H), c (B, H).
+
+    mask: (B, H), what h is multiplied by before each step; None: nothing.
+    weights: weight_ih (4H, E), weight_hh (4H, H), bias (4H,), then each round's; `full`: of full rank.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, h: Tensor, c: Tensor, mask: Tensor | None, full: bool, *weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        (T, B, _), H, (weight_ih, weight_hh, bias) = x.shape, h.size(1), weights[:3]
+        rounds, first = take_rounds(weights, full), (h, c)
+        gates, cells, out = (x.new_empty(T, B, size) for size in (4 * H, H, H))
+        sigmas = [x.new_empty(T, B, len(round.bias)) for round in rounds]
+        inner = [x.new_empty(T, B, len(round.b)) for round in rounds if not full]  # source · A
+        if not rounds:  # the input's share of all steps in one product
+            torch.addmm(bias, x.flatten(0, 1), weight_ih.T, out=gates.view(T * B, -1))
+        for t in range(T):
+            x_t, h = x[t], h if mask is None else h * mask
+            for r, (a, b, b_bias) in enumerate(rounds):
+                source = x_t if r % 2 else h
+                source = source if a is None else torch.mm(source, a, out=inner[r][t])
+                sigma = torch.addmm(b_bias, source, b, out=sigmas[r][t]).sigmoid_()
+                x_t, h = (x_t, gate(h, sigma)) if r % 2 else (gate(x_t, sigma), h)
+            if rounds:
+                torch.addmm(bias, x_t, weight_ih.T, out=gates[t])
+            y = gates[t].addmm_(h, weight_hh.T)
+            y[:, : 2 * H].sigmoid_()
+            y[:, 2 * H : 3 * H].tanh_()
+            y[:, 3 * H :].sigmoid_()
+            i, f, g, o = y.chunk(4, 1)
+            c = torch.mul(f, c, out=cells[t]).addcmul_(torch.minimum(i, 1 - f), g)
+            h = torch.mul(o, c.tanh(), out=out[t])
+        ctx.save_for_backward(x, *first, mask, gates, cells, out, *sigmas, *inner, *weights)
+        ctx.full, ctx.rounds = full, len(rounds)
+        return out, c.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: Tensor, d_c: Tensor) -> tuple[Tensor | None, ...]:
+        R, saved = ctx.rounds, iter(ctx.saved_tensors)
+        x, h_first, c_first, mask, gates, cells, out = islice(saved, 7)
+        sigmas, inner = list(islice(saved, R)), list(islice(saved, 0 if ctx.full else R))
+        weights = list(saved)
+        (weight_ih, weight_hh), rounds = weights[:2], take_rounds(weights, ctx.full)
+        before = torch.cat([h_first[None], out[:-1]])  # (T, B, H), h before each step
+        before = before if mask is None else before * mask
+        d_gates, d_x, d_h = torch.empty_like(gates), torch.empty_like(x), torch.zeros_like(h_first)
+        d_sums = [torch.empty_like(sigma) for sigma in sigmas]  # of what a sigmoid is taken of
+        d_inner = [torch.empty_like(u) for u in inner]
+        for t in reversed(range(len(x))):
+            i, f, g, o = gates[t].chunk(4, 1)
+            d_i, d_f, d_g, d_o = d_gates[t].chunk(4, 1)
+            c_before, tanh_c, keep = cells[t - 1] if t else c_first, cells[t].tanh(), 1 - f
+            d_h = d_h + d_out[t]
+            d_c = torch.addcmul(d_c, d_h * o, 1 - tanh_c * tanh_c)
+            d_input = d_c * g  # of min(i, 1 - f): the smaller one takes it
+            d_free = d_input * (i < keep)
+            torch.mul(d_free, i * (1 - i), out=d_i)
+            torch.mul((d_c * c_before).add_(d_free).sub_(d_input), f * keep, out=d_f)
+            torch.mul(d_c * torch.minimum(i, keep), 1 - g * g, out=d_g)
+            torch.mul(d_h * tanh_c, o * (1 - o), out=d_o)
+            d_c, d_h = d_c * f, d_gates[t] @ weight_hh
+            if rounds:
+                d_x_t = torch.mm(d_gates[t], weight_ih)
+                xs, hs = before_rounds(x[t], before[t], [sigma[t] for sigma in sigmas])
+                for r in reversed(range(R)):
+                    sigma, value, d = sigmas[r][t], (hs if r % 2 else xs)[r], d_h if r % 2 else d_x_t
+                    d_sum = torch.mul((d * value).mul_(2), sigma * (1 - sigma), out=d_sums[r][t])
+                    a, b, _ = rounds[r]
+                    d_source = d_sum @ b.T if a is None else torch.mm(d_sum, b.T, out=d_inner[r][t]) @ a.T
+                    d_gated = gate(d, sigma)
+                    d_x_t, d_h = (d_x_t + d_source, d_gated) if r % 2 else (d_gated, d_h + d_source)
+                d_x[t] = d_x_t
+            d_h = d_h if mask is None else d_h * mask
+        if not rounds:
+            torch.mm(d_gates.flatten(0, 1), weight_ih, out=d_x.view(-1, d_x.size(2)))
+
+        def product(left: Tensor, right: Tensor) -> Tensor:
+            """(T, B, n), (T, B, m) -> (n, m), summed over all steps."""
+            return left.flatten(0, 1).T @ right.flatten(0, 1)
+
+        xs, hs = before_rounds(x, before, sigmas)
+        d_weights = [product(d_gates, xs[-1]), product(d_gates, hs[-1]), d_gates.sum((0, 1))]
+        for r, d_sum in enumerate(d_sums):
+            source = xs[r] if r % 2 else hs[r]
+            d_factors = (
+                [product(source, d_sum)] if ctx.full else [product(source, d_inner[r]), product(inner[r], d_sum)]
+            )
+            d_weights += [*d_factors, d_sum.sum((0, 1))]
+        return d_x, d_h, d_c, None, None, *d_weights
+
+
+class RoundWeights(nn.Module):
+    """A round's parameters: a (from, K), b (K, to) and bias (to,), or with rank 0 weight (from, to) and bias."""
+
+    def __init__(self, source: int, to: int, rank: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.empty(to))
+        if rank:
+            self.a = nn.Parameter(torch.empty(source, rank))
+            self.b = nn.Parameter(torch.empty(rank, to))
+        else:
+            self.weight = nn.Parameter(torch.empty(source, to))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.weight, self.bias] if hasattr(self, "weight") else [self.a, self.b, self.bias]
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.bias)
+        *factors, _ = self.tensors
+        for factor in factors:
+            # Of two factors, so that their product has the deviation of one matrix (Melis et al., appendix).
+            truncated_normal_(factor, (factors[0].size(0) * factors[-1].size(0)) ** -0.25)
+
+
+def truncated_normal_(tensor: Tensor, std: float) -> None:
+    """Normal, cut off at two deviations."""
+    nn.init.trunc_normal_(tensor, std=std, a=-2 * std, b=2 * std)
+
+
+class Mogrifier(nn.Module):
+    """One layer.
+
+    Args:
+        input_size, hidden_size: E, H.
+        rounds, rank: R, K; rank 0: a full matrix in place of A·B.
+        dropoutr: dropout of h, one mask for all steps of a batch.
+
+    Parameters: weight_ih (4H, E), weight_hh (4H, H), bias (4H,), rows in the order i, f, g, o; rounds.R.
+
+    Raises:
+        ValueError: with weight drop, which this cell does not have.
+    """
+
+    locked = False  # the dropouts around the layers are drawn afresh at each step
+    summed = True  # the layers' outputs are summed, for the softmax
+
+    def __init__(
+        self, input_size: int, hidden_size: int, wdrop: float, first: bool,
+        rounds: int = 5, rank: int = 0, dropoutr: float = 0.0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if wdrop:
+            raise ValueError(
+                f"--wdrop {wdrop}: a Mogrifier has no weight drop; leave it out, --dropoutr drops its state"
+            )
+        self.hidden_size, self.rank, self.dropoutr = hidden_size, rank, dropoutr
+        self.weight_ih = nn.Parameter(torch.empty(4 * hidden_size, input_size))
+        self.weight_hh = nn.Parameter(torch.empty(4 * hidden_size, hidden_size))
+        self.bias = nn.Parameter(torch.empty(4 * hidden_size))
+        sizes = input_size, hidden_size
+        self.rounds = nn.ModuleList(RoundWeights(sizes[r % 2 == 0], sizes[r % 2], rank) for r in range(rounds))
+
+    def reset_parameters(self) -> None:
+        """Truncated normal of variance 1 / fan-in; the forget gate's bias 1, others 0."""
+        fan_in = self.weight_ih.size(1) + self.hidden_size
+        for weight in (self.weight_ih, self.weight_hh):
+            truncated_normal_(weight, fan_in**-0.5)
+        nn.init.zeros_(self.bias)
+        with torch.no_grad():
+            self.bias[self.hidden_size : 2 * self.hidden_size] = 1
+        for round in self.rounds:
+            round.reset_parameters()
+
+    def init_hidden(self, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Zeros, (1, B, H): h and c."""
+        zeros = self.bias.new_zeros(1, batch_size, self.hidden_size)
+        return zeros, zeros.clone()
+
+    def forward(self, x: Tensor, hidden: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """x (T, B, E) and what the batch before left -> out (T, B, H) and what to carry."""
+        mask = None
+        if self.training and self.dropoutr:
+            mask = torch.empty_like(hidden[0][0]).bernoulli_(1 - self.dropoutr).div_(1 - self.dropoutr)  # (B, H)
+        weights = [self.weight_ih, self.weight_hh, self.bias]
+        weights += [tensor for round in self.rounds for tensor in round.tensors]
+        with torch.autocast(x.device.type, enabled=False):  # every step is small, and its rounding would add up
+            h, c = (tensor[0].to(self.bias.dtype) for tensor in hidden)
+            out, c = MogrifierScan.apply(x.to(self.bias.dtype), h, c, mask, self.rank == 0, *weights)
+        return out, (out[-1:], c[None])

@@ -1,0 +1,221 @@
+"""The Mogrifier's cell against a loop in float64, the flags of Melis's recipe, and dropout samples."""
+
+import math
+
+import numpy as np
+import pytest
+import reference
+import torch
+from conftest import SMALL
+from runner import run_cli
+from torch import Tensor, nn
+from toys import call, error_line
+
+import main
+import mos
+from layers.mogrifier import Mogrifier, MogrifierScan
+from model import RNNModel, build
+from mos import MixtureOfSoftmaxes, sampled
+from optim import make_optimizer
+from splitcross import SplitCrossEntropyLoss
+from utils import UserError
+
+E, H = 5, 6
+CELLS = [(rounds, rank) for rounds in (0, 1, 2, 5) for rank in (0, 3)]
+MELIS = ["--model", "Mogrifier", "--emsize", 8, "--nhid", 8, "--optimizer", "adam", "--lr", 0.01]
+
+
+def make_layer(rounds: int, rank: int, dropoutr: float = 0.0) -> Mogrifier:
+    layer = Mogrifier(E, H, 0.0, True, rounds, rank, dropoutr).double()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.6)
+    return layer
+
+
+def draw(*size: int) -> Tensor:
+    return torch.randn(*size, dtype=torch.float64, requires_grad=True)
+
+
+def tensors_of(layer: Mogrifier) -> list[Tensor]:
+    return [layer.weight_ih, layer.weight_hh, layer.bias, *(t for r in layer.rounds for t in r.tensors)]
+
+
+@pytest.mark.parametrize(("rounds", "rank"), CELLS)
+def test_the_layer_is_the_equations_step_by_step(rounds, rank):
+    layer, x = make_layer(rounds, rank), draw(7, 3, E)
+    own = {name: parameter.detach().numpy() for name, parameter in layer.named_parameters()}
+    out, (h, c) = layer(x, layer.init_hidden(3))
+    np.testing.assert_allclose(out.detach().numpy(), reference.mogrifier(x.detach().numpy(), own), rtol=1e-12)
+    torch.testing.assert_close(h, out[-1:])
+    assert c.shape == (1, 3, H)
+
+
+@pytest.mark.parametrize(("rounds", "rank"), CELLS)
+@pytest.mark.parametrize(("T", "B"), [(1, 1), (4, 3)])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_all_gradients(rounds, rank, T, B, dropped):
+    """Of the input, the carried state and every weight; the carried cell's gradient comes back too."""
+    layer = make_layer(rounds, rank)
+    mask = torch.tensor([0.0, 1.5]).double().repeat(B, H // 2) if dropped else None
+
+    def scan(x: Tensor, h: Tensor, c: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        return MogrifierScan.apply(x, h, c, mask, rank == 0, *weights)
+
+    assert torch.autograd.gradcheck(scan, (draw(T, B, E), draw(B, H), draw(B, H), *tensors_of(layer)))
+
+
+def test_the_input_gate_never_adds_more_than_the_forget_gate_took():
+    """With i at 1 and f at 0.9, c moves to 0.9·c + 0.1·j."""
+    layer = make_layer(0, 0)
+    with torch.no_grad():
+        layer.weight_ih.zero_(), layer.weight_hh.zero_()
+        layer.bias.copy_(torch.tensor([50.0, math.log(9), 50.0, 0.0]).double().repeat_interleave(H))
+    _, (_, c) = layer(draw(1, 1, E), (torch.zeros(1, 1, H).double(), torch.full((1, 1, H), 3.0).double()))
+    torch.testing.assert_close(c, torch.full((1, 1, H), 0.9 * 3 + 0.1).double())
+
+
+@pytest.mark.parametrize(("rounds", "rank"), [(0, 0), (5, 3)])
+def test_a_text_cut_in_two_is_the_same_text(rounds, rank):
+    layer, x = make_layer(rounds, rank), draw(9, 2, E)
+    whole, last = layer(x, layer.init_hidden(2))
+    first, carried = layer(x[:4], layer.init_hidden(2))
+    second, end = layer(x[4:], carried)
+    torch.testing.assert_close(torch.cat([first, second]), whole)
+    torch.testing.assert_close(end, last)
+
+
+def test_the_state_has_one_mask_for_all_steps():
+    """dropoutr: a unit that is dropped is dropped at every step, and never in evaluation."""
+    layer, x = make_layer(3, 0, dropoutr=0.5), draw(6, 4, E)
+    torch.manual_seed(1)
+    out, _ = layer(x, layer.init_hidden(4))
+    torch.manual_seed(1)
+    mask = torch.empty(4, H).double().bernoulli_(0.5).div_(0.5)
+    zeros = torch.zeros(4, H).double()
+    torch.testing.assert_close(out, MogrifierScan.apply(x, zeros, zeros, mask, True, *tensors_of(layer))[0])
+    plain, _ = make_layer(3, 0).eval()(x, layer.init_hidden(4))
+    assert not torch.equal(out, plain)
+    layer.eval()
+    assert torch.equal(layer(x, layer.init_hidden(4))[0], layer(x, layer.init_hidden(4))[0])
+
+
+def test_fresh_weights():
+    """Truncated normals of variance 1/fan-in; A·B has about that of one matrix; the forget bias is 1."""
+    layer = Mogrifier(300, 200, 0.0, True, 2, 50)
+    layer.reset_parameters()
+    truncated = 0.8796  # deviation of a normal cut off at two
+    assert layer.weight_ih.std().item() == pytest.approx(truncated * 500**-0.5, rel=0.02)
+    assert layer.rounds[0].a.std().item() == pytest.approx(truncated * (200 * 50) ** -0.25, rel=0.02)
+    assert layer.rounds[1].b.std().item() == pytest.approx(truncated * (300 * 50) ** -0.25, rel=0.02)
+    assert layer.bias.view(4, -1).tolist() == [[value] * 200 for value in (0, 1, 0, 0)]
+    names = {"weight_ih", "weight_hh", "bias", *(f"rounds.{r}.{n}" for r in (0, 1) for n in ("a", "b", "bias"))}
+    assert {name for name, _ in layer.named_parameters()} == names
+
+
+def test_the_softmax_sees_the_sum_of_the_layers_and_dropout_is_not_locked():
+    torch.manual_seed(0)
+    model = RNNModel("Mogrifier", 20, 8, 8, 3, *[0.0] * 5, rounds=2, rank=0)
+    words = torch.randint(20, (5, 2))
+    output, _, raw, _ = model(words, model.init_hidden(2), return_h=True)
+    x, outputs = model.encoder(words), []
+    for layer in model.rnns:
+        x, _ = layer(x, layer.init_hidden(2))
+        outputs.append(x)
+    torch.testing.assert_close(raw[-1], sum(outputs))
+    torch.testing.assert_close(output, sum(outputs).flatten(0, 1))
+    assert all(type(drop) is nn.Dropout for drop in (model.locki, model.lockh, model.locko))
+
+
+# The recipe's other parts
+
+
+@pytest.mark.parametrize(
+    "flags", [(), ("--rounds", 0), ("--rounds", 3, "--rank", 2, "--untied", "--n_experts", 2)]
+)
+def test_perplexities_are_those_of_float64(trained, corpus, flags):
+    run = trained("--epochs", 2, *MELIS, "--dropoutr", 0.2, *flags)
+    saved = reference.load(run.path)
+    ids = reference.encode(corpus / "test.txt", saved["vocab"])
+    assert run.log("test")[0]["loss"] == pytest.approx(reference.mean_loss(saved, ids, 1), rel=1e-6)
+
+
+def test_a_cut_run_ends_bit_for_bit_where_the_whole_one_does(trained, corpus, tmp_path):
+    """With everything that the recipe draws and keeps: state drops, samples, averaging under Adam."""
+    draws = ["--drop_state", 0.3, "--dropoutr", 0.3, "--samples", 2]
+    flags = [*MELIS, "--lr", 1, "--beta1", 0, "--average", "--nonmono", 0, *draws]
+    whole = trained("--epochs", 4, *flags)
+    assert whole.log("averaging")
+    folder = tmp_path
+    cut = ["--data", corpus, *SMALL, "--epochs", 4, *flags, "--save", "m.pt"]
+    assert run_cli(*cut, "--max_steps", 7, cwd=folder).status == 0
+    assert run_cli("--resume", "m.pt", cwd=folder).status == 0
+    first, second = (torch.load(path, weights_only=True)["model"] for path in (whole.path, folder / "m.pt"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_defaults_of_the_kind(trained):
+    args = torch.load(trained("--epochs", 2, *MELIS, "--dropoutr", 0.2).path, weights_only=True)["args"]
+    assert [args[name] for name in ("wdrop", "dropoute", "drop_state", "rounds", "rank")] == [0, 0, 0.01, 5, 0]
+    args = torch.load(trained("--epochs", 2).path, weights_only=True)["args"]
+    assert [args[name] for name in ("wdrop", "dropoute", "drop_state")] == [0.5, 0.1, 0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--model", "Mogrifier"], "--nhid 10"),
+        ([*MELIS, "--wdrop", 0.1], "--wdrop 0.1"),
+        ([*MELIS, "--nhidlast", 4, "--n_experts", 2], "--nhid 8"),
+        (["--dropoutr", 0.1], "--dropoutr 0.1"),
+        (["--beta1", 0.5], "--beta1 0.5"),
+        (["--samples", 2, "--compile"], "--compile"),
+    ],
+)
+def test_what_makes_no_sense_is_one_line(corpus, tmp_path, capsys, flags, named):
+    assert call(main, "--data", corpus, *SMALL, *flags, "--save", tmp_path / "m.pt") == 2
+    assert named in error_line(capsys)
+    assert not (tmp_path / "m.pt").exists()
+
+
+def test_beta1_is_the_optimizers():
+    parameters = [nn.Parameter(torch.zeros(2))]
+    assert make_optimizer(parameters, "adam", 0.1, 0.0, 0.0).param_groups[0]["betas"] == (0.0, 0.999)
+    with pytest.raises(UserError, match="beta1"):
+        make_optimizer(parameters, "sgd", 0.1, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("kind", ["plain", "split", "mixture"])
+def test_of_samples_the_probabilities_are_averaged(kind, monkeypatch):
+    """Loss and every gradient against the definition; in blocks of three positions."""
+    monkeypatch.setattr(mos, "block_rows", lambda V: 12)
+    T, B, D, V = 3, 2, 4, 11
+    make = {
+        "plain": lambda: SplitCrossEntropyLoss(E),
+        "split": lambda: SplitCrossEntropyLoss(E, [4, 8]),
+        "mixture": lambda: MixtureOfSoftmaxes(E, E, 3),
+    }[kind]
+    criterion = make().double()
+    for parameter in criterion.parameters():
+        nn.init.normal_(parameter)
+    weight, bias, hiddens, targets = draw(V, E), draw(V), draw(T * B * D, E), torch.randint(V, (T, B))
+    prob = criterion.logprob(weight, bias, hiddens).exp().view(T * B, D, V).mean(1)
+    expected = -prob.log().gather(1, targets.reshape(-1, 1)).mean()
+    loss = sampled(criterion, D)(weight, bias, hiddens, targets)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    inputs = [weight, bias, hiddens, *criterion.parameters()]
+    for pair in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs), strict=True):
+        torch.testing.assert_close(*pair, rtol=1e-9, atol=1e-13)
+
+
+def test_samples_of_a_model_that_drops_nothing_change_nothing(trained):
+    flags = ["--epochs", 1, *(f for name in ("", "h", "i", "e") for f in (f"--dropout{name}", 0)), "--wdrop", 0]
+    one, three = trained(*flags), trained(*flags, "--samples", 3)
+    losses = [[entry["loss"] for entry in run.log("valid")] for run in (one, three)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_options_are_read_from_the_files_args():
+    args = {"model": "Mogrifier", "emsize": 8, "nhid": 8, "nlayers": 2, "tied": True, "rounds": 2, "rank": 3}
+    model, _ = build(args, 10)
+    assert [len(layer.rounds) for layer in model.rnns] == [2, 2]
+    assert model.rnns[0].rounds[0].a.shape == (8, 3)
