@@ -39,8 +39,8 @@ import torch
 
 from benchmarks import timed
 from benchmarks.work import SETTINGS, VARIANTS, Work, others, ours, setting
-from data import find_files
 from harness import COUNT, ArgumentParser, check_writable, run_script
+from harness.texts import find_files
 from utils import RunError, UserError
 
 BUDGET_S = 45  # for the rounds of a setting, or of table 2, unless --rounds says how many

@@ -27,8 +27,11 @@ def shapes(args: Namespace, ntoken: int, targets: Tensor) -> list[tuple[int, int
     last = args.nhidlast or args.emsize
     sizes = [args.emsize, *[args.nhid] * (args.nlayers - 1), last]
     for i, (inputs, nhid) in enumerate(pairwise(sizes)):
-        if args.model == "LSTM":
+        if args.model != "QRNN":
             found += [(N, inputs, 4 * nhid), (N, nhid, 4 * nhid)]
+            for r in range(args.rounds if args.model == "Mogrifier" else 0):
+                source, to = (inputs, nhid) if r % 2 else (nhid, inputs)
+                found += [(N, source, args.rank), (N, args.rank, to)]
         else:
             found += [(N, inputs if i else 2 * inputs, 3 * nhid)]
     found += [(N, last, K), (N, last, K * args.emsize)] if K else []  # prior and latents of a mixture

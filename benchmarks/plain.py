@@ -55,6 +55,37 @@ class PlainQRNN(nn.Module):
         return o * torch.stack(outputs), (c, x[-1:])
 
 
+class PlainMogrifier(nn.Module):
+    """A Mogrifier layer (Melis et al., arXiv 1909.01792), its steps a loop under autograd."""
+
+    def __init__(self, input_size: int, hidden_size: int, rounds: int, rank: int, dropoutr: float) -> None:
+        super().__init__()
+        self.dropoutr = dropoutr
+        self.weight_ih = nn.Parameter(torch.randn(4 * hidden_size, input_size) / input_size**0.5)
+        self.weight_hh = nn.Parameter(torch.randn(4 * hidden_size, hidden_size) / hidden_size**0.5)
+        self.bias, self.rounds = nn.Parameter(torch.zeros(4 * hidden_size)), nn.ModuleList()
+        for r in range(rounds):
+            source, to = (input_size, hidden_size) if r % 2 else (hidden_size, input_size)
+            parts = {"a": torch.randn(source, rank), "b": torch.randn(rank, to), "bias": torch.zeros(to)}
+            self.rounds.append(nn.ParameterDict({name: part * 0.1 for name, part in parts.items()}))
+
+    def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        h, c = state or [x.new_zeros(x.size(1), self.weight_hh.size(1))] * 2  # (B, H)
+        mask, outputs = F.dropout(torch.ones_like(h), self.dropoutr, self.training), []
+        for x_t in x:
+            h = h * mask
+            for r, weights in enumerate(self.rounds):
+                source = x_t if r % 2 else h
+                gate = 2 * torch.sigmoid(source @ weights["a"] @ weights["b"] + weights["bias"])
+                x_t, h = (x_t, gate * h) if r % 2 else (gate * x_t, h)
+            i, f, g, o = (F.linear(x_t, self.weight_ih, self.bias) + F.linear(h, self.weight_hh)).chunk(4, -1)
+            i, f, o = i.sigmoid(), f.sigmoid(), o.sigmoid()
+            c = f * c + torch.minimum(i, 1 - f) * g.tanh()
+            h = o * c.tanh()
+            outputs.append(h)
+        return torch.stack(outputs), (h, c)
+
+
 def locked_dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """One mask per sequence: (T, B, ·) -> (T, B, ·)."""
     if not training or p == 0:
@@ -70,7 +101,10 @@ class PlainModel(nn.Module):
         self.args = args
         last = args.nhidlast or args.emsize
         sizes = [args.emsize, *[args.nhid] * (args.nlayers - 1), last]
-        if args.model == "LSTM":
+        own = (args.rounds, args.rank, args.dropoutr)
+        if args.model == "Mogrifier":
+            layers = [PlainMogrifier(a, b, *own) for a, b in pairwise(sizes)]
+        elif args.model == "LSTM":
             layers = [PlainLSTM(a, b, args.wdrop) for a, b in pairwise(sizes)]
         else:
             layers = [PlainQRNN(a, b, args.wdrop, 1 if i else 2) for i, (a, b) in enumerate(pairwise(sizes))]
@@ -93,11 +127,15 @@ class PlainModel(nn.Module):
         if args.dropoute and self.training:
             keep = 1 - args.dropoute
             weight = weight * weight.new_empty(weight.size(0), 1).bernoulli_(keep).div_(keep)  # (V, E)
-        x = locked_dropout(F.embedding(words, weight), args.dropouti, self.training)  # (T, B, E)
-        states = []
+        drop = F.dropout if args.model == "Mogrifier" else locked_dropout
+        x = drop(F.embedding(words, weight), args.dropouti, self.training)  # (T, B, E)
+        states, outputs = [], []
         for i, (layer, state) in enumerate(zip(self.rnns, hidden, strict=True)):
             raw, state = layer(x, state)
-            x = locked_dropout(raw, args.dropouth if i < len(hidden) - 1 else args.dropout, self.training)
+            outputs.append(raw)
+            if args.model == "Mogrifier" and len(outputs) == len(hidden):
+                raw = sum(outputs)
+            x = drop(raw, args.dropouth if i < len(hidden) - 1 else args.dropout, self.training)
             states.append(state)
         return x, states, raw
 
@@ -133,7 +171,8 @@ def make_plain_step(model: PlainModel) -> Callable[[Tensor, Tensor], Tensor]:
     """A function that does one optimizer step over source and target, (T, B) each: the loss in nats per token."""
     args, hidden = model.args, [None] * len(model.rnns)
     kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[args.optimizer]
-    optimizer = kind(model.parameters(), lr=args.lr, weight_decay=args.wdecay)
+    betas = {"betas": (args.beta1, 0.999)} if args.optimizer == "adam" else {}
+    optimizer = kind(model.parameters(), lr=args.lr, weight_decay=args.wdecay, **betas)
     model.train()
 
     def step(source: Tensor, target: Tensor) -> Tensor:

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from benchmarks.floor import make_floor, shapes
 from benchmarks.plain import PlainModel, make_plain_step
-from data import SPLITS, Corpus, find_files, read_corpus
+from data import SPLITS, Corpus, read_corpus
 from harness.flags import resolve_args
 from harness.run import Run
+from harness.texts import find_files
 from pointer import mixture_logprob, pointer_prob
 from splitcross import default_splits
 from train import evaluate, train_step
@@ -30,6 +31,11 @@ QRNN = {"model": "QRNN", "nlayers": 4}
 WT103 = {"nhid": 2500, "dropouth": 0.1, "wdrop": 0.0, "wdecay": 0.0, "bptt": 140, "batch_size": 60}
 CHARS = {"emsize": 200, "nhid": 1000, "dropouth": 0.25, "bptt": 150, "batch_size": 128, "lr": 2e-3}
 MOS = {"emsize": 280, "nhid": 960, "nhidlast": 620, "dropoutl": 0.29, "batch_size": 12, "lr": 20.0}
+MELIS = {
+    **{"model": "Mogrifier", "emsize": 912, "nhid": 912, "nlayers": 2, "optimizer": "adam", "beta1": 0.0},
+    **{"lr": 2.3e-3, "batch_size": 64, "dropouti": 0.729, "dropouth": 0.291, "dropoutr": 0.387, "dropout": 0.716},
+    **{"clip": 0.143, "wdecay": 3.6e-6, "alpha": 0.0, "beta": 0.0, "drop_state": 0.0},
+}
 SETTINGS = {
     "ptb-lstm": (10_000, PTB),
     "ptb-qrnn": (10_000, {**PTB, **QRNN, "nhid": 1550, "clip": 0.2, "wdrop": 0.1, "dropouth": 0.3}),
@@ -39,6 +45,8 @@ SETTINGS = {
     "ptb-chars": (50, {**ADAM, **CHARS}),
     "ptb-mos": (10_000, {**PTB, **MOS, "n_experts": 15}),
     "ptb-mos-1": (10_000, {**PTB, **MOS, "n_experts": 1}),
+    "ptb-mogrifier": (10_000, {**MELIS, "rounds": 5, "rank": 84}),
+    "ptb-melis": (10_000, {**MELIS, "rounds": 0}),
 }
 TINY = {"emsize": 8, "nhid": 12, "nhidlast": 0, "batch_size": 4, "bptt": 6}
 BATCHES = 4  # different ones, in turn
@@ -51,6 +59,8 @@ def setting(name: str, tiny: bool) -> tuple[int, Namespace]:
     splits = default_splits(ntoken)
     if tiny:
         ntoken, given, splits = 60, {**given, **TINY}, [10, 20, 40] if splits else []
+        if given.get("model") == "Mogrifier":
+            given |= {"nhid": given["emsize"], "rank": 3}
     return ntoken, resolve_args({**given, "splits": splits, "save": "none.pt"}, {})  # nothing is saved
 
 
