@@ -18,7 +18,7 @@ Surprisal is -log2 p, in bits; entropy that of the distribution before the token
 import json
 import math
 import sys
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import groupby
@@ -157,8 +157,8 @@ def print_best(saved: Opened, reader: Reader, path: str, weight: float) -> None:
             if len(cells) != 3:
                 raise UserError(f"{path}, line {i}: has {len(cells)} columns; give an id, a score and a text")
             try:
-                given.append((cells[0], float(cells[1])))
-            except ValueError:
+                given.append((cells[0], number(float, -1e38)(cells[1])))
+            except ArgumentTypeError:
                 raise UserError(f"{path}, line {i}: the score {cells[1]!r} is no number") from None
             yield reader.line(i, cells[2], f"{path}, line {i}")
 

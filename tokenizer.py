@@ -120,7 +120,8 @@ class TokenizerText:
         self.start_line()
 
     def start_line(self) -> None:
-        self.line_start, self.stream, self.before, self.quotes = True, self.new_stream(), "", 0
+        self.line_start, self.before, self.quotes = True, "", 0
+        self.stream, self.pending = self.new_stream(), []  # of a character that is not whole yet
 
     def tokens(self, line: str) -> list[Token]:
         """The tokens of a line of plain text."""
@@ -136,11 +137,14 @@ class TokenizerText:
 
     def piece(self, word: str) -> str:
         if word == EOS:
-            self.start_line()
-            return "\n"
+            return self.end() or "\n"
         self.line_start = False
         if self.pieces:
-            return self.stream.step(self.tokenizer, self.tokenizer.token_to_id(word)) or ""
+            self.pending.append(self.tokenizer.token_to_id(word))
+            piece = self.stream.step(self.tokenizer, self.pending[-1]) or ""
+            if piece:
+                self.pending.clear()
+            return piece
         space = self.before and not self.joined(word)
         self.before, self.quotes = word, self.quotes + (word == '"')
         return f" {word}" if space else word
@@ -153,7 +157,10 @@ class TokenizerText:
         return word in NO_SPACE_BEFORE or self.before in NO_SPACE_AFTER
 
     def end(self) -> str:
-        return "" if self.line_start else "\n"
+        rest = self.tokenizer.decode(self.pending) if self.pending else ""
+        rest = "" if self.line_start else rest + "\n"
+        self.start_line()
+        return rest
 
 
 def make_text(tokenizer: str | None, vocab: list[str], place: str) -> CorpusText | TokenizerText:

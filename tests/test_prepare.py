@@ -1,0 +1,405 @@
+"""Any text to a corpus: against the text itself, its own counts, and a GPT-2 byte table written out here."""
+
+import io
+import os
+import random
+import re
+import sys
+import tracemalloc
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from runner import run_fresh
+from toys import call, error_line
+
+import prepare
+from data import read_corpus
+
+SPLITS = ("train", "valid", "test")
+LEVELS = ("word", "char", "subword")
+EVERY = "--min_count", 1  # no word is rare
+CHAR = "--level", "char", *EVERY  # documents can be told apart in every text
+ODD = """Don't panic, said “Zoë”: it's 3.5% (or $5)… e.g. at 10:30, well-known!
+  two  spaces, two before
+naïve café — 日本語、テスト。 👩‍🚀🎉 a\u0301
+<unk> <eos> <eos>  and </s> [MASK] \\n &amp; #1 @x _y_ a_b ▲
+don’t don't DON'T rock'n'roll 1,000,000.00 U.S.A. x=y+z; http://a.b/c?d=e"""
+
+
+def byte_of() -> dict[str, int]:
+    """GPT-2's table: printable bytes are themselves, the others, in order, 256 and on."""
+    table = {chr(b): b for b in [*range(33, 127), *range(161, 173), *range(174, 256)]}
+    rest = [b for b in range(256) if b not in table.values()]
+    return table | {chr(256 + i): b for i, b in enumerate(rest)}
+
+
+BYTE_OF = byte_of()
+
+
+def plain(tokens: list[str], level: str) -> str:
+    """The text of a line of a character or subword corpus."""
+    if level == "char":
+        return "".join(" " if token == "▁" else token for token in tokens)
+    return bytes(BYTE_OF[c] for c in "".join(tokens)).decode()
+
+
+def lines_of(folder: Path, split: str = "train") -> list[str]:
+    """A split's lines, without the empty one that may end its last document."""
+    text = (folder / f"{split}.txt").read_bytes().decode()
+    assert text.endswith("\n")
+    lines = text[:-1].split("\n")
+    assert all(line == " ".join(line.split(" ")) and "" not in line.split(" ") for line in lines if line)
+    return lines if lines[-1] else lines[:-1]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    assert {path.name for path in folder.iterdir()} == {"train.txt", "valid.txt", "test.txt", "tokenizer.json"}
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_bytes(text.encode())
+    return path
+
+
+def make(out: Path, *argv: object) -> Path:
+    assert call(prepare, *argv, "--out", out) in (0, None)
+    return out
+
+
+def whole(tmp_path: Path, text: str, *argv: object, name: str = "whole") -> Path:
+    """A corpus whose training text is all of `text`, in order; valid and test have the same."""
+    source = write(tmp_path / f"{name}.source", text)
+    return make(tmp_path / name, source, "--valid_file", source, "--test_file", source, *argv)
+
+
+def article(number: int, seed: int = 0, lines: int = 3) -> str:
+    """A document whose every line names it."""
+    rng = random.Random(f"{seed} {number}")
+    words = [
+        "the",
+        "cat,",
+        "dog.",
+        "sat",
+        "don't",
+        "on",
+        "(mat)",
+        "café",
+        "日本",
+        "¡go!",
+        "0123456789",
+    ]  # all digits: each name's are known
+    return "".join(f"doc{number} {' '.join(rng.choices(words, k=rng.randint(3, 9)))}\n" for _ in range(lines))
+
+
+def blocks(count: int, seed: int = 0) -> str:
+    return "\n".join(article(i, seed) for i in range(count))
+
+
+def documents(folder: Path, split: str) -> set[str]:
+    return set(re.findall(r"doc\d+", plain((folder / f"{split}.txt").read_text().split(), "char")))
+
+
+# What the tokens are
+
+
+def test_words_are_split_from_punctuation_and_nothing_is_lost(tmp_path):
+    """No token has letters and a comma, bracket or quote; together they are the line without its spaces."""
+    lines = lines_of(whole(tmp_path, ODD, *EVERY))
+    for line, source in zip(lines, ODD.split("\n"), strict=True):
+        assert line.replace(" ", "") == "".join(source.split())
+        assert not re.search(r'\w[,!?;()"“”…]|[,!?;()"“”…$]\w', line.replace("1,000,000.00", ""))
+    assert lines[0].startswith("Don't panic , said “ Zoë ” : it's ")
+
+
+@pytest.mark.parametrize("level", ["char", "subword"])
+def test_characters_and_subwords_keep_every_character(tmp_path, level):
+    """Spaces at the ends and in a row, accents, emoji, `<eos>` written out; as the corpus is read, too."""
+    folder = whole(tmp_path, ODD, "--level", level, *EVERY)
+    lines = lines_of(folder)
+    assert [plain(line.split(), level) for line in lines] == ODD.split("\n")
+    if level == "char":
+        assert lines[1].startswith("▁ ▁ t w o ▁ ▁ s")
+    corpus = read_corpus(str(folder))
+    tokens = [corpus.vocab[i] for i in corpus.train.tolist()]
+    assert tokens == (folder / "train.txt").read_text().replace("\n", " <eos> ").split()
+
+
+@pytest.mark.parametrize("min_count", [1, 2, 4])
+def test_words_rarer_than_min_count_are_unknown(tmp_path, min_count):
+    """Counted in the training text only; the other texts' words are unknown unless it knows them."""
+    train = "a a a a b b b c c d\na a\n"
+    other = write(tmp_path / "other", "a b c d e e e e e e\n")
+    source = write(tmp_path / "source", train)
+    folder = make(tmp_path / "out", source, "--valid_file", other, "--test_file", other, "--min_count", min_count)
+    counts = Counter(train.split())
+    for split, text in (("train", train), ("valid", other.read_text()), ("test", other.read_text())):
+        expected = [word if counts[word] >= min_count else "<unk>" for word in text.split()]
+        assert " ".join(lines_of(folder, split)).split() == expected
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_vocab_size_is_the_number_of_types(tmp_path, level):
+    """`<unk>` and `<eos>` included; the most frequent words stay."""
+    size = {"word": 9, "char": 12, "subword": 290}[level]
+    folder = whole(tmp_path, blocks(60), "--level", level, "--vocab_size", size)
+    vocab = read_corpus(str(folder)).vocab
+    assert len(vocab) == size
+    if level == "char":
+        common = Counter("".join(blocks(60).split("\n")).replace(" ", "▁")).most_common(size - 2)
+        assert set(vocab) == {"<unk>", "<eos>", *(c for c, _ in common)}
+
+
+def test_lower_is_a_lower_case_text(tmp_path):
+    for level in LEVELS:
+        text = ODD.upper().replace("<UNK>", "")
+        first = whole(tmp_path, text, "--level", level, "--lower", *EVERY, name=f"lower {level}")
+        second = whole(tmp_path, text.lower(), "--level", level, *EVERY, name=level)
+        assert lines_of(first) == lines_of(second)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_blank_lines_vanish_or_become_one(tmp_path, level):
+    """At word level there are none; else a run of them is one empty line."""
+    folder = whole(tmp_path, "a b\n\n\n \nc d\ne f\n\ng h\n", "--level", level, *EVERY)
+    expected = ["a b", "c d", "e f", "g h"] if level == "word" else ["a b", "", "c d", "e f", "", "g h"]
+    lines = lines_of(folder)
+    assert (lines if level == "word" else [plain(line.split(), level) for line in lines]) == expected
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_unwrap_makes_a_line_of_a_paragraph(tmp_path, level):
+    """Its lines joined by a space; no blank lines are left."""
+    folder = whole(tmp_path, "a b\nc\n\n\nd e\nf\ng\n\nh\n", "--level", level, "--unwrap", *EVERY)
+    lines = lines_of(folder)
+    text = lines if level == "word" else [plain(line.split(), level) for line in lines]
+    assert text == ["a b c", "d e f g", "h"]
+
+
+# How documents are dealt out
+
+
+def dealt(folder: Path, text: str) -> dict[str, set[str]]:
+    """The documents of each split: every one in exactly one of them, and no line lost."""
+    found = {split: documents(folder, split) for split in SPLITS}
+    names = re.findall(r"doc\d+", text)
+    assert sum(len(split) for split in found.values()) == len(set(names))
+    assert set().union(*found.values()) == set(names)
+    lines = [line for split in SPLITS for line in lines_of(folder, split) if line]
+    assert len(lines) == len(names)
+    return found
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_no_block_is_split_and_shares_are_kept(tmp_path, level):
+    """Blocks of a single file; each split has about its share of the text."""
+    text = blocks(200)
+    source = write(tmp_path / "source", text)
+    how = "--level", level, "--valid", 0.1, "--test", 0.2, *EVERY
+    folder = make(tmp_path / "out", source, *how)
+    if level == "char":  # names are known in all texts there
+        dealt(folder, text)
+    sizes = {split: (folder / f"{split}.txt").stat().st_size for split in SPLITS}
+    for split, share in (("train", 0.7), ("valid", 0.1), ("test", 0.2)):
+        assert sizes[split] / sum(sizes.values()) == pytest.approx(share, abs=0.02)
+
+
+def test_files_or_lines_can_be_the_documents(tmp_path):
+    """Several files are dealt out as files; --documents says otherwise."""
+    files = [write(tmp_path / f"{i}.txt", article(i) + "\n" + article(i, seed=1)) for i in range(30)]
+    text = "".join(path.read_text() for path in files)
+    found = dealt(make(tmp_path / "files", *files, *CHAR), text)
+    assert all(found.values())
+    folder = make(tmp_path / "lines", *files, "--documents", "lines", "--test", 0.3, *CHAR)
+    assert len([line for split in SPLITS for line in lines_of(folder, split) if line]) == 30 * 6
+    assert documents(folder, "train") & documents(folder, "test")  # other lines of the same file
+
+
+def test_the_seed_deals(tmp_path):
+    """Another seed, other documents; none given is 1111."""
+    source = write(tmp_path / "source", blocks(60))
+    found = {seed: make(tmp_path / f"{seed}", source, "--seed", seed, *CHAR) for seed in (1, 2, 1111)}
+    texts = [documents(folder, "test") for folder in found.values()]
+    assert texts[0] != texts[1] != texts[2]
+    assert contents(make(tmp_path / "none", source, *CHAR)) == contents(found[1111])
+
+
+def test_blank_documents_are_none(tmp_path):
+    """Files of nothing but blank lines, first, between and last: as if they were not there."""
+    texts = {f"{i}.txt": "\n \n" if i % 10 in (0, 4, 5, 9) else article(i) for i in range(60)}
+    files = [write(tmp_path / name, text) for name, text in texts.items()]
+    found = dealt(make(tmp_path / "out", *files, *CHAR), "".join(texts.values()))
+    assert all(found.values())
+
+
+def test_given_files_are_whole_splits(tmp_path):
+    """--valid_file leaves the rest to be dealt out to train and test."""
+    source, other = write(tmp_path / "source", blocks(50)), write(tmp_path / "other", "the cat\n\nsat on\n")
+    folder = make(tmp_path / "out", source, "--valid_file", other, "--test", 0.2, *CHAR)
+    assert [plain(line.split(), "char") for line in lines_of(folder, "valid")] == ["the cat", "", "sat on"]
+    assert len(documents(folder, "train") | documents(folder, "test")) == 50
+    assert 7 <= len(documents(folder, "test")) <= 13
+
+
+# The same text, the same bytes
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_same_settings_write_the_same_bytes(tmp_path, level, monkeypatch):
+    """Again in place, and by a new interpreter with another hash seed; the source stays as it was."""
+    source = write(tmp_path / "source", blocks(50) + ODD)
+    source.chmod(0o444)
+    before = source.read_bytes(), source.stat().st_mtime_ns
+    argv = source, "--level", level, *(["--vocab_size", 400] if level == "subword" else [])
+    first = contents(make(tmp_path / "out", *argv))
+    assert contents(make(tmp_path / "out", *argv)) == first
+    if level == "subword":
+        monkeypatch.setenv("PYTHONHASHSEED", "7")
+        result = run_fresh(*argv, "--out", "fresh", cwd=tmp_path, script="prepare.py")
+        assert result.status == 0, result
+        assert contents(tmp_path / "fresh") == first
+    assert (source.read_bytes(), source.stat().st_mtime_ns) == before
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_marks_and_line_ends_change_nothing(tmp_path, level):
+    """A byte order mark, Windows's line ends, no newline at the end: as the plain text."""
+    texts = [article(i) + "\n" + article(i, 1) for i in range(6)]
+    forms = {
+        "plain": lambda text: text,
+        "marked": lambda text: "\ufeff" + text,
+        "windows": lambda text: text.replace("\n", "\r\n"),
+        "both": lambda text: "\ufeff" + text.replace("\n", "\r\n"),
+        "open": lambda text: text.removesuffix("\n"),
+    }
+    found = []
+    for name, form in forms.items():
+        (tmp_path / name).mkdir()
+        files = [write(tmp_path / name / f"{i}.txt", form(text)) for i, text in enumerate(texts)]
+        how = "--valid", 0.2, "--test", 0.2, "--seed", 3
+        found.append(contents(make(tmp_path / f"out {name}", *files, "--level", level, *how, *EVERY)))
+    assert all(other == found[0] for other in found)
+
+
+def test_folders_and_stdin_are_their_text(tmp_path, monkeypatch):
+    """A folder is its files in order; `-` is dealt out as a file of the same text is."""
+    (tmp_path / "in").mkdir()
+    files = [write(tmp_path / "in" / f"{i}.txt", article(i)) for i in (3, 1, 2, 0, 4)]
+    found = contents(make(tmp_path / "folder", tmp_path / "in", *EVERY))
+    assert found == contents(make(tmp_path / "files", *sorted(files), *EVERY))
+
+    source = write(tmp_path / "source", blocks(40))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(source.read_bytes())))
+    assert contents(make(tmp_path / "stdin", "-", *EVERY)) == contents(make(tmp_path / "file", source, *EVERY))
+
+
+def test_memory_does_not_grow_with_the_text(tmp_path, monkeypatch):
+    """Eight times the lines, the same words and documents: hardly more on Python's heap."""
+    monkeypatch.setattr(prepare, "LINES", 100)  # at once
+    peaks = []
+    for count in (1000, 8000):
+        rng = random.Random(0)
+        line = " ".join(rng.choices(["the", "cat", "sat", "on", "a", "mat"], k=10)) + "\n"
+        text = "\n".join(line * (count // 20) for _ in range(20))
+        source = write(tmp_path / f"{count}", text)
+        tracemalloc.start()
+        make(tmp_path / f"out {count}", source)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + len(text) / 3
+
+
+# What it says
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_figures_are_those_of_the_files(tmp_path, capsys, level):
+    """Lines, words (one more for each line's end), tokens with `<eos>`, their ratio and the unknown."""
+    text = blocks(80)
+    folder = make(tmp_path / "out", write(tmp_path / "source", text), "--level", level, "--vocab_size", 290)
+    out = capsys.readouterr().out
+    for split in SPLITS:
+        lines = (folder / f"{split}.txt").read_text().split("\n")[:-1]
+        tokens = [token for line in lines for token in [*line.split(), "<eos>"]]
+        row = re.search(rf"\| {split} +\| ([\d,]+) lines \| ([\d,]+) words \| ([\d,]+) tokens \| (.*)", out)
+        counts = [int(value.replace(",", "")) for value in row.groups()[:3]]
+        assert (counts[0], counts[2]) == (len(lines), len(tokens))
+        if level == "subword":  # nothing is lost there
+            assert counts[1] == sum(len(plain(line.split(), level).split()) + 1 for line in lines)
+        ratio, unknown = re.fullmatch(r"([\d.]+) tokens per word \| unknown ([\d.]+)%", row[4]).groups()
+        assert float(ratio) == pytest.approx(counts[2] / counts[1], abs=6e-4)
+        assert float(unknown) == pytest.approx(100 * tokens.count("<unk>") / len(tokens), abs=6e-3)
+
+
+# Bad input
+
+
+def test_bad_texts_are_one_line_and_status_2(tmp_path, capsys):
+    """Texts that cannot be read, alone or among good ones; the line of it where there is one."""
+    good = write(tmp_path / "good.txt", blocks(30))
+    for name, data, names in (
+        ("empty.txt", b"", "empty.txt"),
+        ("binary.txt", b"a b\n\nc d\x00e\n", "line 3"),
+        ("latin.txt", b"a\nb\n\ncaf\xe9\n", "line 4"),
+        ("late.txt", b"a b\n\n" * 5000 + b"\xff\n", "line 10001"),
+    ):
+        bad = tmp_path / name
+        bad.write_bytes(data)
+        for flags in ([bad], [good, bad], [good, "--valid_file", bad], [good, "--test_file", bad]):
+            assert call(prepare, *flags, "--out", tmp_path / "out") == 2
+            line = error_line(capsys)
+            assert name in line
+            assert names in line
+    (tmp_path / "none").mkdir()
+    for source in (tmp_path / "missing.txt", tmp_path / "none"):
+        assert call(prepare, source, "--out", tmp_path / "out") == 2
+        assert source.name in error_line(capsys)
+
+
+@pytest.mark.parametrize("text", ["one line\n", "a\nb\n\nc\nd\n", "\n\n\n", " \n\t\n"])
+def test_too_few_documents_is_one_line_and_status_2(tmp_path, capsys, text):
+    """Three splits need three documents."""
+    source = write(tmp_path / "few.txt", text)
+    assert call(prepare, source, "--out", tmp_path / "out") == 2
+    assert "few.txt" in error_line(capsys)
+
+
+def test_bad_flags_are_one_line_and_status_2(tmp_path, capsys):
+    source = write(tmp_path / "source.txt", blocks(30))
+    for flags, names in (
+        (["--valid", 0], "--valid"),
+        (["--test", 0], "--test"),
+        (["--valid", 1], "--valid"),
+        (["--test", -0.1], "--test"),
+        (["--test", "nan"], "--test"),
+        (["--valid", 0.5, "--test", 0.5], "--valid"),
+        (["--level", "subword", "--vocab_size", 100], "--vocab_size 100"),
+        (["--level", "word", "--vocab_size", 2], "--vocab_size 2"),
+        (["--level", "char", "--vocab_size", 2], "--vocab_size 2"),
+        (["--level", "letter"], "letter"),
+    ):
+        assert call(prepare, source, "--out", tmp_path / "out", *flags) == 2, flags
+        assert names in error_line(capsys)
+
+
+def test_no_source_is_written_over(tmp_path, capsys):
+    """By any name: a path with detours, a link, a folder, a text of its own."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    source = write(folder / "train.txt", blocks(30))
+    valid, good = write(folder / "valid.txt", blocks(3)), write(tmp_path / "good.txt", blocks(30))
+    (tmp_path / "link").symlink_to(folder)
+    os.link(source, tmp_path / "hard.txt")
+    for out, flags in (
+        (folder, [source]),
+        (folder, [folder]),
+        (tmp_path / "link", [source]),
+        (folder / ".." / "data", [good, source]),
+        (folder, [good, "--valid_file", valid]),
+        (folder, [good, "--test_file", source]),
+    ):
+        before = source.read_bytes(), valid.read_bytes()
+        assert call(prepare, *flags, "--out", out) == 2, flags
+        assert re.search(r"(train|valid)\.txt|data", error_line(capsys))
+        assert (source.read_bytes(), valid.read_bytes()) == before
