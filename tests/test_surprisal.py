@@ -29,7 +29,7 @@ KINDS = {
 INDEX = {word: i for i, word in enumerate(WORDS)}
 LINES = ["w1 w2 w3", "", "w4 nobody knows w5 <unk>", *[f"w{i} w{2 * i} " * i for i in range(1, 12)], "w3"]
 HEADS = {
-    "lines": ["line", "tokens", "unknown", "logprob", "ppl"] + ["unknown words"],
+    "lines": ["line", "tokens", "unknown", "logprob", "ppl", "unknown words"],
     "tokens": ["line", "position", "token", "surprisal", "entropy", "rank"],
     "words": ["line", "position", "word", "pieces", "surprisal"],
 }
@@ -363,8 +363,10 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys, monkeypatch):
         "binary": b"w1\nw2\0\n", "empty": b"", "latin": b"w1\n\xe9\n", "short": b"w1\nw2\n",
         "fields.jsonl": f'{good}\n{{"UID": "a", "sentence_good": "w1"}}\n'.encode(),
         "broken.jsonl": f"{good}\n{good[:-5]}\n".encode(), "three.tsv": b"w1\tw2\nw1\tw2\tw3\n",
-        "one.tsv": b"w1\tw2\nw1\n", "number.jsonl": f'{good}\n{good.replace(chr(34) + "w2" + chr(34), "3")}\n'.encode(),
-        "list.tsv": b"a\t1\tw1\na\t2\n", "score.tsv": b"a\t1\tw1\na\tx\tw1\n", "nan.tsv": b"a\t1\tw1\na\tnan\tw1\n",
+        "one.tsv": b"w1\tw2\nw1\n",
+        "number.jsonl": f'{good}\n{good.replace(chr(34) + "w2" + chr(34), "3")}\n'.encode(),
+        "list.tsv": b"a\t1\tw1\na\t2\n", "score.tsv": b"a\t1\tw1\na\tx\tw1\n",
+        "nan.tsv": b"a\t1\tw1\na\tnan\tw1\n",
     }.items():  # fmt: skip
         (tmp_path / name).write_bytes(data)
     for flags, names in (
