@@ -159,7 +159,7 @@ def run(capsys: pytest.CaptureFixture, corpus: Path, save: Path, *flags: object)
     return status, *capsys.readouterr()
 
 
-@pytest.mark.parametrize("how", [{}, {"rnn_type": "QRNN"}, {"rnn_type": "GRU"}, {"splits": (10, 30)}], ids=str)
+@pytest.mark.parametrize("how", [{}, *({"rnn_type": kind} for kind in ("QRNN", "GRU", "Mogrifier")), {"splits": (10, 30)}], ids=str)
 def test_every_model_is_evaluated_and_left_as_it_was(how, tmp_path, capsys):
     corpus, save = write_corpus(tmp_path / "corpus"), save_model(tmp_path / "m.pt", **how)
     before = save.read_bytes()

@@ -85,7 +85,7 @@ def test_first_words_are_drawn_in_proportion():
         assert abs(counts[word] - n * p) <= 5 * math.sqrt(n * p * (1 - p))
 
 
-@pytest.mark.parametrize("rnn_type", ["LSTM", "GRU", "QRNN"])
+@pytest.mark.parametrize("rnn_type", ["LSTM", "GRU", "QRNN", "Mogrifier"])
 @pytest.mark.parametrize("splits", [(), (7, 20)])
 def test_top_1_is_the_argmax_of_everything_before(rnn_type, splits):
     """Greedy text = at each step the argmax after the whole text so far, read again from the start."""

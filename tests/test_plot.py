@@ -200,9 +200,32 @@ def test_points_that_no_axis_can_hold_are_left_out(run):
     assert (result.status, result.err) == (0, ""), result
 
 
+TOKENS = "line\tposition\ttoken\tsurprisal\tentropy\trank\n"
+
+
+def test_surprisal_is_a_bar_per_word_of_one_line(tmp_path):
+    """Of score.py's tokens or words; names are never read as formulas."""
+    rows = ["1\t1\tthe\t2.5\t6.0\t1", "1\t2\t<eos>\t1.0\t5.0\t2", "2\t1\t$x_1$\t9.5\t6.0\t40"]
+    (tmp_path / "t.tsv").write_text(TOKENS + "\n".join(rows))
+    assert plot.read_surprisal(str(tmp_path / "t.tsv"), 1) == [("the", 2.5, 6.0), ("<eos>", 1.0, 5.0)]
+    result = draw("--surprisal", "t.tsv", "--line", 2, "--out", "t.svg", cwd=tmp_path)
+    assert (result.status, result.out, result.err) == (0, "| surprisal written to t.svg\n", ""), result
+    assert "<!-- $x_1$" in (tmp_path / "t.svg").read_text()
+    (tmp_path / "w.tsv").write_text("line\tposition\tword\tpieces\tsurprisal\n1\t1\tthe 日本\t2\t2.5\n")
+    assert plot.read_surprisal(str(tmp_path / "w.tsv"), 1) == [("the 日本", 2.5, None)]
+    result = draw("--surprisal", "w.tsv", cwd=tmp_path)
+    assert (result.status, result.err) == (0, ""), result
+    assert (tmp_path / "w.tsv.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
+        (["--surprisal", "t.tsv", "--line", 3], "--line 3"),
+        (["--surprisal", "cut.tsv"], "cut.tsv, line 3"),
+        (["--surprisal", "m.pt.log.jsonl"], "m.pt.log.jsonl"),
+        (["--surprisal", "none.tsv"], "none.tsv"),
+        (["m.pt", "--surprisal", "t.tsv"], "RUN"),
         (["none.pt"], "none.pt.log.jsonl"),
         (["empty.pt"], "is empty"),
         (["m.pt", "tests_only.log.jsonl"], "no figures"),
@@ -216,6 +239,8 @@ def test_points_that_no_axis_can_hold_are_left_out(run):
 )
 def test_bad_input_is_one_line(run, argv, named):
     """Status 2; the file or flag, and what to do; no picture."""
+    (run / "t.tsv").write_text(TOKENS + "1\t1\tthe\t2.5\t6.0\t1\n")
+    (run / "cut.tsv").write_text(TOKENS + "1\t1\tthe\t2.5\t6.0\t1\n1\t2\tca")
     (run / "empty.pt.log.jsonl").touch()
     (run / "tests_only.log.jsonl").write_text('{"kind": "test", "loss": 4.0}\n')
     for name, entries in {

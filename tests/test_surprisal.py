@@ -23,6 +23,7 @@ KINDS = {
     "LSTM": {"rnn_type": "LSTM"},
     "GRU": {"rnn_type": "GRU"},
     "QRNN": {"rnn_type": "QRNN"},
+    "Mogrifier": {"rnn_type": "Mogrifier"},
     "split": {"splits": (7, 20)},
     "mixture": {"n_experts": 3},
 }

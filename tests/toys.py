@@ -29,6 +29,7 @@ def make_model(
     torch.manual_seed(seed)
     args = {"model": rnn_type, "emsize": 12, "nhid": 16, "nlayers": 2, "tied": True, "splits": list(splits)}
     args |= {"n_experts": n_experts} if n_experts else {}
+    args |= {"nhid": 12, "rounds": 3, "rank": 2} if rnn_type == "Mogrifier" else {}
     model, criterion = build({**args, **dict.fromkeys(DROPOUTS, 0.0)}, len(vocab))
     for parameter in [*model.parameters(), *criterion.parameters()]:
         torch.nn.init.normal_(parameter, std=0.5)
