@@ -22,9 +22,6 @@ from data import EOS, UNK
 from utils import UserError
 
 SPACE = "▁"  # the token of a space among characters
-SPACES = SPACE + "Ġĉ"  # how pieces begin that a space or a tab is part of
-# The characters that stand for UTF-8's continuation bytes (0x80 to 0xbf) in GPT-2's table.
-CONTINUATION = frozenset(map(chr, [*range(0xA1, 0xC0), *range(0x122, 0x144)]))
 NO_SPACE_BEFORE = frozenset([*".,;:!?)]}%’”…/—", "..", "...", "--"])
 NO_SPACE_AFTER = frozenset("([{$£€“‘#@/—")
 
@@ -37,23 +34,32 @@ class Token(NamedTuple):
     word: int  # number of the word, apart from others by white space, that it is part of, from 0
 
 
+def byte_table() -> dict[str, int]:
+    """The byte behind each character of a byte-level piece, as in GPT-2: what cannot be seen lies from 256 on."""
+    letters = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in letters]
+    return {chr(byte): byte for byte in letters} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
 def count_units(tokenizer: str | None, vocab: list[str], ids: np.ndarray) -> tuple[int, int] | None:
     """Words and characters of a text: of characters or subwords; None where the tokens say nothing of them.
 
     A word is what white space sets apart; the end of each line counts as a word, as `<eos>` does in a corpus of
     words, and as a character, the newline.
     """
-    byte_level = tokenizer is not None and json.loads(tokenizer)["model"]["type"] == "BPE"
-    if not byte_level and (tokenizer is None or SPACE not in vocab):
+    decoder = json.loads(tokenizer).get("decoder") if tokenizer else None  # those of words have none
+    if decoder is None:
         return None
-    ends = np.array([piece == EOS for piece in vocab])[ids]
-    spaced = np.array([piece[0] in SPACES for piece in vocab])[ids]  # begins with a space
-    blank = np.array([not piece.strip(SPACES) for piece in vocab])[ids]
-    first = np.concatenate([[True], (ends | blank)[:-1]])  # of a line, or after a space of its own
-    words = ~ends & ~blank & (spaced | first)
-    plain = {EOS, UNK} if byte_level else set(vocab)
-    sizes = [1 if piece in plain else sum(c not in CONTINUATION for c in piece) for piece in vocab]
-    return int(words.sum() + ends.sum()), int(np.array(sizes)[ids].sum())
+    if decoder["type"] == "ByteLevel":
+        table = byte_table()
+        special = {EOS: b"\n", UNK: b"?"}
+        pieces = [special.get(piece) or bytes(table[c] for c in piece) for piece in vocab]
+        text = b"".join(map(pieces.__getitem__, ids.tolist())).decode("utf-8", "replace")
+    else:
+        special = {EOS: "\n", UNK: "?", SPACE: " "}
+        pieces = [special.get(piece, piece) for piece in vocab]
+        text = "".join(map(pieces.__getitem__, ids.tolist()))
+    return len(text.split()) + text.count("\n"), len(text)
 
 
 class CorpusText:

@@ -159,7 +159,10 @@ def run(capsys: pytest.CaptureFixture, corpus: Path, save: Path, *flags: object)
     return status, *capsys.readouterr()
 
 
-@pytest.mark.parametrize("how", [{}, *({"rnn_type": kind} for kind in ("QRNN", "GRU", "Mogrifier")), {"splits": (10, 30)}], ids=str)
+KINDS = [*({"rnn_type": kind} for kind in ("LSTM", "QRNN", "GRU", "Mogrifier")), {"splits": (10, 30)}]
+
+
+@pytest.mark.parametrize("how", KINDS, ids=str)
 def test_every_model_is_evaluated_and_left_as_it_was(how, tmp_path, capsys):
     corpus, save = write_corpus(tmp_path / "corpus"), save_model(tmp_path / "m.pt", **how)
     before = save.read_bytes()

@@ -298,3 +298,21 @@ def test_generate_with_a_garbage_tokenizer_is_one_line_and_status_2(tmp_path, ca
     save = save_model(tmp_path / "m.pt", tokenizer="garbage")
     assert call(generate, "--save", save) == 2
     assert "m.pt" in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("level", "line", "units"),
+    [
+        ("word", "hello there ▁ world", None),  # a token like the space of characters
+        ("char", "日本語", (2, 4)),  # no space at all
+        ("subword", "日本\u3000語 a\u00a0b\tc\fd", (7, 13)),  # all that Python calls white space
+    ],
+)
+def test_units_of_odd_texts(tmp_path, level, line, units):
+    source = tmp_path / "source"
+    source.write_text(f"{line}\n" * 3)
+    given = ["--valid_file", source, "--test_file", source, "--min_count", 1]
+    assert call(prepare, source, "--level", level, *given, "--documents", "lines", "--out", tmp_path / "out") == 0
+    corpus = read_corpus(str(tmp_path / "out"))
+    ids = corpus.train.numpy()
+    assert count_units(corpus.tokenizer, corpus.vocab, ids) == (units and tuple(3 * unit for unit in units))
