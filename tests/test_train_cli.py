@@ -166,11 +166,12 @@ def test_perplexities_are_those_of_float64(trained, flags):
 
 @pytest.mark.parametrize("flags", KINDS_AND_FLAGS, ids=lambda f: " ".join(map(str, f)))
 def test_saved_file(trained, flags):
-    """Six keys, plain data and tensors under the names of the contract, loaded with weights_only."""
+    """Seven keys, plain data and tensors under the names of the contract, loaded with weights_only."""
     run = train_kind(trained, *flags)
     saved = run.saved
-    assert set(saved) == {"format", "args", "vocab", "model", "criterion", "metrics"}
+    assert set(saved) == {"format", "args", "vocab", "tokenizer", "model", "criterion", "metrics"}
     assert isinstance(saved["format"], str)
+    assert saved["tokenizer"] is None  # a corpus of words that prepare.py did not make
     json.dumps([saved["args"], saved["metrics"]])
     assert all(type(word) is str for word in saved["vocab"])
     tied, kind, drops = "--untied" not in flags, flags[0], "--wdrop" not in flags
