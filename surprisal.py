@@ -25,9 +25,9 @@ from model import Hidden
 from tokenizer import Token, make_text
 from utils import UserError
 
-LINES, WINDOW = 32, 256  # lines side by side, of so many put in the order of their length
-POSITIONS = 1024  # at once, of all columns together
-ROWS = 128  # whole distributions at once
+LINES, WINDOW = 64, 512  # lines side by side, of so many put in the order of their length
+POSITIONS = 4096  # at once, of all columns together
+ROWS = 512  # whole distributions at once
 
 
 class Line(NamedTuple):
@@ -91,10 +91,10 @@ def column_figures(
 def distribution_figures(saved: Opened, output: Tensor, target: Tensor) -> Tensor:
     """(N, E), (N,) -> (3, N): log-probability of the target, entropy, rank of the target."""
     logprob = saved.criterion.logprob(saved.model.decoder.weight, saved.model.decoder.bias, output)  # (N, V)
-    chosen = logprob.gather(1, target[:, None])
-    rank = (logprob > chosen).sum(1) + 1
-    entropy = -(logprob.exp() * logprob).sum(1)
-    return torch.stack([chosen[:, 0], entropy, rank.to(entropy)])
+    chosen, scratch = logprob.gather(1, target[:, None]), torch.exp(logprob)
+    entropy = -torch.linalg.vecdot(scratch, logprob)
+    rank = torch.gt(logprob, chosen, out=scratch).sum(1) + 1
+    return torch.stack([chosen[:, 0], entropy, rank])
 
 
 def score_apart(saved: Opened, lines: Iterable[Line], whole: bool) -> Iterator[Scored]:
