@@ -265,7 +265,7 @@ SEARCH = [
 MIXED = [Flag("--pointer", SWITCH, False, "mix the cache pointer in"), *POINTER[:3]]
 
 
-def publish(args: Namespace, saved: Opened) -> None:
+def fill_in(args: Namespace, saved: Opened) -> None:
     """Gives the settings that were not given their published values for this kind of model."""
     for name, value in (DEFAULT | PUBLISHED.get(saved.args.model, {})).items():
         if getattr(args, name) is None:
@@ -276,7 +276,7 @@ def main() -> int:
     groups = ("dynamic evaluation", DYNAMIC), ("search", SEARCH), ("with the cache pointer", MIXED)
     args = parse_evaluation(__doc__, *groups)
     saved = open_model(args)
-    publish(args, saved)
+    fill_in(args, saved)
     corpus = read_corpus(args.data or saved.args.data, saved.vocab)
     ms = find_statistics(saved, f"{args.save}.stats", corpus, args)
     if args.search:

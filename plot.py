@@ -13,7 +13,6 @@ import io
 import math
 import os
 import warnings
-from argparse import Namespace
 from typing import Any, NamedTuple
 
 from harness import COUNT, ArgumentParser, Flag, check_writable, read_lines, run_script, write
@@ -206,7 +205,7 @@ PICTURE = [
 def main() -> int:
     parser = ArgumentParser(__doc__)
     parser.add_flags("picture", PICTURE)
-    args = Namespace(**{**{flag.name: flag.default for flag in PICTURE}, **vars(parser.parse_args())})
+    args = parser.parse_all(PICTURE)
     if bool(args.runs) == bool(args.surprisal):
         raise UserError("RUN, --surprisal TSV: give one of them (see --help)")
     out = args.out or (args.surprisal or args.runs[0].removesuffix(SUFFIX)) + ".png"

@@ -238,7 +238,7 @@ def write_corpus(source: Source, tokenizer: Any, out: Path) -> list[Counter]:
 def main() -> None:
     parser = ArgumentParser(__doc__)
     parser.add_flags("corpus", PREPARE)
-    args = Namespace(**{**{flag.name: flag.default for flag in PREPARE}, **vars(parser.parse_args())})
+    args = parser.parse_all(PREPARE)
     out = Path(args.out)
     given = {VALID: args.valid_file, TEST: args.test_file}
     shares = {TEST: args.test, VALID: args.valid}

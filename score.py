@@ -24,9 +24,10 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 
 from data import EOS, read_corpus
-from dynamiceval import DYNAMIC, MovingWeights, find_statistics, publish, weights_of
+from dynamiceval import DYNAMIC, MovingWeights, fill_in, find_statistics, weights_of
 from harness import SWITCH, Flag, number, open_model, parse_evaluation, ppl, read_lines, run_script
 from harness.files import Opened
+from harness.log import unit_figures
 from surprisal import Line, Reader, Scored, score_adaptively, score_apart, score_carried
 from utils import UserError
 
@@ -92,8 +93,8 @@ def print_lines(scored: Iterable[Scored], reader: Reader, mode: str, unit: float
     counts = " | ".join(f"{name} {total[name]}" for name in ("lines", "tokens", "unknown"))
     figures = f"logprob {-total['loss']:.4f} | ppl {ppl(total['loss'] / total['tokens']):.2f}"
     if reader.form.pieces:
-        figures += f" | ppl per word {ppl(total['loss'] / total['words']):.2f}"
-        figures += f" | bits per character {total['loss'] / total['characters'] / math.log(2):.3f}"
+        units = unit_figures(total["loss"], total["words"], total["characters"])
+        figures += "".join(f" | {name} {value:.3f}" for name, value in units.items())
     print(f"| total | {counts} | {figures}", file=sys.stderr)
 
 
@@ -176,12 +177,7 @@ def print_best(saved: Opened, reader: Reader, path: str, weight: float) -> None:
 SCORES = [
     Flag("text", {"nargs": "?", "metavar": "FILE"}, None, "the text, - for stdin: one sentence per line"),
     Flag("--tokens", SWITCH, False, "a row per token: surprisal, entropy, rank"),
-    Flag(
-        "--words",
-        SWITCH,
-        False,
-        "a row per word, apart by white space: the sum of its tokens' surprisal",
-    ),
+    Flag("--words", SWITCH, False, "a row per word, apart by white space: its tokens' surprisal, summed"),
     Flag("--nats", SWITCH, False, "surprisal and entropy in nats (else in bits)"),
     Flag("--carry", SWITCH, False, "go on from line to line, as in one text (else each starts afresh)"),
     Flag("--context", {"metavar": "FILE"}, None, "read the line of the same number in FILE before each line"),
@@ -216,7 +212,7 @@ def main() -> None:
     mode = "tokens" if args.tokens else "words" if args.words else "lines"
     whole, lines = ROWS_OF[mode][2], reader.lines(args.text, args.context)
     if args.adaptive:
-        publish(args, saved)
+        fill_in(args, saved)
         ms = find_statistics(
             saved, f"{args.save}.stats", read_corpus(args.data or saved.args.data, saved.vocab), args
         )

@@ -26,7 +26,7 @@ from data import (
     get_batch,
     rotate_columns,
 )
-from harness.log import DOUBLE_RULE, RULE, EpochBar, RunLog, figures, ppl, say
+from harness.log import DOUBLE_RULE, RULE, EpochBar, RunLog, figures, say, unit_figures
 from harness.ranks import ALONE, Ranks, Stop, Stopper
 from harness.run import Run
 from model import Criterion, RNNModel, detach
@@ -58,7 +58,8 @@ def train_step(run: Run, source: Tensor, target: Tensor) -> Tensor:
 
     if args.drop_state and torch.rand(()) < args.drop_state:
         run.hidden = run.first_hidden()
-    source = source.repeat_interleave(args.samples, dim=1)  # (T, B·samples): masks of dropout are per column
+    if args.samples > 1:  # masks of dropout are per column
+        source = source.repeat_interleave(args.samples, dim=1)  # (T, B·samples)
     with torch.autocast(source.device.type, dtype=run.amp, enabled=run.amp is not None):
         output, run.hidden, raw, dropped = run.model(source, detach(run.hidden), return_h=True)
         loss = run.loss(run.model.decoder.weight, run.model.decoder.bias, output, target)
@@ -247,21 +248,12 @@ def test(path: str, ids: Tensor, bptt: int, log: RunLog) -> float:
     """Evaluates a saved model on the test text at batch size 1 and prints the last line of a run."""
     saved = files.to_evaluate(files.load_model(path, "--save"), ids.device)
     loss = evaluate(saved.model, saved.criterion, ids, bptt, TEST_BATCH_SIZE)
-    units = unit_figures(loss, ids[1:], saved)
+    counted = count_units(saved.tokenizer, saved.vocab, ids[1:].cpu().numpy())
+    units = unit_figures(loss * (len(ids) - 1), *counted) if counted else {}
     more = "".join(f" | test {name} {value:8.3f}" for name, value in units.items())
     say(f"{DOUBLE_RULE}\n| End of training | {figures(loss, 'test ')}{more}\n{DOUBLE_RULE}")
     log.write("test", loss, **{name.replace(" ", "_"): value for name, value in units.items()})
     return loss
-
-
-def unit_figures(loss: float, targets: Tensor, saved: files.Opened) -> dict[str, float]:
-    """Perplexity per word and bits per character of a loss in nats per token; empty where nobody can tell."""
-    units = count_units(saved.tokenizer, saved.vocab, targets.cpu().numpy())
-    if units is None:
-        return {}
-    words, characters = units
-    total = loss * len(targets)
-    return {"ppl per word": ppl(total / words), "bits per character": total / characters / math.log(2)}
 
 
 def evaluate_only(saved: dict[str, Any], path: str, corpus: Corpus, bptt: int) -> int:

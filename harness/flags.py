@@ -156,6 +156,10 @@ class ArgumentParser(argparse.ArgumentParser):
             default = "" if untold else f" (default: {flag.default})"
             group.add_argument(*flag.names.split(), help=(flag.help + default).replace("%", "%%"), **flag.kind)
 
+    def parse_all(self, flags: Collection[Flag], **defaults: Any) -> Namespace:
+        """What was given, over the defaults of these flags."""
+        return Namespace(**{**{flag.name: flag.default for flag in flags}, **defaults, **vars(self.parse_args())})
+
     def error(self, message: str) -> None:
         raise UserError(f"{message} (see --help)")
 
@@ -173,8 +177,8 @@ def parse_evaluation(doc: str, *groups: tuple[str, Collection[Flag]]) -> Namespa
     parser = ArgumentParser(doc)
     for title, flags in [("saved model", saved), *groups, (MODEL, FLAGS[MODEL])]:
         parser.add_flags(title, flags)
-    defaults = {flag.name: flag.default for _, flags in groups for flag in flags}
-    return Namespace(**{"data": None, "device": "auto", **defaults, **vars(parser.parse_args())})
+    own = [flag for _, flags in groups for flag in flags]
+    return parser.parse_all(own, data=None, device="auto")
 
 
 def open_model(args: Namespace) -> files.Opened:

@@ -33,6 +33,11 @@ def figures(loss: float, prefix: str = "", bpc: bool = True) -> str:
     return f"{text} | {prefix}bpc {loss / math.log(2):8.3f}" if bpc else text
 
 
+def unit_figures(total: float, words: int, characters: int) -> dict[str, float]:
+    """Of the loss of a whole text, in nats: what it comes to per word and per character."""
+    return {"ppl per word": ppl(total / words), "bits per character": total / characters / math.log(2)}
+
+
 @contextlib.contextmanager
 def above_bar() -> Iterator[None]:
     """While entered, the progress bar makes room."""
