@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from splitcross import SplitCrossEntropyLoss, block_rows
+from products import Linear, add_product, linear, product
+from splitcross import SplitCrossEntropyLoss, block_rows, factor_dtype
 from utils import LockedDropout
 
 
@@ -29,23 +30,26 @@ class MixtureCrossEntropy(torch.autograd.Function):
     place the gradient -r_k · (1[target] - p_k) of the expert's logits; the next block overwrites them.
 
     latents (N, K, E), log_prior (N, K), weight (V, E), bias (V,), targets (N,) -> the sum over `count`, in nats.
+    `dtype`: of the factors of products; softmax and sums are in the weight's.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, latents: Tensor, log_prior: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, count: int
-    ) -> Tensor:
-        (N, K, _), V = latents.shape, len(weight)
+        ctx: Any, latents: Tensor, log_prior: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, count: int,
+        dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        (N, K, _), V, exact = latents.shape, len(weight), weight.dtype
         step = max(1, block_rows(V) // K)
-        block = latents.new_empty(min(N, step) * K, V)
+        block = latents.new_empty(min(N, step) * K, V, dtype=dtype)
+        factors = latents.to(dtype), weight.to(dtype), bias.to(dtype)
         d_latents, d_prior = torch.empty_like(latents), torch.empty_like(log_prior)
         d_weight, d_bias = torch.empty_like(weight), torch.zeros_like(bias)
         total = latents.new_zeros(())
         for start in range(0, N, step):
             rows = slice(start, start + step)
-            x = latents[rows].flatten(0, 1)  # (n·K, E)
+            x = factors[0][rows].flatten(0, 1)  # (n·K, E)
             target = targets[rows].repeat_interleave(K)[:, None]  # (n·K, 1)
-            logits = torch.addmm(bias, x, weight.T, out=block[: len(x)])  # (n·K, V)
+            logits = product(x, factors[1].T, factors[2], out=block[: len(x)]).to(exact)  # (n·K, V)
             highest = logits.amax(1, keepdim=True)
             expected = logits.gather(1, target)
             powers = logits.sub_(highest).exp_()
@@ -56,9 +60,10 @@ class MixtureCrossEntropy(torch.autograd.Function):
             grad = powers.mul_(share / norm)  # r_k · p_k, and r_k · (p_k - 1) at the target
             grad.scatter_add_(1, target, -share)
             d_prior[rows] = -share.view(-1, K)
-            torch.mm(grad, weight, out=d_latents[rows].view(len(x), -1))
-            torch.addmm(d_weight, grad.T, x, beta=0 if start == 0 else 1, out=d_weight)
             d_bias.add_(grad.sum(0))
+            grad = grad.to(dtype)
+            add_product(d_latents[rows].view(len(x), -1), grad, factors[1], first=True)
+            add_product(d_weight, grad.T, x, first=start == 0)
         ctx.save_for_backward(d_latents, d_prior, d_weight, d_bias)
         return total / count
 
@@ -66,14 +71,20 @@ class MixtureCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # By 1, as in training, they are handed over as they are: the weight's is as large as the weight.
-        return *(x if grad == 1 else x * grad for x in ctx.saved_tensors), None, None
+        return *(x if grad == 1 else x * grad for x in ctx.saved_tensors), None, None, None
 
 
 def mixture_losses(latents: Tensor, log_prior: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
     """The loss of each position, (N,), written plainly; arguments as above."""
-    logprob = F.log_softmax(F.linear(latents, weight, bias), dim=-1)  # (N, K, V)
+    logprob = F.log_softmax(linear(latents, weight, bias), dim=-1)  # (N, K, V)
     chosen = logprob.gather(2, targets[:, None, None].expand(-1, latents.size(1), 1)).squeeze(2)  # (N, K)
     return -(log_prior + chosen).logsumexp(1)
+
+
+def exact_or_bf16(weight: Tensor) -> torch.dtype:
+    """As `factor_dtype`, but the weight's own for float16: a gradient over `count` would be lost in it."""
+    dtype = factor_dtype(weight)
+    return weight.dtype if dtype == torch.float16 else dtype
 
 
 class MixtureOfSoftmaxes(nn.Module):
@@ -92,8 +103,8 @@ class MixtureOfSoftmaxes(nn.Module):
     def __init__(self, hidden_size: int, emsize: int, n_experts: int, dropoutl: float = 0.0) -> None:
         super().__init__()
         self.n_experts, self.splits = n_experts, []
-        self.prior = nn.Linear(hidden_size, n_experts, bias=False)
-        self.latent = nn.Linear(hidden_size, n_experts * emsize)
+        self.prior = Linear(hidden_size, n_experts, bias=False)
+        self.latent = Linear(hidden_size, n_experts * emsize)
         self.dropout = LockedDropout(dropoutl)
 
     def experts(self, hiddens: Tensor, columns: int) -> tuple[Tensor, Tensor]:
@@ -120,11 +131,11 @@ class MixtureOfSoftmaxes(nn.Module):
         columns = targets.size(1) if targets.dim() == 2 else 1
         latents, log_prior = self.experts(hiddens.flatten(0, -2), columns)
         bias = weight.new_zeros(len(weight)) if bias is None else bias
-        targets = targets.reshape(-1)
+        targets, dtype = targets.reshape(-1), exact_or_bf16(weight)
         with torch.autocast(hiddens.device.type, enabled=False):
             if torch.is_grad_enabled() and reduction != "none":
                 count = len(targets) if reduction == "mean" else 1
-                return MixtureCrossEntropy.apply(latents, log_prior, weight, bias, targets, count)
+                return MixtureCrossEntropy.apply(latents, log_prior, weight, bias, targets, count, dtype)
             step = max(1, block_rows(len(weight)) // self.n_experts)
             blocks = zip(latents.split(step), log_prior.split(step), targets.split(step), strict=True)
             losses = torch.cat([mixture_losses(x, prior, weight, bias, target) for x, prior, target in blocks])
@@ -137,7 +148,7 @@ class MixtureOfSoftmaxes(nn.Module):
     def logprob(self, weight: Tensor, bias: Tensor | None, hiddens: Tensor) -> Tensor:
         """Log-probabilities of every word: (N, H) -> (N, V), in nats."""
         latents, log_prior = self.experts(hiddens, 1)
-        logprob = F.log_softmax(F.linear(latents, weight, bias), dim=-1)  # (N, K, V)
+        logprob = F.log_softmax(linear(latents, weight, bias), dim=-1)  # (N, K, V)
         return (logprob + log_prior[:, :, None]).logsumexp(1)
 
 
@@ -168,8 +179,8 @@ def sampled(
             latents, log_prior = criterion.experts(hiddens, columns)
         latents = latents.to(weight.dtype).reshape(len(targets), -1, latents.size(2))  # (N, samples·K, E)
         log_prior = log_prior.to(weight.dtype).reshape(len(targets), -1) - math.log(samples)
-        bias = weight.new_zeros(len(weight)) if bias is None else bias
+        bias, dtype = weight.new_zeros(len(weight)) if bias is None else bias, exact_or_bf16(weight)
         with torch.autocast(hiddens.device.type, enabled=False):
-            return MixtureCrossEntropy.apply(latents, log_prior, weight, bias, targets, len(targets))
+            return MixtureCrossEntropy.apply(latents, log_prior, weight, bias, targets, len(targets), dtype)
 
     return loss

@@ -35,6 +35,7 @@ from harness import (
     say,
 )
 from model import Criterion, RNNModel
+from products import product
 from utils import RunError
 
 BLOCK = 128  # positions at once: their scores of a window of 4,000 (2 MB) stay in a core's cache
@@ -65,7 +66,7 @@ def pointer_prob(
         last = min(first + BLOCK, len(states))
         row = position[first:last, None]  # (block, 1)
         begin = max(0, first - max(windows))
-        scores = states[first:last] @ states[begin : last - 1].T  # (block, window + block - 1)
+        scores = product(states[first:last], states[begin : last - 1].T)  # (block, window + block - 1)
         for w, window in enumerate(windows):
             start = max(0, first - window)  # of the pairs that any position of the block sees
             column = position[start : last - 1]

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from products import add_product, linear, product
+
 # Rows of logits at once: enough for a matrix product at its full speed, few enough to stay near a core.
 BLOCK_ROWS, BLOCK_ELEMENTS = 256, 5 * 2**20
 
@@ -23,6 +25,12 @@ BLOCK_ROWS, BLOCK_ELEMENTS = 256, 5 * 2**20
 def block_rows(V: int) -> int:
     """How many rows of V logits to have at once."""
     return max(BLOCK_ROWS, BLOCK_ELEMENTS // V)
+
+
+def factor_dtype(weight: Tensor) -> torch.dtype:
+    """That of the factors of products: the one of autocast, else the weight's own."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 def default_splits(ntoken: int) -> list[int]:
@@ -36,23 +44,26 @@ class BlockedCrossEntropy(torch.autograd.Function):
 
     `F.linear` and `F.cross_entropy` hold (N, V) three times over. Here a block of rows becomes its own
     gradient in place, enters the gradients of both factors, and is overwritten by the next. The result is the
-    sum over `count`; `train` says whether gradients will be asked for.
+    sum over `count`; `train` says whether gradients will be asked for. The factors of the products are of
+    `dtype`, half precision under autocast; softmax and sums are in that of the weight.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hiddens: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, count: int, train: bool
-    ) -> Tensor:
-        N, V = len(hiddens), len(weight)
+        ctx: Any, hiddens: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, count: int, train: bool,
+        dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        N, V, exact = len(hiddens), len(weight), weight.dtype
         rows = min(N, block_rows(V))
-        block = hiddens.new_empty(rows, V)
+        block = hiddens.new_empty(rows, V, dtype=dtype)
+        factors = hiddens.to(dtype), weight.to(dtype), bias.to(dtype)
         if train:
-            d_hiddens, d_weight = torch.empty_like(hiddens), torch.empty_like(weight)
+            d_hiddens, d_weight = torch.empty_like(hiddens, dtype=exact), torch.empty_like(weight)
             d_bias = torch.zeros_like(bias)
         total = 0.0
         for start in range(0, N, rows):
-            x, target = hiddens[start : start + rows], targets[start : start + rows, None]
-            logits = torch.addmm(bias, x, weight.T, out=block[: len(x)])  # (rows, V)
+            x, target = factors[0][start : start + rows], targets[start : start + rows, None]
+            logits = product(x, factors[1].T, factors[2], out=block[: len(x)]).to(exact)  # (rows, V)
             highest = logits.amax(1, keepdim=True)
             expected = logits.gather(1, target)
             powers = logits.sub_(highest).exp_()
@@ -61,19 +72,19 @@ class BlockedCrossEntropy(torch.autograd.Function):
             if train:
                 grad = powers.div_(norm.mul_(count))  # p / count, and (p - 1) / count at the target
                 grad.scatter_add_(1, target, torch.full_like(expected, -1 / count))
-                torch.mm(grad, weight, out=d_hiddens[start : start + rows])
-                new = start == 0  # with beta 0 what lies in d_weight is not looked at
-                torch.addmm(d_weight, grad.T, x, beta=0 if new else 1, out=d_weight)
                 d_bias.add_(grad.sum(0))
+                grad = grad.to(dtype)
+                add_product(d_hiddens[start : start + rows], grad, factors[1], first=True)
+                add_product(d_weight, grad.T, x, first=start == 0)
         if train:
             ctx.save_for_backward(d_hiddens, d_weight, d_bias)
-        return hiddens.new_tensor(total / count)
+        return weight.new_tensor(total / count)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # By 1, as in training, they are handed over as they are: the weight's is as large as the weight.
-        return *(x if grad == 1 else x * grad for x in ctx.saved_tensors), None, None, None
+        return *(x if grad == 1 else x * grad for x in ctx.saved_tensors), None, None, None, None
 
 
 def linear_cross_entropy(
@@ -89,14 +100,15 @@ def blocked_cross_entropy(
 ) -> Tensor:
     """The same in blocks where that is quicker and smaller: on the CPU, for the sum of some positions.
 
-    Under autocast the products are in half precision, and F.linear knows how.
+    Not in float16, which would lose gradients over `count` before the scaler sees them.
     """
-    on_cpu = hiddens.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-    if count is None or not len(hiddens) or not on_cpu:
+    dtype = factor_dtype(weight)
+    if count is None or not len(hiddens) or hiddens.device.type != "cpu" or dtype == torch.float16:
         return linear_cross_entropy(hiddens, weight, bias, targets, count)
     bias = weight.new_zeros(len(weight)) if bias is None else bias
     train = torch.is_grad_enabled() and (hiddens.requires_grad or weight.requires_grad or bias.requires_grad)
-    return BlockedCrossEntropy.apply(hiddens, weight, bias, targets, count, train)
+    with torch.autocast("cpu", enabled=False):
+        return BlockedCrossEntropy.apply(hiddens, weight, bias, targets, count, train, dtype)
 
 
 class SplitCrossEntropyLoss(nn.Module):
@@ -164,12 +176,12 @@ class SplitCrossEntropyLoss(nn.Module):
     def logprob(self, weight: Tensor, bias: Tensor | None, hiddens: Tensor) -> Tensor:
         """Log-probabilities of every word: (N, H) -> (N, V), in nats."""
         if not self.splits:
-            return F.log_softmax(F.linear(hiddens, weight, bias), dim=-1)
+            return F.log_softmax(linear(hiddens, weight, bias), dim=-1)
         weights, biases = self.clusters(weight, bias)
-        head = F.log_softmax(F.linear(hiddens, *self.head(weights[0], biases[0])), dim=-1)  # (N, s_1 + K)
+        head = F.log_softmax(linear(hiddens, *self.head(weights[0], biases[0])), dim=-1)  # (N, s_1 + K)
         words, tombstones = head.split([self.splits[0], len(self.splits)], dim=-1)
         tails = [
-            tombstones[:, k : k + 1] + F.log_softmax(F.linear(hiddens, w, b), dim=-1)
+            tombstones[:, k : k + 1] + F.log_softmax(linear(hiddens, w, b), dim=-1)
             for k, (w, b) in enumerate(zip(weights[1:], biases[1:], strict=True))
         ]
         return torch.cat([words, *tails], dim=-1)  # (N, V)

@@ -21,6 +21,7 @@ from harness.ranks import ALONE, Ranks
 from model import Criterion, Hidden, RNNModel, build, detach
 from mos import sampled
 from optim import Mean, make_optimizer
+from products import has_bf16
 from utils import UserError, keep_freed_memory, map_tensors, out_of_memory
 
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -68,6 +69,9 @@ class Run:
             ranks.seed(args.seed)  # dropout masks are not to be the same
 
         self.amp = AMP[args.amp]  # forward and loss run under autocast to it; None: in float32
+        if args.amp == "bf16" and device.type == "cpu" and not has_bf16():
+            warn("--amp bf16: this processor has no bfloat16; it stays with float32")
+            self.amp = None
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp is torch.float16)
         self.optimizer = make_optimizer(self.parameters, args.optimizer, args.lr, args.wdecay, args.beta1)
         self.mean: Mean | None = None  # of the weights, once averaging is on

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from products import product
+
 
 class Round(NamedTuple):
     """The weights of a round: σ(source · A · B + bias)."""
@@ -68,7 +70,7 @@ class MogrifierScan(torch.autograd.Function):
         sigmas = [x.new_empty(T, B, len(round.bias)) for round in rounds]
         inner = [x.new_empty(T, B, len(round.b)) for round in rounds if not full]  # source · A
         if not rounds:  # the input's share of all steps in one product
-            torch.addmm(bias, x.flatten(0, 1), weight_ih.T, out=gates.view(T * B, -1))
+            gates = product(x.flatten(0, 1), weight_ih.T, bias, out=gates.view(T * B, -1)).view_as(gates)
         for t in range(T):
             x_t, h = x[t], h if mask is None else h * mask
             for r, (a, b, b_bias) in enumerate(rounds):
@@ -128,20 +130,21 @@ class MogrifierScan(torch.autograd.Function):
                 d_x[t] = d_x_t
             d_h = d_h if mask is None else d_h * mask
         if not rounds:
-            torch.mm(d_gates.flatten(0, 1), weight_ih, out=d_x.view(-1, d_x.size(2)))
+            d_x = product(d_gates.flatten(0, 1), weight_ih, out=d_x.flatten(0, 1)).view_as(x)
 
-        def product(left: Tensor, right: Tensor) -> Tensor:
+        def over_steps(left: Tensor, right: Tensor) -> Tensor:
             """(T, B, n), (T, B, m) -> (n, m), summed over all steps."""
-            return left.flatten(0, 1).T @ right.flatten(0, 1)
+            return product(left.flatten(0, 1).T, right.flatten(0, 1))
 
         xs, hs = before_rounds(x, before, sigmas)
-        d_weights = [product(d_gates, xs[-1]), product(d_gates, hs[-1]), d_gates.sum((0, 1))]
+        d_weights = [over_steps(d_gates, xs[-1]), over_steps(d_gates, hs[-1]), d_gates.sum((0, 1))]
         for r, d_sum in enumerate(d_sums):
             source = xs[r] if r % 2 else hs[r]
-            d_factors = (
-                [product(source, d_sum)] if ctx.full else [product(source, d_inner[r]), product(inner[r], d_sum)]
-            )
-            d_weights += [*d_factors, d_sum.sum((0, 1))]
+            if ctx.full:
+                d_weights += [over_steps(source, d_sum)]
+            else:
+                d_weights += [over_steps(source, d_inner[r]), over_steps(inner[r], d_sum)]
+            d_weights += [d_sum.sum((0, 1))]
         return d_x, d_h, d_c, None, None, *d_weights
 
 

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from products import Linear
+
 GRAIN = 2**15  # elements below which torch runs an elementwise operation on one thread
 sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input  # g · s · (1 - s), into an existing tensor
 tanh_backward = torch.ops.aten.tanh_backward.grad_input  # g · (1 - z²), likewise
@@ -173,7 +175,7 @@ class QRNNLayer(nn.Module):
         if window not in (1, 2):
             raise ValueError(f"window {window}: a QRNN layer looks at 1 or 2 inputs per step")
         self.input_size, self.hidden_size, self.window = input_size, hidden_size, window
-        self.linear = nn.Linear(window * input_size, 3 * hidden_size)
+        self.linear = Linear(window * input_size, 3 * hidden_size)
 
     def reset_parameters(self) -> None:
         """Uniform ±1/sqrt(inputs), as torch's own linear layer."""

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from products import linear
+
 
 class DropWeight(torch.autograd.Function):
     """DropConnect on the CPU: `weight` with each element zeroed with probability p, the rest over 1-p.
@@ -53,4 +55,4 @@ class WeightDropLinear(nn.Linear):
         del self.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, drop_weight(self.weight_raw, self.wdrop, self.training), self.bias)
+        return linear(x, drop_weight(self.weight_raw, self.wdrop, self.training), self.bias)

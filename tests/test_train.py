@@ -389,3 +389,13 @@ def test_sigterm_outweighs_whatever_comes_after_it(signals, reason):
             stopper.check_sigterm()
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
+
+
+def test_a_processor_without_bfloat16_stays_in_float32_and_says_so(make_run, monkeypatch, capsys):
+    """One warning, and no autocast."""
+    monkeypatch.setattr("harness.run.has_bf16", lambda: False)
+    assert make_run(amp="bf16").amp is None
+    assert capsys.readouterr().err.count("has no bfloat16; it stays with float32") == 1
+    monkeypatch.setattr("harness.run.has_bf16", lambda: True)
+    assert make_run(amp="bf16").amp is torch.bfloat16
+    assert not capsys.readouterr().err

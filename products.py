@@ -1,0 +1,103 @@
+"""Matrix products on the CPU by the library that is quickest there; on other devices torch's own.
+
+python -c "import products; print(products.prefers_onednn())"
+
+`torch.mm` goes to MKL, which stays with AVX2 on AMD's processors. GFLOP/s in float32 on two cores, torch 2.13.0:
+
+                               torch.mm   oneDNN, inside the same torch
+    AMD EPYC, AVX-512               200   430
+    Intel Xeon, AVX-512             310   200 to 300
+    AMD EPYC, AVX2                  150   150
+
+So oneDNN it is on AMD with AVX-512, and torch.mm elsewhere: the processor alone decides, never a timing, so that
+a resumed run repeats the bits of the one that was cut. The operator is the one that torch's compiler calls; where
+this torch does not have it, torch.mm it is.
+
+Shapes: N rows, I inputs and O outputs of a weight (O, I).
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@cache
+def has_onednn() -> bool:
+    """Whether oneDNN's product is an operator of this torch."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def has_bf16() -> bool:
+    """Whether the CPU multiplies bfloat16 numbers (AVX-512 with bfloat16, AMX)."""
+    return has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@cache
+def prefers_onednn() -> bool:
+    """Whether float32 products go to oneDNN on this processor."""
+    try:
+        amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        amd = False
+    return amd and has_onednn() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def by_onednn(a: Tensor) -> bool:
+    return a.device.type == "cpu" and a.dtype == torch.float32 and prefers_onednn()
+
+
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """a·b + bias: (N, K), (K, M), (M,) or None -> (N, M); `out`: memory that may hold it."""
+    if by_onednn(a):
+        return torch.ops.mkldnn._linear_pointwise(a, b.T, bias, "none", [], "")
+    return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None:
+    """total += a·b, in place; the `first` time what lies there is not looked at. Sums in `total`'s precision."""
+    if a.dtype == total.dtype and not by_onednn(a):
+        torch.addmm(total, a, b, beta=0 if first else 1, out=total)
+    elif first:
+        total.copy_(product(a, b))
+    else:
+        total.add_(product(a, b))
+
+
+def outer(d: Tensor, x: Tensor) -> Tensor:
+    """dᵀ·x for few rows: (T, n), (T, m) -> (n, m). With T 5 oneDNN takes half of MKL's time everywhere."""
+    if has_onednn() and d.dtype == torch.float32:
+        return torch.ops.mkldnn._linear_pointwise(d.T.contiguous(), x.T.contiguous(), None, "none", [], "")
+    return d.T @ x
+
+
+class LinearProducts(torch.autograd.Function):
+    """x (N, I), weight (O, I), bias (O,) or None -> (N, O): `F.linear` with all three products by `product`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x, weight.T, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        return product(dy, weight), product(dy.T, x), dy.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` by the quickest library: (..., I), (O, I), (O,) or None -> (..., O)."""
+    if not by_onednn(x) or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, bias)
+    return LinearProducts.apply(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], len(weight))
+
+
+class Linear(nn.Linear):
+    """torch's linear layer, its products by `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)

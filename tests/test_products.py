@@ -1,0 +1,124 @@
+"""Products by either library are the products, with their gradients; which one is taken the processor decides."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import products
+from layers.qrnn import QRNNLayer
+from products import add_product, linear, outer, prefers_onednn, product
+from splitcross import SplitCrossEntropyLoss
+
+N, K, M = 37, 19, 23
+
+
+@pytest.fixture(params=[False, True], ids=["MKL", "oneDNN"])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Both libraries in turn, on any processor; True: oneDNN."""
+    if request.param and not products.has_onednn():
+        pytest.skip("this torch has no oneDNN product")
+    monkeypatch.setattr(products, "prefers_onednn", lambda: request.param)
+    return request.param
+
+
+def factors(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    a, b, bias = (torch.randn(size, generator=generator) for size in ((N, K), (K, M), (M,)))
+    return a, b, bias
+
+
+def same(found: Tensor, expected: Tensor) -> None:
+    """To float32's rounding, against float64."""
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_product_is_the_product(library, transposed):
+    """Also of transposed views, with a bias, and into memory that is there."""
+    a, b, bias = factors()
+    if transposed:
+        a, b = a.T.contiguous().T, b.T.contiguous().T
+    expected = a.double() @ b.double()
+    same(product(a, b), expected)
+    same(product(a, b, bias), expected + bias.double())
+    same(product(a, b, bias, out=torch.empty(N, M)), expected + bias.double())
+
+
+def test_products_are_added_up(library):
+    a, b, _ = factors()
+    total = torch.full((N, M), torch.nan)
+    add_product(total, a, b, first=True)
+    same(total, a.double() @ b.double())
+    add_product(total, a, b)
+    same(total, 2 * (a.double() @ b.double()))
+
+
+def test_products_in_half_precision_add_up_in_the_totals_own(library):
+    """1,000 times 2^-9 to 1: in bfloat16 the sum would stay 1."""
+    total, one, small = torch.ones(1, 1), torch.ones(1, 1).bfloat16(), torch.full((1, 1), 2.0**-9).bfloat16()
+    for _ in range(1000):
+        add_product(total, one, small)
+    assert total.item() == 1 + 1000 * 2.0**-9
+
+
+@pytest.mark.parametrize("T", [1, 5])
+def test_an_outer_product_is_the_product(T):
+    d, x = torch.randn(T, 30), torch.randn(T, 20)
+    same(outer(d, x), d.double().T @ x.double())
+    assert torch.equal(outer(d.double(), x.double()), d.double().T @ x.double())
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("rows", [(N,), (5, 7)])
+def test_linear_and_its_gradients_are_those_of_float64(library, rows, with_bias):
+    generator = torch.Generator().manual_seed(1)
+    x, weight, bias, dy = (
+        torch.randn(size, generator=generator) for size in ((*rows, K), (M, K), (M,), (*rows, M))
+    )
+    given = [x, weight, bias] if with_bias else [x, weight]
+    exact = [tensor.double().requires_grad_() for tensor in given]
+    expected = F.linear(*exact)
+    given = [tensor.requires_grad_() for tensor in given]
+    found = linear(*given) if with_bias else linear(*given, None)
+    same(found, expected)
+    gradients = torch.autograd.grad(expected, exact, dy.double())
+    for gradient, wanted in zip(torch.autograd.grad(found, given, dy), gradients, strict=True):
+        same(gradient, wanted)
+
+
+def test_other_dtypes_are_torchs_own(library):
+    """Float64, as the gradients are checked in, is not touched by the choice."""
+    x, weight, bias = (tensor.double() for tensor in factors())
+    assert torch.equal(product(x, weight, bias), torch.addmm(bias, x, weight))
+    assert torch.equal(linear(x, weight.T, bias), F.linear(x, weight.T, bias))
+
+
+def test_a_qrnn_and_a_loss_are_the_same_by_both(monkeypatch):
+    """Losses and gradients of a layer and an output layer agree to rounding."""
+    torch.manual_seed(0)
+    layer, criterion = QRNNLayer(K, 12, window=2), SplitCrossEntropyLoss(12, [4, 9])
+    decoder, x, targets = torch.randn(20, 12), torch.randn(6, 5, K), torch.randint(20, (30,))
+    decoder.requires_grad_()
+    found = []
+    for choice in (False, True):
+        monkeypatch.setattr(products, "prefers_onednn", lambda choice=choice: choice and products.has_onednn())
+        out, _ = layer(x, layer.init_hidden(5))
+        loss = criterion(decoder, None, out, targets)
+        weights = [decoder, *layer.parameters(), *criterion.parameters()]
+        found.append([loss, *torch.autograd.grad(loss, weights)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("vendor", "capability", "onednn"),
+    [("AuthenticAMD", "AVX512", True), ("AuthenticAMD", "AVX2", False), ("GenuineIntel", "AVX512", False)],
+)
+def test_the_processor_decides(monkeypatch, tmp_path, vendor, capability, onednn):
+    """oneDNN on AMD with AVX-512, where MKL stays with AVX2."""
+    (tmp_path / "cpuinfo").write_text(f"processor : 0\nvendor_id\t: {vendor}\n")
+    monkeypatch.setattr(products, "Path", lambda _: tmp_path / "cpuinfo")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(products, "has_onednn", lambda: True)
+    assert prefers_onednn.__wrapped__() is onednn
