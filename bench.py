@@ -3,10 +3,12 @@
     python bench.py                                  # both tables; about twenty minutes on two cores
     python bench.py --settings small ptb-lstm --tables 1 --rounds 5
     python bench.py --device cuda --json bench.json  # also all raw times
+    python bench.py --peers                          # also fastai's AWD_LSTM, see benchmarks/peers.py
     python bench.py --profile ptb-qrnn               # where one step of ours spends its time
 
 ours: `train.train_step` on a run as main.py starts it, with the published command's dropouts, regularisation,
-    clipping and optimizer, on text drawn from Zipf's law, in batches of just bptt rows.
+    clipping and optimizer, on text drawn from Zipf's law, in batches of just bptt rows; bf16: with --amp bf16,
+    where the processor has bfloat16.
 plain: the same on torch's `nn.LSTM`, `F.dropout`, `F.linear`, `F.cross_entropy`; a QRNN as a loop over time.
 floor: the step's matrix products alone, over all bptt x batch rows at once, each by the fastest library. An
     LSTM cannot reach it: its recurrent products have to wait for each other.
@@ -38,14 +40,15 @@ from typing import Any
 import torch
 
 from benchmarks import timed
+from benchmarks.peers import check_fastai, fits_fastai
 from benchmarks.work import SETTINGS, VARIANTS, Work, others, ours, setting
 from harness import COUNT, ArgumentParser, check_writable, run_script
 from harness.texts import find_files
+from products import has_bf16
 from utils import RunError, UserError
 
 BUDGET_S = 45  # for the rounds of a setting, or of table 2, unless --rounds says how many
 WARM_UP_ROUNDS = 2  # the memory that a process keeps has its final size after the second step
-PEERS = [kind for kind in VARIANTS if kind not in ("ours", "floor")]
 CONTEXT = multiprocessing.get_context("spawn")  # a fresh interpreter, whose peak memory is its own
 Row = dict[str, str]  # of a table, by column
 
@@ -112,12 +115,16 @@ def alternate(title: str, works: dict[str, Callable[[], float]], rounds: int) ->
 
 def bench_steps(args: Namespace, device: torch.device) -> Iterator[tuple[Row, dict[str, Any]]]:
     """Table 1: a row per setting, and what it is made from."""
+    kinds = [kind for kind in VARIANTS if args.peers or kind != "fastai"]
+    if not has_bf16() and device.type == "cpu":
+        kinds.remove("ours bf16")
     for name in args.settings:
         ntoken, run = setting(name, args.tiny)
+        here = [kind for kind in kinds if kind != "fastai" or fits_fastai(run)]
         with contextlib.ExitStack() as stack:
-            pools = {kind: stack.enter_context(ProcessPoolExecutor(1, CONTEXT)) for kind in VARIANTS}
-            for kind, make in VARIANTS.items():  # one after the other: the floor's choice needs a quiet machine
-                call(pools[kind], begin, make, name, args.tiny, device)
+            pools = {kind: stack.enter_context(ProcessPoolExecutor(1, CONTEXT)) for kind in here}
+            for kind, pool in pools.items():  # one after the other: the floor's choice needs a quiet machine
+                call(pool, begin, VARIANTS[kind], name, args.tiny, device)
             steps = {kind: partial(call, pool, step_ms, device) for kind, pool in pools.items()}
             ms = alternate(name, steps, args.rounds)
             peak = {kind: call(pool, peak_bytes, device) for kind, pool in pools.items()}
@@ -125,12 +132,14 @@ def bench_steps(args: Namespace, device: torch.device) -> Iterator[tuple[Row, di
         size = f"{run.model} {run.emsize}-{run.nhid} x {run.nlayers}, V {ntoken:,}"
         row = {
             "setting": f"{name}: {size}, {run.batch_size} x {run.bptt}, {run.optimizer}",
-            **{f"{kind}, ms": spread(times) for kind, times in ms.items()},
+            **{f"{kind}, ms": spread(ms[kind]) if kind in ms else "" for kind in kinds},
             "ours, tokens/s": f"{run.batch_size * run.bptt / middle['ours'] * 1000:,.0f}",
             "ours / floor": f"{middle['ours'] / middle['floor']:.2f}",
-            **{f"{kind} / ours": f"{middle[kind] / middle['ours']:.2f}" for kind in PEERS},
-            **{f"peak of {kind}, GB": f"{peak[kind] / 1e9:.2f}" for kind in ("ours", *PEERS)},
         }
+        for kind in kinds[1:-1]:
+            row[f"{kind} / ours"] = f"{middle[kind] / middle['ours']:.2f}" if kind in ms else ""
+        for kind in kinds[:-1]:
+            row[f"peak of {kind}, GB"] = f"{peak[kind] / 1e9:.2f}" if kind in ms else ""
         yield row, {"setting": name, "vocabulary": ntoken, "args": vars(run), "ms": ms, "peak_bytes": peak}
 
 
@@ -193,6 +202,7 @@ def parse_args() -> Namespace:
     add("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
     add("--data", default=None, help="the corpus to read for table 2 (default: 2.4 M made-up tokens)")
     add("--json", default=None, help="also write all raw times to this file")
+    add("--peers", action="store_true", default=False, help="also fastai's AWD_LSTM, version 2.8.12")
     add("--profile", choices=SETTINGS, default=None, help="only profile one step of ours")
     add("--tiny", action="store_true", default=False, help="toy sizes: does it run?")
     return parser.parse_args()
@@ -206,6 +216,8 @@ def main() -> None:
     if args.profile:
         print(profile(args.profile, args.tiny, device))
         return
+    if args.peers:
+        check_fastai()
     if args.json:
         check_writable(args.json, "--json")
     if args.data:

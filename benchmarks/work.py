@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.floor import make_floor, shapes
+from benchmarks.peers import make_fastai_step
 from benchmarks.plain import PlainModel, make_plain_step
 from data import SPLITS, Corpus, read_corpus
 from harness.flags import resolve_args
@@ -86,9 +87,10 @@ def make_run(ntoken: int, args: Namespace, device: torch.device) -> Run:
     return Run("main.py", args, corpus, device)
 
 
-def ours(name: str, tiny: bool, device: torch.device) -> Work:
+def ours(name: str, tiny: bool, device: torch.device, amp: str = "none") -> Work:
     keep_freed_memory()
     ntoken, args = setting(name, tiny)
+    args.amp = amp
     run, batches = make_run(ntoken, args, device), training_batches(ntoken, args, device)
     run.model.train()
     run.criterion.train()
@@ -113,7 +115,21 @@ def floor(name: str, tiny: bool, device: torch.device) -> Work:
     return step
 
 
-VARIANTS: dict[str, Callable[[str, bool, torch.device], Work]] = {"ours": ours, "plain": plain, "floor": floor}
+def fastai(name: str, tiny: bool, device: torch.device) -> Work:
+    ntoken, args = setting(name, tiny)
+    torch.manual_seed(args.seed)
+    step, batches = make_fastai_step(args, ntoken, device), training_batches(ntoken, args, device)
+    return lambda: step(*next(batches))
+
+
+# In the order of the table: the first is what the others are held against.
+VARIANTS: dict[str, Callable[[str, bool, torch.device], Work]] = {
+    "ours": ours,
+    "ours bf16": partial(ours, amp="bf16"),
+    "plain": plain,
+    "fastai": fastai,
+    "floor": floor,
+}
 
 
 def others(data: str | None, tiny: bool, folder: Path, device: torch.device) -> Iterator[tuple[str, int, Work]]:

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import sys
 from argparse import Namespace
 from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
@@ -16,9 +17,11 @@ from toys import call, error_line
 
 import bench
 from benchmarks import floor, work
+from benchmarks.peers import fits_fastai
 from benchmarks.plain import PlainModel, make_plain_step
 from harness.files import fit_names
 from model import DROPOUTS, build
+from products import has_bf16
 from train import train_step
 from utils import RunError, keep_freed_memory
 
@@ -131,7 +134,7 @@ def cells(text: str) -> list[list[str]]:
 def test_bench_prints_both_tables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every row and column of both tables, and all raw times as JSON."""
+    """Every row and column of both tables, and all raw times as JSON; bfloat16 where the processor has it."""
 
     def start_up(*flags: object, until: str) -> None:
         result = run_cli(*flags, cwd=tmp_path)
@@ -148,14 +151,31 @@ def test_bench_prints_both_tables(
     found, table = json.loads(path.read_text()), cells(out)
     steps, others = table[:4], table[4:]
     assert [row[0].split(":")[0] for row in steps] == ["setting", "-" * len(steps[1][0]), *names]
-    assert all(len(row) == 9 and all(row) for row in steps)
+    assert all(len(row) == (12 if has_bf16() else 9) and all(row) for row in steps)
     for entry, row in zip(found["steps"], steps[2:], strict=True):
-        ours, plain, least = (entry["ms"][kind][0] for kind in bench.VARIANTS)
-        assert row[5:7] == [f"{ours / least:.2f}", f"{plain / ours:.2f}"]
+        shown, ours = dict(zip(steps[0], row, strict=True)), entry["ms"]["ours"][0]
+        assert ("ours bf16 / ours" in shown) is ("ours bf16" in entry["ms"]) is has_bf16()
+        assert shown["ours / floor"] == f"{ours / entry['ms']['floor'][0]:.2f}"
+        assert shown["plain / ours"] == f"{entry['ms']['plain'][0] / ours:.2f}"
         assert entry["peak_bytes"]["ours"] > 10**7
     assert [row[0] for row in others[2:]] == [entry["what"] for entry in found["others"]]
     assert len(others) == 2 + 10
     assert all(len(entry["ms"]) == 1 for entry in found["others"])
+
+
+def test_peers_that_are_not_installed_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is started, and where to read how to install them."""
+    monkeypatch.setitem(sys.modules, "fastai", None)
+    assert call(bench, "--peers", "--tiny") == 2
+    assert "--peers: needs fastai; the top of benchmarks/peers.py" in error_line(capsys)
+
+
+def test_fastai_is_asked_for_what_it_has() -> None:
+    """LSTMs with one softmax, under SGD."""
+    fitting = [name for name in work.SETTINGS if fits_fastai(work.setting(name, tiny=True)[1])]
+    assert fitting == ["ptb-lstm", "wt2-lstm", "small"]
 
 
 def test_profile_names_operations(capsys: pytest.CaptureFixture[str]) -> None:
