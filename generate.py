@@ -146,7 +146,7 @@ def main() -> None:
         logprob, _ = next_logprob(model, criterion, prompt, model.init_hidden(1))
         best = logprob.double().exp().topk(min(args.next, len(vocab)))
         for prob, word in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            output.write(f"{prob:.6f}\t{vocab[word]}\n")
+            output.write(f"{prob:.6f}\t{text.shown(vocab[word])}\n")
     else:
         generator = torch.Generator().manual_seed(args.seed)
         never = encoder.unknown_index if args.no_unk else None

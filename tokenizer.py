@@ -102,6 +102,10 @@ class CorpusText:
         self.line_start = piece.endswith("\n") if piece else self.line_start
         return piece
 
+    def shown(self, word: str) -> str:
+        """A token by itself."""
+        return word
+
     def end(self) -> str:
         """What is left at the end of the text: a character cut short, and the last newline."""
         rest = self.decoder.decode(b"", final=True)
@@ -154,6 +158,13 @@ class TokenizerText:
         space = self.before and not self.joined(word)
         self.before, self.quotes = word, self.quotes + (word == '"')
         return f" {word}" if space else word
+
+    def shown(self, word: str) -> str:
+        """A token by itself, as text, with the space before it; a part of a character as the tokenizer has it."""
+        if not self.pieces or word == EOS:
+            return word
+        text = self.tokenizer.decode([self.tokenizer.token_to_id(word)])
+        return text if text.isprintable() and "\ufffd" not in text else word
 
     def joined(self, word: str) -> bool:
         """Whether no space belongs before a word: punctuation is put where English has it."""

@@ -17,7 +17,7 @@ from toys import WORDS, call, error_line, make_model, save_model
 import generate
 import main
 import prepare
-from data import read_corpus
+from data import EOS, read_corpus
 from harness import files
 from harness.files import load_model
 from tokenizer import count_units, make_text
@@ -229,6 +229,21 @@ def test_bytes_of_a_character_wait_for_the_last(folders):
     assert text.piece(rare[1]) + text.piece("x") == "\ufffdx"
     assert (text.piece(rare[1]) + text.piece("<eos>")).endswith("\n")
     assert text.piece("x") + text.piece(rare[1]) + text.end() in ("x\n", "x\ufffd\n")
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_token_by_itself_is_shown_as_text(folders, level):
+    """What `generate.py --next` prints: no mark of the tokenizer's own, a space where the text has one."""
+    tokenizer, vocab, _ = opened(folders[level])
+    text = make_text(tokenizer, vocab, "--save m.pt")
+    shown = [text.shown(word) for word in vocab]
+    assert shown[vocab.index(EOS)] == EOS
+    assert "\n" not in "".join(shown)
+    for word, known in zip(shown, vocab, strict=True):
+        if level == "subword" and known.removeprefix("Ġ").isascii() and known != EOS:
+            assert word == known.replace("Ġ", " ")
+        elif level == "word":
+            assert word == known
 
 
 def test_without_a_tokenizer_the_vocabulary_says_what_text_is():
