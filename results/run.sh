@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Run a row of results/README.md again from nothing, or go on with it after a stop: training, then every evaluation.
 #
-#     results/run.sh base        # or: shuffle, mos
+#     results/run.sh melis        # or: base, shuffle, mos, awd-adam, mogrifier
+#     results/run.sh melis 2e-3   # at another learning rate
 #
 # Models and logs go to runs/, which is not tracked.
 set -euo pipefail
@@ -9,13 +10,19 @@ cd "$(dirname "$0")/.."
 
 small="--emsize 200 --nlayers 2 --batch_size 20 --lr 20 --dropout 0.2 --dropouth 0.1 --dropouti 0.2
        --dropoute 0.02 --wdrop 0.2 --epochs 6 --seed 141"
+recipe="--nlayers 2 --batch_size 20 --bptt 70 --optimizer adam --beta1 0 --average --alpha 0 --beta 0 --wdecay 3.6e-6
+        --clip 0.143 --dropout 0.2 --dropouth 0.1 --dropouti 0.2 --dropoute 0.02 --when 6 --epochs 8 --seed 141"
 name=${1:-}
 case $name in
     base) flags="$small --nhid 400" ;;
     shuffle) flags="$small --nhid 400 --shuffle" ;;
     mos) flags="$small --nhid 374 --n_experts 3 --dropoutl 0.2" ;;
-    *) echo "results/run.sh: give one of: base, shuffle, mos" >&2; exit 2 ;;
+    awd-adam) flags="$recipe --emsize 220 --nhid 440 --wdrop 0.2 --lr ${2:-4e-3}" ;;
+    melis) flags="$recipe --model Mogrifier --rounds 0 --emsize 272 --nhid 272 --dropoutr 0.2 --lr ${2:-4e-3}" ;;
+    mogrifier) flags="$recipe --model Mogrifier --rounds 5 --rank 40 --emsize 260 --nhid 260 --dropoutr 0.2 --lr ${2:-2e-3}" ;;
+    *) echo "results/run.sh: give one of: base, shuffle, mos, awd-adam, melis, mogrifier" >&2; exit 2 ;;
 esac
+name=$name${2:+-$2}
 
 [ -f data/penn/test.txt ] || ./getdata.sh penn
 mkdir -p runs
