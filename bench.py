@@ -1,6 +1,6 @@
 """Speed and memory of a training step, beside the same step on torch's own modules and beside its floor.
 
-    python bench.py                                  # both tables; about twenty minutes on two cores
+    python bench.py                                  # both tables; about half an hour on two cores
     python bench.py --settings small ptb-lstm --tables 1 --rounds 5
     python bench.py --device cuda --json bench.json  # also all raw times
     python bench.py --peers                          # also fastai's AWD_LSTM, see benchmarks/peers.py

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import timed
+from products import has_onednn
 
 REPEATS = 3  # of each way; its fastest time decides
 Way = tuple[str, Callable[[], Tensor]]  # a library's name, and a product by it
@@ -46,7 +47,7 @@ def ways(a: Tensor, b: Tensor) -> list[Way]:
     """a @ b by each library: `torch.mm`, into memory that is there, and on the CPU oneDNN."""
     out = a.new_empty(len(a), b.size(1))
     found: list[Way] = [("torch.mm", lambda: torch.mm(a, b, out=out))]
-    if a.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if a.device.type == "cpu" and has_onednn():
         # It multiplies by the transpose of its second argument, a view or not; a transposed first one it copies.
         found += [("oneDNN", lambda: torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], ""))]
     return found

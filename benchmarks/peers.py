@@ -1,10 +1,11 @@
 """The same training step by somebody else's library, for `bench.py --peers`: fastai's AWD_LSTM (version 2.8.12).
 
     pip install --no-deps fastai==2.8.12
-    pip install 'fastcore>=2.2.22' fasttransform fastdownload fastprogress 'plum-dispatch<2.10' scikit-learn matplotlib pandas
+    pip install 'fastcore>=2.2.22' fasttransform fastdownload fastprogress 'plum-dispatch<2.10'
+    pip install scikit-learn matplotlib pandas
 
 (A plain `pip install fastai` also fetches torchvision, which may replace torch.) Its batches are (B, T).
-"""  # noqa: E501
+"""
 
 import importlib.util
 from argparse import Namespace

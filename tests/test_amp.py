@@ -51,7 +51,7 @@ def test_a_compiled_loss_is_the_loss(trained):
 
 @pytest.mark.parametrize("experts", [0, 3])
 def test_a_loss_in_bfloat16_is_float64s_to_eight_bits(experts):
-    """In blocks as in float32, so that the logits of all positions never exist; gradients in float32."""
+    """The factors are rounded, the sums are not: gradients are float32."""
     torch.manual_seed(0)
     N, H, V = 60, 16, 50
     criterion = MixtureOfSoftmaxes(H, H, experts) if experts else SplitCrossEntropyLoss(H)
