@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layers.gru import GRUScan
 from layers.mogrifier import Mogrifier
 from layers.qrnn import QRNNLayer
 from layers.short_lstm import STEPS, ShortLSTM
@@ -148,8 +149,11 @@ class GRU(RecurrentLayer):
     gates, cudnn_mode = 3, 3
 
     @staticmethod
-    def kernel(x: Tensor, hidden: Hidden, *rest: Any) -> tuple[Tensor, Hidden]:
-        out, h = torch.gru(x, hidden[0], *rest)
+    def kernel(x: Tensor, hidden: Hidden, weights: list[Tensor], *rest: Any) -> tuple[Tensor, Hidden]:
+        if x.device.type == "cpu" and torch.is_grad_enabled():
+            out = GRUScan.apply(x, hidden[0][0], *weights)
+            return out, (out[-1:],)
+        out, h = torch.gru(x, hidden[0], weights, *rest)
         return out, (h,)
 
 

@@ -53,6 +53,24 @@ def before_rounds(x: Tensor, h: Tensor, sigmas: list[Tensor]) -> tuple[list[Tens
     return xs, hs
 
 
+def cell_derivatives(gates: Tensor, cells: Tensor, c_first: Tensor) -> tuple[Tensor, Tensor]:
+    """What the loop of the backward pass multiplies by, for all steps at once.
+
+    gates (T, B, 4H), cells (T, B, H), c_first (B, H) -> the derivatives of c by what is inside of i, f and g, and
+    of h by what is inside of o, (T, B, 4H); of h by c, (T, B, H).
+    """
+    i, f, g, o = gates.chunk(4, 2)
+    derivatives = torch.empty_like(gates)
+    d_i, d_f, d_g, d_o = derivatives.chunk(4, 2)
+    before, tanh_c, keep = torch.cat([c_first[None], cells[:-1]]), cells.tanh(), 1 - f
+    free = g * (i < keep)  # of min(i, 1 - f): the smaller one takes it
+    torch.mul(free, i * (1 - i), out=d_i)
+    torch.mul(before.add_(free).sub_(g), f * keep, out=d_f)
+    torch.mul(torch.minimum(i, keep), 1 - g * g, out=d_g)
+    torch.mul(tanh_c, o * (1 - o), out=d_o)
+    return derivatives, o * (1 - tanh_c * tanh_c)
+
+
 class MogrifierScan(torch.autograd.Function):
     """All steps of a layer: x (T, B, E), h and c (B, H) -> out (T, B, H), c (B, H).
 
@@ -101,22 +119,17 @@ class MogrifierScan(torch.autograd.Function):
         (weight_ih, weight_hh), rounds = weights[:2], take_rounds(weights, ctx.full)
         before = torch.cat([h_first[None], out[:-1]])  # (T, B, H), h before each step
         before = before if mask is None else before * mask
-        d_gates, d_x, d_h = torch.empty_like(gates), torch.empty_like(x), torch.zeros_like(h_first)
+        d_x, d_h = torch.empty_like(x), torch.zeros_like(h_first)
         d_sums = [torch.empty_like(sigma) for sigma in sigmas]  # of what a sigmoid is taken of
         d_inner = [torch.empty_like(u) for u in inner]
+        f, d_gates, dh_dc = gates.chunk(4, 2)[1], *cell_derivatives(gates, cells, c_first)
+        d_o = d_gates.chunk(4, 2)[3]
         for t in reversed(range(len(x))):
-            i, f, g, o = gates[t].chunk(4, 1)
-            d_i, d_f, d_g, d_o = d_gates[t].chunk(4, 1)
-            c_before, tanh_c, keep = cells[t - 1] if t else c_first, cells[t].tanh(), 1 - f
             d_h = d_h + d_out[t]
-            d_c = torch.addcmul(d_c, d_h * o, 1 - tanh_c * tanh_c)
-            d_input = d_c * g  # of min(i, 1 - f): the smaller one takes it
-            d_free = d_input * (i < keep)
-            torch.mul(d_free, i * (1 - i), out=d_i)
-            torch.mul((d_c * c_before).add_(d_free).sub_(d_input), f * keep, out=d_f)
-            torch.mul(d_c * torch.minimum(i, keep), 1 - g * g, out=d_g)
-            torch.mul(d_h * tanh_c, o * (1 - o), out=d_o)
-            d_c, d_h = d_c * f, d_gates[t] @ weight_hh
+            d_c = torch.addcmul(d_c, d_h, dh_dc[t])
+            d_gates[t].unflatten(1, (4, -1))[:, :3].mul_(d_c[:, None])
+            d_o[t].mul_(d_h)
+            d_c, d_h = d_c * f[t], d_gates[t] @ weight_hh
             if rounds:
                 d_x_t = torch.mm(d_gates[t], weight_ih)
                 xs, hs = before_rounds(x[t], before[t], [sigma[t] for sigma in sigmas])

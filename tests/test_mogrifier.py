@@ -142,7 +142,7 @@ def test_perplexities_are_those_of_float64(trained, corpus, flags):
 def test_a_cut_run_ends_bit_for_bit_where_the_whole_one_does(trained, corpus, tmp_path):
     """With everything that the recipe draws and keeps: state drops, samples, averaging under Adam."""
     draws = ["--drop_state", 0.3, "--dropoutr", 0.3, "--samples", 2]
-    flags = [*MELIS, "--lr", 1, "--beta1", 0, "--average", "--nonmono", 0, *draws]
+    flags = [*MELIS, "--lr", 0.3, "--beta1", 0, "--average", "--nonmono", 0, *draws]
     whole = trained("--epochs", 4, *flags)
     assert whole.log("averaging")
     folder = tmp_path

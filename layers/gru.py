@@ -1,0 +1,72 @@
+"""A GRU's training pass on the CPU: the loop over time as one autograd function.
+
+torch's own GRU is a graph of some ten nodes per step there, and adds up a gradient as large as the recurrent
+matrix at each of them. Here the gradient of a weight is one product over all steps, and the loops are left with a
+product and a few elementwise operations per step.
+
+    r = σ(W_r·x + b_r + U_r·h + c_r)    z = σ(W_z·x + b_z + U_z·h + c_z)
+    n = tanh(W_n·x + b_n + r ⊙ (U_n·h + c_n))
+    h ← (1 - z) ⊙ n + z ⊙ h                  Cho et al., arXiv 1406.1078, with the reset where cuDNN has it
+
+Shapes: T time, B batch, E input features, H hidden.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from products import product
+
+
+class GRUScan(torch.autograd.Function):
+    """x (T, B, E), h (B, H) -> out (T, B, H).
+
+    weight_ih (3H, E), weight_hh (3H, H), bias_ih and bias_hh (3H,): rows in the order r, z, n.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, h: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor, bias_hh: Tensor
+    ) -> Tensor:
+        (T, B, _), H, first = x.shape, h.size(1), h
+        gates = product(x.flatten(0, 1), weight_ih.T, bias_ih).view(T, B, 3 * H)
+        recurrent, inner, out = x.new_empty(B, 3 * H), x.new_empty(T, B, H), x.new_empty(T, B, H)
+        for t in range(T):
+            torch.addmm(bias_hh, h, weight_hh.T, out=recurrent)
+            gates[t, :, : 2 * H].add_(recurrent[:, : 2 * H]).sigmoid_()
+            r, z, n = gates[t].chunk(3, 1)
+            inner[t] = recurrent[:, 2 * H :]
+            n.addcmul_(r, inner[t]).tanh_()
+            h = torch.lerp(n, h, z, out=out[t])
+        ctx.save_for_backward(x, first, gates, inner, out, weight_ih, weight_hh)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, ...]:
+        x, first, gates, inner, out, weight_ih, weight_hh = ctx.saved_tensors
+        before = torch.cat([first[None], out[:-1]])  # (T, B, H), h before each step
+        r, z, n = gates.chunk(3, 2)
+
+        # The derivatives of h by what is inside of each gate, for all steps at once; the loop brings h's gradient.
+        d_gates = torch.empty_like(gates)
+        d_r, d_z, d_n = d_gates.chunk(3, 2)
+        torch.mul(1 - z, 1 - n * n, out=d_n)
+        torch.mul(before - n, z * (1 - z), out=d_z)
+        torch.mul(d_n * inner, r * (1 - r), out=d_r)
+        d_recurrent = d_gates.clone()  # of U·h + c: in n behind r
+        d_recurrent.chunk(3, 2)[2].mul_(r)
+
+        d_hs, d_h = torch.empty_like(out), torch.zeros_like(first)
+        for t in reversed(range(len(x))):
+            torch.add(d_h, d_out[t], out=d_hs[t])
+            d_recurrent[t].unflatten(1, (3, -1)).mul_(d_hs[t, :, None])
+            d_h = torch.addmm(d_hs[t] * z[t], d_recurrent[t], weight_hh)
+        d_gates.unflatten(2, (3, -1)).mul_(d_hs[:, :, None])
+
+        rows, recurrent_rows = d_gates.flatten(0, 1), d_recurrent.flatten(0, 1)  # (N, 3H)
+        d_x = product(rows, weight_ih).view_as(x)
+        d_weight_ih = product(rows.T, x.flatten(0, 1))
+        d_weight_hh = product(recurrent_rows.T, before.flatten(0, 1))
+        return d_x, d_h, d_weight_ih, d_weight_hh, rows.sum(0), recurrent_rows.sum(0)
