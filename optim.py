@@ -58,6 +58,11 @@ class Mean:
         torch._foreach_lerp_(list(self.weights.parameters()), list(weights.parameters()), 1 / self.count)
 
 
+def annealed(done: float, after: int, epochs: int) -> float:
+    """The share of the rate that is left after `done` epochs: all up to `after`, then a straight line to 0."""
+    return max(0.0, epochs - done) / (epochs - after) if after and done > after else 1.0
+
+
 def has_stalled(history: list[float], nonmono: int) -> bool:
     """Whether the last validation loss is above the best one older than `nonmono` epochs (AWD, algorithm 1)."""
     older = history[: max(0, len(history) - 1 - nonmono)]

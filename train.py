@@ -54,7 +54,7 @@ def train_step(run: Run, source: Tensor, target: Tensor) -> Tensor:
 
     # Longer batches take longer steps (AWD, section 5), under every optimizer.
     for group in run.optimizer.param_groups:
-        group["lr"] = run.at.lr * len(source) / args.bptt
+        group["lr"] = run.rate() * len(source) / args.bptt
 
     if args.drop_state and torch.rand(()) < args.drop_state:
         run.hidden = run.first_hidden()
@@ -206,11 +206,11 @@ def log_training(run: Run, timer: Timer) -> None:
     batches = len(run.corpus.train) // run.args.batch_size // run.args.bptt
     at.loss_sum, at.loss_count = 0.0, 0
     say(
-        f"| epoch {at.epoch:3d} | {at.batch:5d}/{batches:5d} batches | lr {at.lr:05.5f} "
+        f"| epoch {at.epoch:3d} | {at.batch:5d}/{batches:5d} batches | lr {run.rate():05.5f} "
         f"| ms/batch {speed['ms_per_batch']:5.2f} | {figures(loss)}"
     )
     grad_norm = None if run.grad_norm is None else run.grad_norm.item()
-    place = {"epoch": at.epoch, "batch": at.batch, "batches": batches, "step": at.step, "lr": at.lr}
+    place = {"epoch": at.epoch, "batch": at.batch, "batches": batches, "step": at.step, "lr": run.rate()}
     run.log.write("train", loss, **place, **speed, grad_norm=grad_norm)
 
 
@@ -230,7 +230,7 @@ def validate(run: Run, check_stop: Callable[[], None], partial: bool = False) ->
     say(f"{RULE}\n| {where} | time: {at.epoch_s:5.2f}s | {figures(loss, 'valid ')}\n{RULE}")
     if not math.isfinite(loss):
         raise at.not_finite(f"the validation loss is {loss}", at.step)
-    place = {"epoch": at.epoch, "step": at.step, "lr": at.lr, "epoch_s": at.epoch_s}
+    place = {"epoch": at.epoch, "step": at.step, "lr": run.rate(), "epoch_s": at.epoch_s}
     run.log.write("valid", loss, **place, averaged=run.mean is not None, partial=partial)
     return loss
 

@@ -29,7 +29,8 @@ def shapes(args: Namespace, ntoken: int, targets: Tensor) -> list[tuple[int, int
     sizes = [args.emsize, *[args.nhid] * (args.nlayers - 1), last]
     for i, (inputs, nhid) in enumerate(pairwise(sizes)):
         if args.model != "QRNN":
-            found += [(N, inputs, 4 * nhid), (N, nhid, 4 * nhid)]
+            gates = 3 if args.model == "GRU" else 4
+            found += [(N, inputs, gates * nhid), (N, nhid, gates * nhid)]
             for r in range(args.rounds if args.model == "Mogrifier" else 0):
                 source, to = (inputs, nhid) if r % 2 else (nhid, inputs)
                 found += [(N, source, args.rank), (N, args.rank, to)]

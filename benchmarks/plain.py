@@ -1,8 +1,8 @@
 """The training step that bench.py holds the toolkit against, written plainly on torch's own modules.
 
 It is the method (Merity, Keskar, Socher, arXiv 1708.02182) as one would write it for a paper: `nn.LSTM`,
-`F.dropout` of the weight, a mask over the whole embedding, `F.linear` and `F.cross_entropy`, for the QRNN a
-loop over time under autograd. It shares no code with the toolkit; tests/test_bench.py compares the losses.
+`nn.GRU`, `F.dropout` of the weight, a mask over the whole embedding, `F.linear` and `F.cross_entropy`, for the
+QRNN a loop over time under autograd. It shares no code with the toolkit; tests/test_bench.py compares the losses.
 
 Shapes: T time, B batch, E embedding, H hidden, V vocabulary, N = T·B.
 """
@@ -18,17 +18,27 @@ from torch import Tensor, nn
 State = tuple[Tensor, ...] | None  # what a layer carries; None: zeros
 
 
-class PlainLSTM(nn.LSTM):
-    """nn.LSTM with weight drop, the classic way: the raw matrix is trained, the LSTM's own is set per batch."""
+class WeightDrop:
+    """Weight drop, the classic way: the raw matrix is trained, the layer's own is set per batch."""
 
     def __init__(self, input_size: int, hidden_size: int, wdrop: float) -> None:
         super().__init__(input_size, hidden_size)
         self.wdrop, self.weight_hh_l0_raw = wdrop, self.weight_hh_l0
         del self.weight_hh_l0
 
-    def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+    def forward(self, x: Tensor, state: Tensor | State) -> tuple[Tensor, Tensor | State]:
         self.weight_hh_l0 = F.dropout(self.weight_hh_l0_raw, self.wdrop, self.training)
         return super().forward(x, state)
+
+
+class PlainLSTM(WeightDrop, nn.LSTM):
+    pass
+
+
+class PlainGRU(WeightDrop, nn.GRU):
+    def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        output, h = super().forward(x, state and state[0])
+        return output, (h,)
 
 
 class PlainQRNN(nn.Module):
@@ -104,8 +114,9 @@ class PlainModel(nn.Module):
         own = (args.rounds, args.rank, args.dropoutr)
         if args.model == "Mogrifier":
             layers = [PlainMogrifier(a, b, *own) for a, b in pairwise(sizes)]
-        elif args.model == "LSTM":
-            layers = [PlainLSTM(a, b, args.wdrop) for a, b in pairwise(sizes)]
+        elif args.model in ("LSTM", "GRU"):
+            kind = {"LSTM": PlainLSTM, "GRU": PlainGRU}[args.model]
+            layers = [kind(a, b, args.wdrop) for a, b in pairwise(sizes)]
         else:
             layers = [PlainQRNN(a, b, args.wdrop, 1 if i else 2) for i, (a, b) in enumerate(pairwise(sizes))]
         self.rnns = nn.ModuleList(layers)

@@ -40,6 +40,7 @@ MELIS = {
 SETTINGS = {
     "ptb-lstm": (10_000, PTB),
     "ptb-qrnn": (10_000, {**PTB, **QRNN, "nhid": 1550, "clip": 0.2, "wdrop": 0.1, "dropouth": 0.3}),
+    "ptb-gru": (10_000, {**PTB, "model": "GRU"}),
     "wt2-lstm": (33_278, {"dropouth": 0.2}),
     "wt103-qrnn": (267_735, {**ADAM, **QRNN, **WT103}),
     "small": (10_000, {**PTB, "emsize": 200, "nhid": 400, "nlayers": 2}),

@@ -125,6 +125,8 @@ FLAGS: dict[str, list[Flag]] = {
     "main.py alone": [
         Flag("--optimizer", {"choices": list(OPTIMIZERS)}, "sgd", "sgd: NT-ASGD, which averages once it stalls"),
         Flag("--when", {"type": int, "nargs": "+"}, [-1], "epochs after which the rate is divided by 10"),
+        Flag("--anneal", COUNT, 0, "epoch after which the rate falls in a straight line, to 0 at the end of "
+             "the last one; 0: it does not"),
         Flag("--splits", {"type": int, "nargs": "*"}, None, "first words of a split softmax's clusters", **SHAPE),
         Flag("--vocab_size", COUNT, 0, "keep the N most frequent words; 0: all"),
         Flag("--min_count", COUNT, 0, "keep words seen N times or more"),

@@ -20,7 +20,7 @@ from harness.position import Position
 from harness.ranks import ALONE, Ranks
 from model import Criterion, Hidden, RNNModel, build, detach
 from mos import sampled
-from optim import Mean, make_optimizer
+from optim import Mean, annealed, make_optimizer
 from products import has_bf16
 from utils import UserError, keep_freed_memory, map_tensors, out_of_memory
 
@@ -100,6 +100,12 @@ class Run:
             rows = len(self.corpus.train) // columns
             shuffle = self.args.shuffle
             self.offsets = torch.randint(rows, (columns,), generator=self.lengths) if shuffle else None
+
+    def rate(self) -> float:
+        """The learning rate of a batch of `bptt` rows, where the run stands."""
+        args, at = self.args, self.at
+        last_row = max(1, len(self.corpus.train) // args.batch_size - 1)
+        return at.lr * annealed(at.epoch - 1 + at.row / last_row, args.anneal, args.epochs)
 
     def start_averaging(self) -> None:
         """From the next step on the weights enter a running mean; the descent goes on with the raw ones."""

@@ -16,7 +16,7 @@ from harness.run import Run
 from utils import UserError, pick_device
 
 # A new fine-tuning starts its own course: these do not come from the training that made the model.
-OWN = ("epochs", "optimizer", "lr", "when", "nonmono", "beta1", "average")
+OWN = ("epochs", "optimizer", "lr", "when", "anneal", "nonmono", "beta1", "average")
 
 
 class Found(NamedTuple):
@@ -96,6 +96,8 @@ def find_training(script: str, given: dict[str, Any]) -> Found:
     args = flags.resolve_args({**given, "resume": path}, stored)
     if args.epochs == 0 and not saved:
         raise UserError("--epochs 0: there is no saved model to evaluate; give --resume MODEL")
+    if given.get("anneal", 0) >= args.epochs > 0:
+        raise UserError(f"--anneal {args.anneal}: has to lie before the last epoch, --epochs {args.epochs}")
     return Found(args, state, saved, path)
 
 

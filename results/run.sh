@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Run a row of results/README.md again from nothing, or go on with it after a stop: training, then every evaluation.
 #
-#     results/run.sh melis        # or: base, shuffle, mos, awd-adam, mogrifier
-#     results/run.sh melis 2e-3   # at another learning rate
+#     results/run.sh hour         # or: ten, base, shuffle, gru, qrnn, mos, awd-adam, melis, mogrifier
+#     results/run.sh melis 2e-3   # of awd-adam, melis and mogrifier: at another learning rate
 #
 # Models and logs go to runs/, which is not tracked.
 set -euo pipefail
@@ -12,15 +12,24 @@ small="--emsize 200 --nlayers 2 --batch_size 20 --lr 20 --dropout 0.2 --dropouth
        --dropoute 0.02 --wdrop 0.2 --epochs 6 --seed 141"
 recipe="--nlayers 2 --batch_size 20 --bptt 70 --optimizer adam --beta1 0 --average --alpha 0 --beta 0 --wdecay 3.6e-6
         --clip 0.143 --dropout 0.2 --dropouth 0.1 --dropouti 0.2 --dropoute 0.02 --when 6 --epochs 8 --seed 141"
-name=${1:-}
+cell="--model Mogrifier --rounds 0 --nlayers 2 --batch_size 20 --bptt 70 --shuffle --optimizer adam --beta1 0 --lr 4e-3
+      --alpha 0 --beta 0 --wdecay 3.6e-6 --clip 0.143 --seed 141"
+name=${1:-} search=
 case $name in
+    hour) flags="$cell --emsize 400 --nhid 400 --dropout 0.5 --dropouth 0.3 --dropouti 0.5 --dropoute 0.02 --dropoutr 0.25
+                 --when 11 15 --epochs 17"
+          search="--search --search_lrs 5e-5 1e-4 1.5e-4 --search_lambs 1e-3 2e-3 --search_tokens 10000" ;;
+    ten) flags="$cell --emsize 256 --nhid 256 --dropout 0.2 --dropouth 0.1 --dropouti 0.2 --dropoute 0.02 --dropoutr 0.1
+                --when 3 --epochs 5" ;;
     base) flags="$small --nhid 400" ;;
     shuffle) flags="$small --nhid 400 --shuffle" ;;
+    gru) flags="$small --nhid 493 --model GRU" ;;
+    qrnn) flags="$small --nhid 800 --model QRNN" ;;
     mos) flags="$small --nhid 374 --n_experts 3 --dropoutl 0.2" ;;
     awd-adam) flags="$recipe --emsize 220 --nhid 440 --wdrop 0.2 --lr ${2:-4e-3}" ;;
     melis) flags="$recipe --model Mogrifier --rounds 0 --emsize 272 --nhid 272 --dropoutr 0.2 --lr ${2:-4e-3}" ;;
     mogrifier) flags="$recipe --model Mogrifier --rounds 5 --rank 40 --emsize 260 --nhid 260 --dropoutr 0.2 --lr ${2:-2e-3}" ;;
-    *) echo "results/run.sh: give one of: base, shuffle, mos, awd-adam, melis, mogrifier" >&2; exit 2 ;;
+    *) echo "results/run.sh: give one of: hour, ten, base, shuffle, gru, qrnn, mos, awd-adam, melis, mogrifier" >&2; exit 2 ;;
 esac
 name=$name${2:+-$2}
 

@@ -144,6 +144,8 @@ def test_a_corpus_shorter_than_a_batch(old):
         ("--log-interval", "0"),
         ("--seed", "one"),
         ("--when", "soon"),
+        ("--anneal", "-1"),
+        ("--anneal", "8000"),
         ("--device", "abacus"),
         ("--splits", "9 5"),
         ("--splits", "0"),

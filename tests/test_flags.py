@@ -77,7 +77,7 @@ def test_what_only_main_has():
     assert parse("--when", 25, 35, "--splits", "--optimizer", "adam") == {
         **{"when": [25, 35], "splits": [], "optimizer": "adam"}
     }
-    for flag in ("--optimizer", "--when", "--splits", "--vocab_size", "--min_count"):
+    for flag in ("--optimizer", "--when", "--anneal", "--splits", "--vocab_size", "--min_count"):
         with pytest.raises(UserError, match=flag):
             parse(flag, 3, groups=OF_FINETUNE)
     assert set(OWN) <= set(BY_NAME)

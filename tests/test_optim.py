@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from model import RNNModel
-from optim import OPTIMIZERS, Mean, has_stalled, make_optimizer
+from optim import OPTIMIZERS, Mean, annealed, has_stalled, make_optimizer
 from splitcross import SplitCrossEntropyLoss
 
 
@@ -188,3 +188,11 @@ def test_stalled_is_algorithm_1_word_for_word(nonmono):
     assert found == expected
     assert True in found
     assert False in found[nonmono + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("done", "after", "left"),
+    [(0, 4, 1), (4, 4, 1), (5.5, 4, 0.75), (10, 4, 0), (10.1, 4, 0), (9.9, 0, 1), (3, 12, 1)],
+)
+def test_annealed_is_a_straight_line_from_its_epoch_to_the_last(done, after, left):
+    assert annealed(done, after, 10) == pytest.approx(left)

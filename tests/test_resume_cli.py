@@ -25,7 +25,7 @@ RUNS = {
     "averaging LSTM": ["--nonmono", 0, "--lr", 20, "--clip", 1],
     "averaging split QRNN": ["--model", "QRNN", "--nonmono", 0, "--lr", 60, "--clip", 1, "--splits", 6, 15],
     "Adam QRNN": ["--model", "QRNN", "--optimizer", "adam", "--lr", 0.01, "--when", 1, "--untied"],
-    "Adam GRU": ["--model", "GRU", "--optimizer", "adam", "--lr", 0.01],
+    "Adam GRU": ["--model", "GRU", "--optimizer", "adam", "--lr", 0.01, "--anneal", 1],
 }
 WORSENING = ["--nonmono", 0, "--lr", 60, "--clip", 1]  # its first epoch is its best
 EPOCHS = ["--bptt", 20, "--epochs", 4]

@@ -252,6 +252,16 @@ def test_rate_is_divided_after_the_epochs_of_when(trained):
     assert kept["metrics"]["valid_loss"] == run.log("valid")[0]["loss"]
 
 
+def test_rate_falls_in_a_straight_line_after_the_epoch_of_anneal(trained):
+    """The whole rate for an epoch, then from step to step less, by the share of the text that is left."""
+    run = trained("--epochs", 3, "--optimizer", "adam", "--lr", 0.01, "--anneal", 1, "--log-interval", 1)
+    rates = {(entry["epoch"], entry["batch"]): entry["lr"] for entry in run.log("train")}
+    assert {rate for (epoch, _), rate in rates.items() if epoch == 1} == {0.01}
+    falling = [rate for (epoch, _), rate in rates.items() if epoch > 1]
+    assert falling == sorted(set(falling), reverse=True)
+    assert [entry["lr"] for entry in run.log("valid")] == pytest.approx([0.01, 0.005, 0], rel=1e-12)
+
+
 def test_adam_moves_by_its_rate(trained):
     """Adam's first step moves no weight further than the scaled rate, and most of them about that far."""
     start = trained("--optimizer", "adam", "--lr", 1e-20, "--max_steps", 1, "--wdecay", 0, "--clip", 0)
