@@ -63,8 +63,8 @@ class QRNN(QRNNLayer):
 class RecurrentLayer(nn.Module):
     """One LSTM or GRU layer with weight drop on its hidden-to-hidden matrix (AWD, section 2).
 
-    torch's own kernels (oneDNN, cuDNN) do the work; the parameters lie in this module so that the recurrent
-    matrix can be handed over dropped, as a plain tensor, while its raw form is what is trained and saved.
+    torch's kernels (oneDNN, cuDNN) do the work, or those of layers/ on the CPU; the parameters lie in this module
+    so that the recurrent matrix can be handed over dropped, while its raw form is what is trained and saved.
 
     Parameters: weight_ih_l0 (G·H, E), weight_hh_l0_raw (G·H, H) (weight_hh_l0 when `wdrop` is 0),
     bias_ih_l0, bias_hh_l0 (G·H,).
@@ -138,7 +138,7 @@ class LSTM(RecurrentLayer):
         if B == 1 and T <= STEPS and x.device.type == "cpu" and torch.is_grad_enabled():
             weight_ih, weight_hh, bias_ih, bias_hh = weights
             out, c = ShortLSTM.apply(x[:, 0], h[0, 0], c[0, 0], weight_ih, weight_hh, bias_ih + bias_hh)
-            return out[:, None], (out[None, -1:], c[None, None])
+            return out[:, None], (out[None, -1:].clone(), c[None, None])
         out, h, c = torch.lstm(x, hidden, weights, *rest)
         return out, (h, c)
 
@@ -152,7 +152,7 @@ class GRU(RecurrentLayer):
     def kernel(x: Tensor, hidden: Hidden, weights: list[Tensor], *rest: Any) -> tuple[Tensor, Hidden]:
         if x.device.type == "cpu" and torch.is_grad_enabled():
             out = GRUScan.apply(x, hidden[0][0], *weights)
-            return out, (out[-1:],)
+            return out, (out[-1:].clone(),)  # a view would keep all of `out` in memory, and in the .state
         out, h = torch.gru(x, hidden[0], weights, *rest)
         return out, (h,)
 

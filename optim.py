@@ -1,4 +1,4 @@
-"""How the weights move: the optimizers, the running mean of NT-ASGD, and the rule that switches it on.
+"""How the weights move: the optimizers, the annealed rate, NT-ASGD's running mean and what switches it on.
 
 Method: Merity, Keskar, Socher, arXiv 1708.02182 ("AWD"), section 3 and algorithm 1.
 """
@@ -60,7 +60,7 @@ class Mean:
 
 def annealed(done: float, after: int, epochs: int) -> float:
     """The share of the rate that is left after `done` epochs: all up to `after`, then a straight line to 0."""
-    return max(0.0, epochs - done) / (epochs - after) if after and done > after else 1.0
+    return (epochs - done) / (epochs - after) if after and done > after else 1.0
 
 
 def has_stalled(history: list[float], nonmono: int) -> bool:

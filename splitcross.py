@@ -2,7 +2,7 @@
 
 Shapes: N positions (T·B), H features, V vocabulary, K clusters beside the head (the number of splits).
 The words are sorted by frequency. With splits `s_1 < ... < s_K` the head is a softmax over the words
-`[0, s_1)` and one tombstone a cluster; cluster k holds the words `[s_k, s_{k+1})`, the last one up to V:
+`[0, s_1)` and one tombstone per cluster; cluster k holds the words `[s_k, s_{k+1})`, the last one up to V:
 
     log p(w) = log p(tombstone_k) + log p(w | k)                       (Scales, section 3.2)
 """
@@ -150,7 +150,7 @@ class SplitCrossEntropyLoss(nn.Module):
             weight, bias: the decoder's, (V, H) and (V,) or None.
             hiddens: (N, H), or (T, B, H).
             targets: (N,), or (T, B), of integers in [0, V).
-            reduction: "mean" over the N positions, "sum", or "none": one loss a position.
+            reduction: "mean" over the N positions, "sum", or "none": one loss per position.
             cross_entropy: `blocked_cross_entropy`, or a compiled `linear_cross_entropy`.
         """
         hiddens, targets = hiddens.flatten(0, -2), targets.reshape(-1)  # (N, H), (N,)

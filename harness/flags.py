@@ -119,14 +119,14 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("--beta1", PROBABILITY, 0.9, "of Adam: share of the mean gradient that is kept per step"),
         Flag("--average", SWITCH, False, "average the weights once the validation loss stalls, as SGD does, under "
              "Adam too"),
-        Flag("--nonmono", COUNT, 5, "epochs that the validation loss may fail to improve"),
+        Flag("--nonmono", COUNT, 5, "epochs without a better validation loss before it counts as stalled"),
         Flag("--seed", COUNT, 1111, "of all random numbers"),
     ],
     "main.py alone": [
         Flag("--optimizer", {"choices": list(OPTIMIZERS)}, "sgd", "sgd: NT-ASGD, which averages once it stalls"),
         Flag("--when", {"type": int, "nargs": "+"}, [-1], "epochs after which the rate is divided by 10"),
-        Flag("--anneal", COUNT, 0, "epoch after which the rate falls in a straight line, to 0 at the end of "
-             "the last one; 0: it does not"),
+        Flag("--anneal", COUNT, 0, "epoch, 1 or later, after which the rate falls in a straight line, to 0 at "
+             "the end of the last one; 0: it does not"),
         Flag("--splits", {"type": int, "nargs": "*"}, None, "first words of a split softmax's clusters", **SHAPE),
         Flag("--vocab_size", COUNT, 0, "keep the N most frequent words; 0: all"),
         Flag("--min_count", COUNT, 0, "keep words seen N times or more"),

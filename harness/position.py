@@ -12,7 +12,7 @@ from utils import RunError
 class Position:
     """Where a run stands: plain numbers, saved with its state."""
 
-    lr: float  # the base rate, before the scaling by batch length
+    lr: float  # the base rate, before annealing and the scaling by batch length
     epoch: int = 1
     row: int = 0  # of the batched text: where the next batch starts
     batch: int = 0  # of this epoch
@@ -26,6 +26,6 @@ class Position:
     def not_finite(self, what: str, step: int) -> RunError:
         """The error of a run that has diverged by `step`."""
         return RunError(
-            f"{what} at epoch {self.epoch}, step {step}, rate {self.lr:g}; the saved model is as it was: try "
+            f"{what} at epoch {self.epoch}, step {step}, base rate {self.lr:g}; the saved model is as it was: try "
             "a lower --lr or --clip"
         )

@@ -102,9 +102,9 @@ class Run:
             self.offsets = torch.randint(rows, (columns,), generator=self.lengths) if shuffle else None
 
     def rate(self) -> float:
-        """The learning rate of a batch of `bptt` rows, where the run stands."""
+        """The learning rate of the batch to come, if it is of `bptt` rows."""
         args, at = self.args, self.at
-        last_row = max(1, len(self.corpus.train) // args.batch_size - 1)
+        last_row = max(1, len(self.corpus.train) // args.batch_size - 1)  # bench.py's text is empty
         return at.lr * annealed(at.epoch - 1 + at.row / last_row, args.anneal, args.epochs)
 
     def start_averaging(self) -> None:
@@ -277,7 +277,7 @@ class Run:
         D = args.samples
         if state["hidden"][0][0].size(1) == args.batch_size * D:
             own = slice(self.columns.start * D, self.columns.stop * D)
-            self.hidden = map_tensors(lambda x: x[:, own].to(self.device), state["hidden"])
+            self.hidden = map_tensors(lambda x: x[:, own].to(self.device, torch.float32), state["hidden"])
         else:  # another --batch_size: the columns of the text are others, this epoch starts again
             self.at.row = self.at.batch = 0
         self.offsets = state["offsets"]

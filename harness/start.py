@@ -96,7 +96,7 @@ def find_training(script: str, given: dict[str, Any]) -> Found:
     args = flags.resolve_args({**given, "resume": path}, stored)
     if args.epochs == 0 and not saved:
         raise UserError("--epochs 0: there is no saved model to evaluate; give --resume MODEL")
-    if given.get("anneal", 0) >= args.epochs > 0:
+    if {"anneal", "epochs"} & given.keys() and args.anneal >= args.epochs > 0:
         raise UserError(f"--anneal {args.anneal}: has to lie before the last epoch, --epochs {args.epochs}")
     return Found(args, state, saved, path)
 

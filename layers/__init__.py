@@ -1,1 +1,1 @@
-"""Layers with a file of their own; the weight-dropped LSTM and GRU are in model.py."""
+"""QRNN and Mogrifier; weight drop; the passes over time of model.py's GRU (training) and LSTM (short segments)."""

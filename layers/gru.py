@@ -1,8 +1,8 @@
 """A GRU's training pass on the CPU: the loop over time as one autograd function.
 
-torch's own GRU is a graph of some ten nodes per step there, and adds up a gradient as large as the recurrent
-matrix at each of them. Here the gradient of a weight is one product over all steps, and the loops are left with a
-product and a few elementwise operations per step.
+There torch's own GRU builds some ten graph nodes per step, and at every step adds a gradient of the recurrent
+matrix's size. Here the gradient of a weight is one product over all steps, and the loops are left with a product
+and a few elementwise operations per step.
 
     r = σ(W_r·x + b_r + U_r·h + c_r)    z = σ(W_z·x + b_z + U_z·h + c_z)
     n = tanh(W_n·x + b_n + r ⊙ (U_n·h + c_n))
@@ -49,13 +49,14 @@ class GRUScan(torch.autograd.Function):
         before = torch.cat([first[None], out[:-1]])  # (T, B, H), h before each step
         r, z, n = gates.chunk(3, 2)
 
-        # The derivatives of h by what is inside of each gate, for all steps at once; the loop brings h's gradient.
+        # The derivatives of h with respect to each gate's pre-activation, for all steps at once; the loop
+        # multiplies in h's gradient.
         d_gates = torch.empty_like(gates)
         d_r, d_z, d_n = d_gates.chunk(3, 2)
         torch.mul(1 - z, 1 - n * n, out=d_n)
         torch.mul(before - n, z * (1 - z), out=d_z)
         torch.mul(d_n * inner, r * (1 - r), out=d_r)
-        d_recurrent = d_gates.clone()  # of U·h + c: in n behind r
+        d_recurrent = d_gates.clone()  # for U·h + c: the same, but in n times r
         d_recurrent.chunk(3, 2)[2].mul_(r)
 
         d_hs, d_h = torch.empty_like(out), torch.zeros_like(first)

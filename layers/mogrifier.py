@@ -56,8 +56,8 @@ def before_rounds(x: Tensor, h: Tensor, sigmas: list[Tensor]) -> tuple[list[Tens
 def cell_derivatives(gates: Tensor, cells: Tensor, c_first: Tensor) -> tuple[Tensor, Tensor]:
     """What the loop of the backward pass multiplies by, for all steps at once.
 
-    gates (T, B, 4H), cells (T, B, H), c_first (B, H) -> the derivatives of c by what is inside of i, f and g, and
-    of h by what is inside of o, (T, B, 4H); of h by c, (T, B, H).
+    gates (T, B, 4H), cells (T, B, H), c_first (B, H) -> the derivatives of c with respect to the pre-activations
+    of i, f and g, and of h with respect to that of o, together (T, B, 4H); dh/dc, (T, B, H).
     """
     i, f, g, o = gates.chunk(4, 2)
     derivatives = torch.empty_like(gates)
@@ -249,4 +249,4 @@ class Mogrifier(nn.Module):
         with torch.autocast(x.device.type, enabled=False):  # every step is small, and its rounding would add up
             h, c = (tensor[0].to(self.bias.dtype) for tensor in hidden)
             out, c = MogrifierScan.apply(x.to(self.bias.dtype), h, c, mask, self.rank == 0, *weights)
-        return out, (out[-1:], c[None])
+        return out, (out[-1:].clone(), c[None])

@@ -2,25 +2,25 @@
 # Run a row of results/README.md again from nothing, or go on with it after a stop: training, then every evaluation.
 #
 #     results/run.sh hour         # or: ten, base, shuffle, gru, qrnn, mos, awd-adam, melis, mogrifier
-#     results/run.sh melis 2e-3   # of awd-adam, melis and mogrifier: at another learning rate
+#     results/run.sh melis 2e-3   # at another learning rate
 #
 # Models and logs go to runs/, which is not tracked.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-small="--emsize 200 --nlayers 2 --batch_size 20 --lr 20 --dropout 0.2 --dropouth 0.1 --dropouti 0.2
+small="--emsize 200 --nlayers 2 --batch_size 20 --lr ${2:-20} --dropout 0.2 --dropouth 0.1 --dropouti 0.2
        --dropoute 0.02 --wdrop 0.2 --epochs 6 --seed 141"
 recipe="--nlayers 2 --batch_size 20 --bptt 70 --optimizer adam --beta1 0 --average --alpha 0 --beta 0 --wdecay 3.6e-6
         --clip 0.143 --dropout 0.2 --dropouth 0.1 --dropouti 0.2 --dropoute 0.02 --when 6 --epochs 8 --seed 141"
-cell="--model Mogrifier --rounds 0 --nlayers 2 --batch_size 20 --bptt 70 --shuffle --optimizer adam --beta1 0 --lr 4e-3
-      --alpha 0 --beta 0 --wdecay 3.6e-6 --clip 0.143 --seed 141"
+cell="--model Mogrifier --rounds 0 --nlayers 2 --batch_size 20 --bptt 70 --shuffle --optimizer adam --beta1 0
+      --lr ${2:-4e-3} --alpha 0 --beta 0 --wdecay 3.6e-6 --clip 0.143 --seed 141"
 name=${1:-} search=
 case $name in
     hour) flags="$cell --emsize 400 --nhid 400 --dropout 0.5 --dropouth 0.3 --dropouti 0.5 --dropoute 0.02 --dropoutr 0.25
-                 --when 11 15 --epochs 17"
+                 --anneal 6 --epochs 18"
           search="--search --search_lrs 5e-5 1e-4 1.5e-4 --search_lambs 1e-3 2e-3 --search_tokens 10000" ;;
     ten) flags="$cell --emsize 256 --nhid 256 --dropout 0.2 --dropouth 0.1 --dropouti 0.2 --dropoute 0.02 --dropoutr 0.1
-                --when 3 --epochs 5" ;;
+                --anneal 1 --epochs 5" ;;
     base) flags="$small --nhid 400" ;;
     shuffle) flags="$small --nhid 400 --shuffle" ;;
     gru) flags="$small --nhid 493 --model GRU" ;;
@@ -40,5 +40,6 @@ python main.py $model $flags --resume auto
 python pointer.py $model --lambdasm 0
 python pointer.py $model --search --search_windows 500 2000 | tee "runs/$name.pointer"
 best=$(sed -n 's/^| best on val: //p' "runs/$name.pointer")
-python dynamiceval.py $model
-python dynamiceval.py $model --pointer $best
+python dynamiceval.py $model $search | tee "runs/$name.dynamic"
+rates=$(sed -n 's/^| best on val: //p' "runs/$name.dynamic")  # none without a search: the published ones
+python dynamiceval.py $model --pointer $best $rates

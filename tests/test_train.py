@@ -94,7 +94,7 @@ def assert_same(run: Run, by_hand: ByHand) -> None:
         torch.testing.assert_close(found, other.detach(), rtol=1e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "Mogrifier"])
 def test_activations_are_freed_during_the_backward_pass(make_run, monkeypatch, kind):
     """When the embedding's gradient is there, the last one, no layer's output is in memory any more."""
     run = make_run(model=kind, nlayers=3, dropouth=0.2, dropout=0.2, alpha=2.0, beta=1.0)
