@@ -97,7 +97,7 @@ def assert_same(run: Run, by_hand: ByHand) -> None:
 @pytest.mark.parametrize("kind", [*KINDS, "Mogrifier"])
 def test_activations_are_freed_during_the_backward_pass(make_run, monkeypatch, kind):
     """When the embedding's gradient is there, the last one, no layer's output is in memory any more."""
-    run = make_run(model=kind, nlayers=3, dropouth=0.2, dropout=0.2, alpha=2.0, beta=1.0)
+    run = make_run(model=kind, nlayers=3, nhid=8, dropouth=0.2, dropout=0.2, alpha=2.0, beta=1.0)
     outputs, gone = [], []
     forward = run.model.forward
 
