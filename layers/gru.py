@@ -18,6 +18,8 @@ from torch import Tensor
 
 from products import product
 
+BLOCK = 8  # steps whose elementwise work is done at once: its intermediate results fit a cache
+
 
 class GRUScan(torch.autograd.Function):
     """x (T, B, E), h (B, H) -> out (T, B, H).
@@ -47,15 +49,17 @@ class GRUScan(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, ...]:
         x, first, gates, inner, out, weight_ih, weight_hh = ctx.saved_tensors
         before = torch.cat([first[None], out[:-1]])  # (T, B, H), h before each step
-        r, z, n = gates.chunk(3, 2)
 
-        # The derivatives of h with respect to each gate's pre-activation, for all steps at once; the loop
-        # multiplies in h's gradient.
+        # The derivatives of h with respect to each gate's pre-activation, before the loop, which multiplies h's
+        # gradient in.
         d_gates = torch.empty_like(gates)
-        d_r, d_z, d_n = d_gates.chunk(3, 2)
-        torch.mul(1 - z, 1 - n * n, out=d_n)
-        torch.mul(before - n, z * (1 - z), out=d_z)
-        torch.mul(d_n * inner, r * (1 - r), out=d_r)
+        blocks = (tensor.split(BLOCK) for tensor in (gates, before, inner, d_gates))
+        for y, h, recurrent_n, d_y in zip(*blocks, strict=True):
+            (r, z, n), (d_r, d_z, d_n) = y.chunk(3, 2), d_y.chunk(3, 2)
+            torch.mul(1 - z, 1 - n * n, out=d_n)
+            torch.mul(h - n, z * (1 - z), out=d_z)
+            torch.mul(d_n * recurrent_n, r * (1 - r), out=d_r)
+        r, z, _ = gates.chunk(3, 2)
         d_recurrent = d_gates.clone()  # for U·h + c: the same, but in n times r
         d_recurrent.chunk(3, 2)[2].mul_(r)
 

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from products import product
 
+BLOCK = 8  # steps whose elementwise work is done at once: its intermediate results fit a cache
+
 
 class Round(NamedTuple):
     """The weights of a round: σ(source · A · B + bias)."""
@@ -54,21 +56,24 @@ def before_rounds(x: Tensor, h: Tensor, sigmas: list[Tensor]) -> tuple[list[Tens
 
 
 def cell_derivatives(gates: Tensor, cells: Tensor, c_first: Tensor) -> tuple[Tensor, Tensor]:
-    """What the loop of the backward pass multiplies by, for all steps at once.
+    """What the loop of the backward pass multiplies by, at every step.
 
     gates (T, B, 4H), cells (T, B, H), c_first (B, H) -> the derivatives of c with respect to the pre-activations
     of i, f and g, and of h with respect to that of o, together (T, B, 4H); dh/dc, (T, B, H).
     """
-    i, f, g, o = gates.chunk(4, 2)
-    derivatives = torch.empty_like(gates)
-    d_i, d_f, d_g, d_o = derivatives.chunk(4, 2)
-    before, tanh_c, keep = torch.cat([c_first[None], cells[:-1]]), cells.tanh(), 1 - f
-    free = g * (i < keep)  # of min(i, 1 - f): the smaller one takes it
-    torch.mul(free, i * (1 - i), out=d_i)
-    torch.mul(before.add_(free).sub_(g), f * keep, out=d_f)
-    torch.mul(torch.minimum(i, keep), 1 - g * g, out=d_g)
-    torch.mul(tanh_c, o * (1 - o), out=d_o)
-    return derivatives, o * (1 - tanh_c * tanh_c)
+    before = torch.cat([c_first[None], cells[:-1]])
+    derivatives, dh_dc = torch.empty_like(gates), torch.empty_like(cells)
+    blocks = (tensor.split(BLOCK) for tensor in (gates, cells, before, derivatives, dh_dc))
+    for y, c, c_before, d_y, dh_dc_t in zip(*blocks, strict=True):
+        (i, f, g, o), (d_i, d_f, d_g, d_o) = y.chunk(4, 2), d_y.chunk(4, 2)
+        tanh_c, keep = c.tanh(), 1 - f
+        free = g * (i < keep)  # of min(i, 1 - f): the smaller one takes it
+        torch.mul(free, i * (1 - i), out=d_i)
+        torch.mul((c_before + free).sub_(g), f * keep, out=d_f)
+        torch.mul(torch.minimum(i, keep), 1 - g * g, out=d_g)
+        torch.mul(tanh_c, o * (1 - o), out=d_o)
+        torch.mul(o, 1 - tanh_c * tanh_c, out=dh_dc_t)
+    return derivatives, dh_dc
 
 
 class MogrifierScan(torch.autograd.Function):

@@ -20,7 +20,7 @@ case $name in
                  --anneal 6 --epochs 18"
           search="--search --search_lrs 5e-5 1e-4 1.5e-4 --search_lambs 1e-3 2e-3 --search_tokens 10000" ;;
     ten) flags="$cell --emsize 256 --nhid 256 --dropout 0.2 --dropouth 0.1 --dropouti 0.2 --dropoute 0.02 --dropoutr 0.1
-                --anneal 1 --epochs 5" ;;
+                --anneal 1 --epochs 4" ;;
     base) flags="$small --nhid 400" ;;
     shuffle) flags="$small --nhid 400 --shuffle" ;;
     gru) flags="$small --nhid 493 --model GRU" ;;
