@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run a row of results/README.md again from nothing, or go on with it after a stop: training, then every evaluation.
 #
-#     results/run.sh hour         # or: ten, base, shuffle, gru, qrnn, mos, awd-adam, melis, mogrifier
+#     results/run.sh hour         # or: ten, base, shuffle, mos, awd-adam, melis, mogrifier
 #     results/run.sh melis 2e-3   # at another learning rate
 #
 # Models and logs go to runs/, which is not tracked.
@@ -18,18 +18,16 @@ name=${1:-} search=
 case $name in
     hour) flags="$cell --emsize 400 --nhid 400 --dropout 0.5 --dropouth 0.3 --dropouti 0.5 --dropoute 0.02 --dropoutr 0.25
                  --anneal 6 --epochs 18"
-          search="--search --search_lrs 5e-5 1e-4 1.5e-4 --search_lambs 1e-3 2e-3 --search_tokens 10000" ;;
+          search="--search --search_lrs 1.5e-5 3e-5 4e-5 --search_lambs 2e-3 4e-3 --search_tokens 8000" ;;
     ten) flags="$cell --emsize 256 --nhid 256 --dropout 0.2 --dropouth 0.1 --dropouti 0.2 --dropoute 0.02 --dropoutr 0.1
                 --anneal 1 --epochs 4" ;;
     base) flags="$small --nhid 400" ;;
     shuffle) flags="$small --nhid 400 --shuffle" ;;
-    gru) flags="$small --nhid 493 --model GRU" ;;
-    qrnn) flags="$small --nhid 800 --model QRNN" ;;
     mos) flags="$small --nhid 374 --n_experts 3 --dropoutl 0.2" ;;
     awd-adam) flags="$recipe --emsize 220 --nhid 440 --wdrop 0.2 --lr ${2:-4e-3}" ;;
     melis) flags="$recipe --model Mogrifier --rounds 0 --emsize 272 --nhid 272 --dropoutr 0.2 --lr ${2:-4e-3}" ;;
     mogrifier) flags="$recipe --model Mogrifier --rounds 5 --rank 40 --emsize 260 --nhid 260 --dropoutr 0.2 --lr ${2:-2e-3}" ;;
-    *) echo "results/run.sh: give one of: hour, ten, base, shuffle, gru, qrnn, mos, awd-adam, melis, mogrifier" >&2; exit 2 ;;
+    *) echo "results/run.sh: give one of: hour, ten, base, shuffle, mos, awd-adam, melis, mogrifier" >&2; exit 2 ;;
 esac
 name=$name${2:+-$2}
 
