@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers.gru import GRUScan
+from layers.gru import COLUMNS, GRUScan
 from layers.mogrifier import Mogrifier
 from layers.qrnn import QRNNLayer
 from layers.short_lstm import STEPS, ShortLSTM
@@ -150,7 +150,7 @@ class GRU(RecurrentLayer):
 
     @staticmethod
     def kernel(x: Tensor, hidden: Hidden, weights: list[Tensor], *rest: Any) -> tuple[Tensor, Hidden]:
-        if x.device.type == "cpu" and torch.is_grad_enabled():
+        if x.device.type == "cpu" and torch.is_grad_enabled() and x.size(1) <= COLUMNS:
             out = GRUScan.apply(x, hidden[0][0], *weights)
             return out, (out[-1:].clone(),)  # a view would keep all of `out` in memory, and in the .state
         out, h = torch.gru(x, hidden[0], weights, *rest)

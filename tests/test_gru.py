@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from layers.gru import GRUScan
+from layers.gru import COLUMNS, GRUScan
 from model import GRU
 
 E, H = 5, 6
@@ -60,6 +60,8 @@ def test_the_layer_trains_by_the_scan_and_evaluates_by_torch(monkeypatch, wdrop)
     scanned, (h,) = layer(x, layer.init_hidden(3))
     assert "GRUScan" in scanned.grad_fn.name()
     assert torch.equal(h, scanned[-1:])
+    wide, _ = layer(draw(2, COLUMNS + 1, E), layer.init_hidden(COLUMNS + 1))
+    assert "GRUScan" not in wide.grad_fn.name()
     monkeypatch.setattr(GRUScan, "apply", None)
     with torch.no_grad():
         out, (last,) = layer(x, layer.init_hidden(3))
