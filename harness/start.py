@@ -97,7 +97,9 @@ def find_training(script: str, given: dict[str, Any]) -> Found:
     if args.epochs == 0 and not saved:
         raise UserError("--epochs 0: there is no saved model to evaluate; give --resume MODEL")
     if {"anneal", "epochs"} & given.keys() and args.anneal >= args.epochs > 0:
-        raise UserError(f"--anneal {args.anneal}: has to lie before the last epoch, --epochs {args.epochs}")
+        raise UserError(
+            f"--anneal {args.anneal}: has to lie before the last epoch, --epochs {args.epochs}; 0 leaves it out"
+        )
     return Found(args, state, saved, path)
 
 

@@ -23,8 +23,6 @@ from torch import Tensor, nn
 
 from products import product
 
-BLOCK = 8  # steps whose elementwise work is done at once: its intermediate results fit a cache
-
 
 class Round(NamedTuple):
     """The weights of a round: σ(source · A · B + bias)."""
@@ -53,27 +51,6 @@ def before_rounds(x: Tensor, h: Tensor, sigmas: list[Tensor]) -> tuple[list[Tens
         xs.append(xs[-1] if r % 2 else gate(xs[-1], sigma))
         hs.append(gate(hs[-1], sigma) if r % 2 else hs[-1])
     return xs, hs
-
-
-def cell_derivatives(gates: Tensor, cells: Tensor, c_first: Tensor) -> tuple[Tensor, Tensor]:
-    """What the loop of the backward pass multiplies by, at every step.
-
-    gates (T, B, 4H), cells (T, B, H), c_first (B, H) -> the derivatives of c with respect to the pre-activations
-    of i, f and g, and of h with respect to that of o, together (T, B, 4H); dh/dc, (T, B, H).
-    """
-    before = torch.cat([c_first[None], cells[:-1]])
-    derivatives, dh_dc = torch.empty_like(gates), torch.empty_like(cells)
-    blocks = (tensor.split(BLOCK) for tensor in (gates, cells, before, derivatives, dh_dc))
-    for y, c, c_before, d_y, dh_dc_t in zip(*blocks, strict=True):
-        (i, f, g, o), (d_i, d_f, d_g, d_o) = y.chunk(4, 2), d_y.chunk(4, 2)
-        tanh_c, keep = c.tanh(), 1 - f
-        free = g * (i < keep)  # of min(i, 1 - f): the smaller one takes it
-        torch.mul(free, i * (1 - i), out=d_i)
-        torch.mul((c_before + free).sub_(g), f * keep, out=d_f)
-        torch.mul(torch.minimum(i, keep), 1 - g * g, out=d_g)
-        torch.mul(tanh_c, o * (1 - o), out=d_o)
-        torch.mul(o, 1 - tanh_c * tanh_c, out=dh_dc_t)
-    return derivatives, dh_dc
 
 
 class MogrifierScan(torch.autograd.Function):
@@ -124,17 +101,22 @@ class MogrifierScan(torch.autograd.Function):
         (weight_ih, weight_hh), rounds = weights[:2], take_rounds(weights, ctx.full)
         before = torch.cat([h_first[None], out[:-1]])  # (T, B, H), h before each step
         before = before if mask is None else before * mask
-        d_x, d_h = torch.empty_like(x), torch.zeros_like(h_first)
+        d_gates, d_x, d_h = torch.empty_like(gates), torch.empty_like(x), torch.zeros_like(h_first)
         d_sums = [torch.empty_like(sigma) for sigma in sigmas]  # of what a sigmoid is taken of
         d_inner = [torch.empty_like(u) for u in inner]
-        f, d_gates, dh_dc = gates.chunk(4, 2)[1], *cell_derivatives(gates, cells, c_first)
-        d_o = d_gates.chunk(4, 2)[3]
         for t in reversed(range(len(x))):
+            i, f, g, o = gates[t].chunk(4, 1)
+            d_i, d_f, d_g, d_o = d_gates[t].chunk(4, 1)
+            c_before, tanh_c, keep = cells[t - 1] if t else c_first, cells[t].tanh(), 1 - f
             d_h = d_h + d_out[t]
-            d_c = torch.addcmul(d_c, d_h, dh_dc[t])
-            d_gates[t].unflatten(1, (4, -1))[:, :3].mul_(d_c[:, None])
-            d_o[t].mul_(d_h)
-            d_c, d_h = d_c * f[t], d_gates[t] @ weight_hh
+            d_c = torch.addcmul(d_c, d_h * o, 1 - tanh_c * tanh_c)
+            d_input = d_c * g  # of min(i, 1 - f): the smaller one takes it
+            d_free = d_input * (i < keep)
+            torch.mul(d_free, i * (1 - i), out=d_i)
+            torch.mul((d_c * c_before).add_(d_free).sub_(d_input), f * keep, out=d_f)
+            torch.mul(d_c * torch.minimum(i, keep), 1 - g * g, out=d_g)
+            torch.mul(d_h * tanh_c, o * (1 - o), out=d_o)
+            d_c, d_h = d_c * f, d_gates[t] @ weight_hh
             if rounds:
                 d_x_t = torch.mm(d_gates[t], weight_ih)
                 xs, hs = before_rounds(x[t], before[t], [sigma[t] for sigma in sigmas])

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shutil
 
 import pytest
 import torch
@@ -29,7 +30,11 @@ def test_mixed_precision_learns_what_float32_learns(trained, kind, amp):
 
 
 @pytest.mark.parametrize(
-    "flags", [("--model", "LSTM", "--amp", "bf16"), ("--model", "LSTM", "--amp", "fp16"), ("--compile",)]
+    "flags",
+    [
+        *(("--model", kind, "--amp", amp) for kind in ("LSTM", "GRU", "QRNN") for amp in ("bf16", "fp16")),
+        ("--compile",),
+    ],
 )
 def test_mixed_precision_and_compiled_runs_resume_bit_for_bit(trained, corpus, tmp_path, flags):
     """Stopped after five steps and resumed, weights and loss scale end where the whole run ends."""
@@ -40,6 +45,17 @@ def test_mixed_precision_and_compiled_runs_resume_bit_for_bit(trained, corpus, t
     state = torch.load(tmp_path / "m.pt.state", weights_only=True)
     assert state["scaler"] == whole.state["scaler"]
     assert all(torch.equal(state["weights"][k], v) for k, v in whole.state["weights"].items())
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "QRNN"])
+def test_a_state_in_half_precision_goes_on_in_float32(trained, tmp_path, kind):
+    """What cuDNN's layers carry under --amp is half as wide; a run without it, or on a CPU, can take it up."""
+    run = trained("--epochs", 2, "--max_steps", 5, "--model", kind)
+    state = run.state
+    state["hidden"] = [tuple(tensor.half() for tensor in carried) for carried in state["hidden"]]
+    shutil.copy(run.path, tmp_path)
+    torch.save(state, tmp_path / "m.pt.state")
+    assert run_cli("--resume", "m.pt", "--max_steps", 0, cwd=tmp_path).status == 0
 
 
 def test_a_compiled_loss_is_the_loss(trained):

@@ -69,7 +69,7 @@ def test_the_layer_trains_by_the_scan_and_evaluates_by_torch(monkeypatch, wdrop)
     torch.testing.assert_close(last, h.detach(), rtol=1e-12, atol=1e-12)
 
 
-def test_the_whole_models_figures_in_training_are_the_graphs():
+def test_three_layers_in_float32_are_torchs_to_rounding():
     """A float32 step of three layers, wide and deep enough for roundings to add up: scan and torch's GRU agree."""
     torch.manual_seed(0)
     layers = [nn.GRU(width, 40) for width in (24, 40, 40)]

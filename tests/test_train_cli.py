@@ -262,6 +262,22 @@ def test_rate_falls_in_a_straight_line_after_the_epoch_of_anneal(trained):
     assert [entry["lr"] for entry in run.log("valid")] == pytest.approx([0.01, 0.005, 0], rel=1e-12)
 
 
+def test_an_annealed_run_is_not_cut_short_unawares(trained):
+    """Fewer epochs than the stored --anneal would leave the rate as it is: that is said, and how to mean it."""
+    run = trained("--epochs", 3, "--optimizer", "adam", "--lr", 0.01, "--anneal", 1, "--log-interval", 1)
+    result = run_cli("--resume", "m.pt", "--epochs", 1, cwd=run.folder)
+    assert (result.status, result.out) == (2, "")
+    assert "--anneal 1: has to lie before the last epoch, --epochs 1; 0 leaves it out" in result.err
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "QRNN", "Mogrifier"])
+def test_what_layers_carry_drags_no_batch_into_the_state(trained, kind):
+    """A view of the outputs of all steps would be written with all of them."""
+    flags = ["--emsize", 8, "--nhid", 8] if kind == "Mogrifier" else []
+    hidden = trained("--max_steps", 7, "--model", kind, *flags).state["hidden"]
+    assert all(x.untyped_storage().nbytes() == x.nbytes for carried in hidden for x in carried)
+
+
 def test_adam_moves_by_its_rate(trained):
     """Adam's first step moves no weight further than the scaled rate, and most of them about that far."""
     start = trained("--optimizer", "adam", "--lr", 1e-20, "--max_steps", 1, "--wdecay", 0, "--clip", 0)
