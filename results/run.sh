@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run a row of results/README.md again from nothing, or go on with it after a stop: training, then every evaluation.
 #
-#     results/run.sh hour         # or: ten, base, shuffle, mos, awd-adam, melis, mogrifier
+#     results/run.sh hour         # or another NAME below
 #     results/run.sh melis 2e-3   # at another learning rate
 #
 # Models and logs go to runs/, which is not tracked.
@@ -14,7 +14,9 @@ recipe="--nlayers 2 --batch_size 20 --bptt 70 --optimizer adam --beta1 0 --avera
         --clip 0.143 --dropout 0.2 --dropouth 0.1 --dropouti 0.2 --dropoute 0.02 --when 6 --epochs 8 --seed 141"
 cell="--model Mogrifier --rounds 0 --nlayers 2 --batch_size 20 --bptt 70 --shuffle --optimizer adam --beta1 0
       --lr ${2:-4e-3} --alpha 0 --beta 0 --wdecay 3.6e-6 --clip 0.143 --seed 141"
-name=${1:-} search=
+chars="--emsize 128 --batch_size 32 --bptt 100 --optimizer adam --lr ${2:-3e-3} --alpha 0 --beta 0
+       --dropout 0.1 --dropouth 0.1 --dropouti 0 --dropoute 0 --wdrop 0 --anneal 1 --epochs 4 --seed 141"
+name=${1:-} data=penn search= evaluate=yes
 case $name in
     hour) flags="$cell --emsize 400 --nhid 400 --dropout 0.5 --dropouth 0.3 --dropouti 0.5 --dropoute 0.02 --dropoutr 0.25
                  --anneal 6 --epochs 18"
@@ -22,19 +24,26 @@ case $name in
     ten) flags="$cell --emsize 256 --nhid 256 --dropout 0.2 --dropouth 0.1 --dropouti 0.2 --dropoute 0.02 --dropoutr 0.1
                 --anneal 1 --epochs 4" ;;
     base) flags="$small --nhid 400" ;;
+    gru) flags="$small --model GRU --nhid 493" ;;
+    qrnn) flags="$small --model QRNN --nhid 800" ;;
     shuffle) flags="$small --nhid 400 --shuffle" ;;
     mos) flags="$small --nhid 374 --n_experts 3 --dropoutl 0.2" ;;
     awd-adam) flags="$recipe --emsize 220 --nhid 440 --wdrop 0.2 --lr ${2:-4e-3}" ;;
     melis) flags="$recipe --model Mogrifier --rounds 0 --emsize 272 --nhid 272 --dropoutr 0.2 --lr ${2:-4e-3}" ;;
     mogrifier) flags="$recipe --model Mogrifier --rounds 5 --rank 40 --emsize 260 --nhid 260 --dropoutr 0.2 --lr ${2:-2e-3}" ;;
-    *) echo "results/run.sh: give one of: hour, ten, base, shuffle, mos, awd-adam, melis, mogrifier" >&2; exit 2 ;;
+    original) flags="--emsize 200 --nhid 500 --nlayers 2 --batch_size 40 --dropouti 0.3 --dropouth 0.2 --dropout 0.3
+                     --wdrop 0.4 --lr ${2:-30} --epochs 3 --seed 141" evaluate= ;;
+    char-lstm) flags="$chars --nhid 512 --nlayers 2" data=pennchar evaluate= ;;
+    char-qrnn) flags="$chars --model QRNN --nhid 440 --nlayers 4" data=pennchar evaluate= ;;
+    *) echo "results/run.sh: no row of the name '$name'; they are the cases above this line" >&2; exit 2 ;;
 esac
 name=$name${2:+-$2}
 
-[ -f data/penn/test.txt ] || ./getdata.sh penn
+[ -f "data/$data/test.txt" ] || ./getdata.sh "$data"
 mkdir -p runs
-model="--data data/penn --save runs/$name.pt"
+model="--data data/$data --save runs/$name.pt"
 python main.py $model $flags --resume auto
+[ "$evaluate" ] || exit 0
 python pointer.py $model --lambdasm 0
 python pointer.py $model --search --search_windows 500 2000 | tee "runs/$name.pointer"
 best=$(sed -n 's/^| best on val: //p' "runs/$name.pointer")
