@@ -16,9 +16,9 @@ from harness.start import begin, start_run
 
 
 def main() -> int:
-    parser = ArgumentParser(__doc__, RUN, MODEL, REGULARISATION, OPTIMISATION)
+    parser = ArgumentParser(__doc__, RUN, MODEL, REGULARISATION, OPTIMISATION, saved=True)
     output = Flag("--output", {}, None, "write the better model here and leave --save as it is")
-    parser.add_flags("finetune.py alone", [output])
+    parser.add_flags("finetune.py only", [output])
     given = vars(parser.parse_args())
     start = begin("finetune.py", given)  # the device, the processes, the settings, what there is to go on with
     run = start_run(start)  # seed, corpus, model, optimizer

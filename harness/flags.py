@@ -70,14 +70,15 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("--cuda", {"dest": "device", "action": "store_const", "const": "auto"}, None, "as --device auto"),
         Flag("--amp", {"choices": ["none", "bf16", "fp16"]}, "none", "mixed precision in training alone"),
         Flag("--compile", SWITCH, False, "torch.compile the loss: slow to start, then faster"),
-        Flag("--save", {}, None, "file of the model; beside it .state (to resume) and .log.jsonl", **HOW),
+        Flag("--save", {}, None, "file of the model (finetune.py starts from it); beside it .state (to resume) "
+             "and .log.jsonl", **HOW),
         Flag("--resume", {}, "", "go on from this model and its .state, or warm-start from the model alone; "
              "auto: from --save if it is there, else start afresh", **HOW),
         Flag("--log-interval --log_interval", POSITIVE, 200, "batches between two log lines"),
-        Flag("--checkpoint_every", COUNT, 0, "also write the .state every N steps; 0: do not"),
+        Flag("--checkpoint_every", COUNT, 0, "also write the .state every N steps; 0: off"),
         Flag("--tensorboard", {"metavar": "DIR"}, None, "figures for TensorBoard too, in DIR", **HOW),
     ],
-    "model (a saved one answers this itself)": [
+    "model (read from the saved one if there is one)": [
         Flag("--model", {"choices": list(LAYERS)}, "LSTM", "kind of the recurrent layers", **SHAPE),
         Flag("--emsize", POSITIVE, 400, "size of the word embeddings", **SHAPE),
         Flag("--nhid", POSITIVE, 1150, "hidden units per layer", **SHAPE),
@@ -85,11 +86,13 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("--tied", SWITCH, True, "decoder weight = embedding weight", **SHAPE),
         Flag("--untied", {"dest": "tied", "action": "store_false"}, None, "a decoder weight of its own"),
         Flag("--n_experts", COUNT, 0, "softmaxes in the mixture; 0: one softmax without latents", **SHAPE),
-        Flag("--nhidlast", COUNT, 0, "hidden units of the last layer; 0: emsize when tied, else nhid", **SHAPE),
-        Flag("--rounds", COUNT, 5, "of a Mogrifier, in which input and state gate each other", **SHAPE),
-        Flag("--rank", COUNT, 0, "of the matrices in these rounds; 0: full", **SHAPE),
+        Flag("--nhidlast", COUNT, 0, "hidden units of the last layer; 0: emsize when tied or with --n_experts, "
+             "else nhid", **SHAPE),
+        Flag("--rounds", COUNT, 5, "Mogrifier: rounds in which input and state gate each other; 0: Melis's "
+             "LSTM", **SHAPE),
+        Flag("--rank", COUNT, 0, "Mogrifier: rank of the matrices in these rounds; 0: full", **SHAPE),
     ],
-    "regularisation (probabilities in [0, 1))": [
+    "regularisation": [
         Flag("--dropout", PROBABILITY, 0.4, "locked dropout after the last layer"),
         Flag("--dropouth", PROBABILITY, 0.3, "locked dropout between layers"),
         Flag("--dropouti", PROBABILITY, 0.65, "locked dropout on the embeddings"),
@@ -99,7 +102,8 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("--drop_state", PROBABILITY, 0.0, "probability that a batch starts from a zero state (Mogrifier: "
              "0.01 unless given)"),
         Flag("--dropoutl", PROBABILITY, 0.29, "locked dropout on the latents of --n_experts"),
-        Flag("--samples", POSITIVE, 1, "masks of dropout for each batch, whose probabilities are averaged"),
+        Flag("--samples", POSITIVE, 1, "dropout masks per batch; the probabilities under them are averaged, at N "
+             "times the cost"),
         Flag("--alpha", FACTOR, 2.0, "activation regularisation (AR); 0: none"),
         Flag("--beta", FACTOR, 1.0, "temporal activation regularisation (TAR); 0: none"),
         Flag("--wdecay", FACTOR, 1.2e-6, "weight decay on all weights"),
@@ -107,28 +111,29 @@ FLAGS: dict[str, list[Flag]] = {
     "optimisation": [
         Flag("--lr", FACTOR, None, f"rate of a batch of length bptt (default: "
              f"{', '.join(f'{name} {row.lr:g}' for name, row in OPTIMIZERS.items())})"),
-        Flag("--clip", FACTOR, 0.25, "clip the gradient to this norm; 0: do not"),
+        Flag("--clip", FACTOR, 0.25, "clip the gradient to this norm; 0: off"),
         Flag("--epochs", COUNT, 8000, "train up to this epoch"),
-        Flag("--max_steps", COUNT, 0, "stop after this many optimizer steps in all; 0: do not", **HOW),
-        Flag("--max_minutes", {"type": number(float, 0)}, 0.0, "write the .state and end, status 0, so many "
-             "minutes after the start; 0: do not", **HOW),
+        Flag("--max_steps", COUNT, 0, "stop after this many optimizer steps in all; 0: no limit", **HOW),
+        Flag("--max_minutes", {"type": number(float, 0)}, 0.0, "write the .state and end with status 0 "
+             "after N minutes; 0: no limit", **HOW),
         Flag("--batch_size", POSITIVE, 80, "columns of text side by side, of all processes together"),
-        Flag("--bptt", POSITIVE, 70, "mean sequence length, in tokens"),
+        Flag("--bptt", POSITIVE, 70, "base sequence length, in tokens; that of a batch varies around it"),
         Flag("--max_seq_len", COUNT, 0, "longest sequence length, in tokens; 0: no limit"),
         Flag("--shuffle", SWITCH, False, "rotate every column of the text by an offset of its own in each epoch"),
         Flag("--beta1", PROBABILITY, 0.9, "of Adam: share of the mean gradient that is kept per step"),
-        Flag("--average", SWITCH, False, "average the weights once the validation loss stalls, as SGD does, under "
-             "Adam too"),
-        Flag("--nonmono", COUNT, 5, "epochs without a better validation loss before it counts as stalled"),
+        Flag("--average", SWITCH, False, "under Adam too, average the weights once the validation loss stalls"),
+        Flag("--nonmono", COUNT, 5, "the validation loss has stalled when it is above the best one of more than N "
+             "epochs ago"),
         Flag("--seed", COUNT, 1111, "of all random numbers"),
     ],
-    "main.py alone": [
+    "main.py only": [
         Flag("--optimizer", {"choices": list(OPTIMIZERS)}, "sgd", "sgd: NT-ASGD, which averages once it stalls"),
         Flag("--when", {"type": int, "nargs": "+"}, [-1], "epochs after which the rate is divided by 10"),
         Flag("--anneal", COUNT, 0, "epoch, 1 or later, after which the rate falls in a straight line, to 0 at "
              "the end of the last one; 0: it does not"),
-        Flag("--splits", {"type": int, "nargs": "*"}, None, "first words of a split softmax's clusters", **SHAPE),
-        Flag("--vocab_size", COUNT, 0, "keep the N most frequent words; 0: all"),
+        Flag("--splits", {"type": int, "nargs": "*"}, None, "word ids (ranks by frequency) at which the split "
+             "softmax's clusters begin (default: by vocabulary size)", **SHAPE),
+        Flag("--vocab_size", COUNT, 0, "keep the N most frequent words, <unk> and <eos> among them; 0: all"),
         Flag("--min_count", COUNT, 0, "keep words seen N times or more"),
     ],
 }  # fmt: skip
@@ -144,17 +149,17 @@ class ArgumentParser(argparse.ArgumentParser):
     What is not given is left out of the namespace, so that its value can come from elsewhere.
     """
 
-    def __init__(self, doc: str, *groups: str) -> None:
+    def __init__(self, doc: str, *groups: str, saved: bool = False) -> None:
         form = argparse.RawDescriptionHelpFormatter
         super().__init__(description=doc, formatter_class=form, argument_default=argparse.SUPPRESS)
         for title in groups:
-            self.add_flags(title, FLAGS[title])
+            self.add_flags(title, FLAGS[title], saved)
 
-    def add_flags(self, title: str, flags: Collection[Flag]) -> None:
-        """Adds a group of flags, their defaults told in the help text."""
+    def add_flags(self, title: str, flags: Collection[Flag], saved: bool = False) -> None:
+        """Adds a group of flags, with defaults in the help text unless a saved model has the values (`saved`)."""
         group = self.add_argument_group(title)
         for flag in flags:
-            untold = flag.default in (None, "", [-1]) or isinstance(flag.default, bool)
+            untold = flag.default in (None, "", [-1]) or isinstance(flag.default, bool) or (saved and flag.stored)
             default = "" if untold else f" (default: {flag.default})"
             group.add_argument(*flag.names.split(), help=(flag.help + default).replace("%", "%%"), **flag.kind)
 
@@ -177,8 +182,9 @@ def parse_evaluation(doc: str, *groups: tuple[str, Collection[Flag]]) -> Namespa
         *FLAGS[RUN][1:3],  # --device, --cuda
     ]
     parser = ArgumentParser(doc)
-    for title, flags in [("saved model", saved), *groups, (MODEL, FLAGS[MODEL])]:
+    for title, flags in [("saved model", saved), *groups]:
         parser.add_flags(title, flags)
+    parser.add_flags(MODEL, FLAGS[MODEL], saved=True)
     own = [flag for _, flags in groups for flag in flags]
     return parser.parse_all(own, data=None, device="auto")
 

@@ -14,7 +14,7 @@ recipe="--nlayers 2 --batch_size 20 --bptt 70 --optimizer adam --beta1 0 --avera
         --clip 0.143 --dropout 0.2 --dropouth 0.1 --dropouti 0.2 --dropoute 0.02 --when 6 --epochs 8 --seed 141"
 cell="--model Mogrifier --rounds 0 --nlayers 2 --batch_size 20 --bptt 70 --shuffle --optimizer adam --beta1 0
       --lr ${2:-4e-3} --alpha 0 --beta 0 --wdecay 3.6e-6 --clip 0.143 --seed 141"
-chars="--emsize 128 --batch_size 32 --bptt 100 --optimizer adam --lr ${2:-3e-3} --alpha 0 --beta 0
+chars="--emsize 200 --batch_size 32 --bptt 100 --optimizer adam --lr ${2:-3e-3} --alpha 0 --beta 0
        --dropout 0.1 --dropouth 0.1 --dropouti 0 --dropoute 0 --wdrop 0 --anneal 1 --epochs 4 --seed 141"
 name=${1:-} data=penn search= evaluate=yes
 case $name in
@@ -33,9 +33,10 @@ case $name in
     mogrifier) flags="$recipe --model Mogrifier --rounds 5 --rank 40 --emsize 260 --nhid 260 --dropoutr 0.2 --lr ${2:-2e-3}" ;;
     original) flags="--emsize 200 --nhid 500 --nlayers 2 --batch_size 40 --dropouti 0.3 --dropouth 0.2 --dropout 0.3
                      --wdrop 0.4 --lr ${2:-30} --epochs 3 --seed 141" evaluate= ;;
-    char-lstm) flags="$chars --nhid 512 --nlayers 2" data=pennchar evaluate= ;;
-    char-qrnn) flags="$chars --model QRNN --nhid 440 --nlayers 4" data=pennchar evaluate= ;;
-    *) echo "results/run.sh: no row of the name '$name'; they are the cases above this line" >&2; exit 2 ;;
+    char-lstm) flags="$chars --nhid 450 --nlayers 2" data=pennchar evaluate= ;;
+    char-qrnn) flags="$chars --model QRNN --nhid 400 --nlayers 4" data=pennchar evaluate= ;;
+    *) echo "results/run.sh: no run is called '$name'; choose hour, ten, base, gru, qrnn, shuffle, mos, awd-adam," \
+            "melis, mogrifier, original, char-lstm or char-qrnn" >&2; exit 2 ;;
 esac
 name=$name${2:+-$2}
 
