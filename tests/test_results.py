@@ -1,0 +1,107 @@
+"""What was measured: every figure in a table is that of a log, and every log's run can be run again."""
+
+import json
+import os
+import re
+import subprocess
+
+import pytest
+from runner import ROOT
+
+from harness import ArgumentParser
+from harness.flags import FLAGS
+
+RESULTS = ROOT / "results"
+ROWS = re.findall(r"^ +([a-z-]+)\) flags=", (RESULTS / "run.sh").read_text(), re.MULTILINE)
+LOGS = sorted(path.name.removesuffix(".log.jsonl") for path in RESULTS.glob("*.log.jsonl"))
+EVALUATIONS = {
+    "plain": {"kind": "pointer", "lambdasm": 0.0},
+    "pointer": {"kind": "pointer"},
+    "dynamic evaluation": {"kind": "dynamic evaluation", "pointer": None},
+    "both": {"kind": "dynamic evaluation"},
+}
+
+
+def read_log(name):
+    return [json.loads(line) for line in (RESULTS / f"{name}.log.jsonl").read_text().splitlines()]
+
+
+def last(log, figure="ppl", **wanted):
+    """The figure of the last record that has all that is wanted."""
+    return [record[figure] for record in log if wanted.items() <= record.items()][-1]
+
+
+def logged(name, column):
+    """The log's figures for a column of a table: [validation, test], or one alone; None: it has none."""
+    log = read_log(name)
+    if column in EVALUATIONS:
+        wanted = EVALUATIONS[column]
+        if column == "pointer":
+            log = [record for record in log if record.get("lambdasm")]
+        if column == "both":
+            log = [record for record in log if record.get("pointer")]
+        return [last(log, split=split, **wanted) for split in ("val", "test")]
+    if column == "bits per character":
+        return [min(record["bpc"] for record in log if record["kind"] == "valid"), last(log, "bpc", kind="test")]
+    if column.isdigit():
+        return [last(log, kind="valid", epoch=int(column))]
+    return [last(log, kind="test")] if column == "test" else None
+
+
+def figures(path):
+    """(row's name, column, text) of all cells that quote a log: rows that begin with a log's name in backticks."""
+    header = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
+        name = re.match(r"`([a-z-]+)`", cells[0]) if cells else None
+        if name and name[1] in LOGS:
+            for column, text in zip(header, cells, strict=True):
+                if text and logged(name[1], column.removeprefix("cache ")):
+                    yield name[1], column.removeprefix("cache "), text
+        elif cells and not set(line) <= set("|-: "):
+            header = cells
+
+
+QUOTED = {place: list(figures(ROOT / place)) for place in ("README.md", "results/README.md")}
+
+
+@pytest.mark.parametrize("figure", [(place, *cell) for place, cells in QUOTED.items() for cell in cells], ids=str)
+def test_a_quoted_figure_is_the_logs(figure):
+    _, name, column, text = figure
+    digits = len(text.split(".")[-1])
+    assert text.split(" / ") == [f"{value:.{digits}f}" for value in logged(name, column)]
+
+
+@pytest.mark.parametrize("place", QUOTED)
+def test_the_tables_are_found(place):
+    """Else the test above would pass by finding nothing."""
+    assert {"hour", "ten", "base", "melis"} <= {name for name, *_ in QUOTED[place]}
+    assert {"plain", "pointer", "dynamic evaluation", "both"} <= {column for _, column, _ in QUOTED[place]}
+
+
+@pytest.mark.parametrize("name", LOGS)
+def test_a_log_has_a_row_that_runs_again(name):
+    assert re.sub(r"-\de-\d$", "", name) in ROWS  # without another rate
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_gives_flags_that_main_takes(name, tmp_path):
+    """Run with a `python` that only writes down what it is called with."""
+    for corpus in ("penn", "pennchar"):
+        (tmp_path / "data" / corpus).mkdir(parents=True)
+        (tmp_path / "data" / corpus / "test.txt").touch()
+    (tmp_path / "results").mkdir()
+    script = tmp_path / "results" / "run.sh"
+    script.write_text((RESULTS / "run.sh").read_text())
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@" >> calls\necho "| best on val: --theta 1.4"\n')
+    python.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    subprocess.run(["bash", script, name], env=environment, check=True, capture_output=True, timeout=60)
+    main, *evaluations = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+    assert main[0] == "main.py"
+    args = ArgumentParser("", *FLAGS).parse_args(main[1:])
+    assert (args.save, args.resume, args.seed) == (f"runs/{name}.pt", "auto", 141)
+    for script, *flags in evaluations:
+        assert (ROOT / script).exists()
+        assert flags[:4] == ["--data", args.data, "--save", args.save]
