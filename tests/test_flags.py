@@ -1,14 +1,21 @@
 """The flag table: defaults, spellings, abbreviations, and which of given, stored and default values wins."""
 
+import importlib
 import re
+import shlex
+import sys
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import toys
 
+import dynamiceval
 import finetune
+import generate
 import main
+import pointer
+import score
 from harness.flags import BY_NAME, DEFAULTS, FLAGS, MAIN, ArgumentParser, check_shape, open_model, resolve_args
 from harness.start import OWN
 from utils import UserError
@@ -20,6 +27,11 @@ CONTRACT = (
     "--seed 1111 --nonmono 5 --log-interval 200 --alpha 2 --beta 1 --wdecay 1.2e-6 --optimizer sgd --when -1"
 )
 FORMAT_1 = Path(__file__).parent / "models"  # saved before the table was made
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+# What follows the name of a script that has a model, in the lines of code
+COMMANDS = re.findall(
+    r"^    .*?\b(main|finetune|pointer|dynamiceval|generate|score)\.py ([^&>\n]*)", README, re.MULTILINE
+)
 OF_MAIN = tuple(FLAGS)
 OF_FINETUNE = tuple(group for group in FLAGS if group != MAIN)
 
@@ -85,14 +97,40 @@ def test_what_only_main_has():
 
 @pytest.mark.parametrize("script", [main, finetune])
 def test_the_help_names_every_flag_with_its_default(capsys, script):
-    """A default that is a number or a name is told; so is the rate of every optimizer."""
+    """A default that is a number or a name is told, unless the saved model has one; so is every rate."""
     assert toys.call(script, "--help") == 0
     told = " ".join(capsys.readouterr().out.split())
     for flag in [flag for group in (OF_MAIN if script is main else OF_FINETUNE) for flag in FLAGS[group]]:
         assert all(f" {name}" in told for name in flag.names.split())
         if flag.default and not isinstance(flag.default, bool | list):
-            assert f"{flag.help} (default: {flag.default})" in told
+            default = f"{flag.help} (default: {flag.default})"
+            assert (default in told) == (script is main or not flag.stored)
     assert "sgd 30, adam 0.001" in told
+
+
+@pytest.mark.parametrize("script", [pointer, dynamiceval, generate, score])
+def test_the_help_leaves_the_models_shape_to_the_model(capsys, script):
+    assert toys.call(script, "--help") == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "--emsize EMSIZE size of the word embeddings --nhid" in told
+
+
+@pytest.mark.parametrize(("script", "line"), COMMANDS)
+def test_a_script_takes_the_flags_that_the_readme_gives_it(script, line, monkeypatch):
+    """As far as the command line goes: what would open a file is cut off."""
+
+    def taken(*_):
+        raise EOFError
+
+    module = importlib.import_module(script)
+    monkeypatch.setattr(module, "begin" if hasattr(module, "begin") else "open_model", taken)
+    monkeypatch.setattr(sys, "argv", [script, *shlex.split(line.replace(" ... ", " "), comments=True)])
+    with pytest.raises(EOFError):
+        module.main()
+
+
+def test_the_readmes_commands_are_found():
+    assert len(COMMANDS) > 30
 
 
 def test_check_shape():
