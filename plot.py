@@ -143,11 +143,12 @@ def draw(curves: list[Curve], format: str) -> bytes:
                 best = min(curve.valid, key=lambda point: point.ppl)
                 star = {"marker": "*", "markersize": 19, "markeredgecolor": "white", "zorder": 5}
                 panel.plot(x(best), best.ppl, color=colour, **star)
-                above = 20 if i % 2 == 0 else -20  # points: of two bests on one spot both are read
-                panel.annotate(
-                    f"{best.ppl:.2f}", (x(best), best.ppl), xytext=(0, above), textcoords="offset points",
-                    color=colour, ha="center", va="center", weight="bold", path_effects=outline, zorder=6,
-                )  # fmt: skip
+                if len(curves) <= 2:  # of more they would cover each other; the legend has all of them
+                    above = 20 if i == 0 else -20  # points: of two bests on one spot both are read
+                    panel.annotate(
+                        f"{best.ppl:.2f}", (x(best), best.ppl), xytext=(0, above), textcoords="offset points",
+                        color=colour, ha="center", va="center", weight="bold", path_effects=outline, zorder=6,
+                    )  # fmt: skip
             if curve.switch:
                 panel.axvline(x(curve.switch), color=colour, linewidth=1.4, linestyle=(0, (5, 4)), alpha=0.8)
         panel.set_xlabel("epochs" if by_epoch else unit)
