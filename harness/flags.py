@@ -92,7 +92,7 @@ FLAGS: dict[str, list[Flag]] = {
              "LSTM", **SHAPE),
         Flag("--rank", COUNT, 0, "Mogrifier: rank of the matrices in these rounds; 0: full", **SHAPE),
     ],
-    "regularisation": [
+    "regularisation (dropouts are probabilities in [0, 1))": [
         Flag("--dropout", PROBABILITY, 0.4, "locked dropout after the last layer"),
         Flag("--dropouth", PROBABILITY, 0.3, "locked dropout between layers"),
         Flag("--dropouti", PROBABILITY, 0.65, "locked dropout on the embeddings"),
