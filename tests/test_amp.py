@@ -33,7 +33,7 @@ def test_mixed_precision_learns_what_float32_learns(trained, kind, amp):
     "flags",
     [
         *(("--model", kind, "--amp", amp) for kind in ("LSTM", "GRU", "QRNN") for amp in ("bf16", "fp16")),
-        ("--compile",),
+        pytest.param(("--compile",), marks=pytest.mark.timeout(300)),  # compiles up to three times
     ],
 )
 def test_mixed_precision_and_compiled_runs_resume_bit_for_bit(trained, corpus, tmp_path, flags):
