@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Run a row of results/README.md again from nothing, or go on with it after a stop: training, then every evaluation.
+# Run a row of results/README.md again from nothing, or go on with it after a stop: training, then every evaluation
+# (none of `original` and the characters: their rows are training's own figures).
 #
 #     results/run.sh hour         # or another NAME below
 #     results/run.sh melis 2e-3   # at another learning rate

@@ -84,6 +84,12 @@ def test_a_log_has_a_row_that_runs_again(name):
     assert re.sub(r"-\de-\d$", "", name) in ROWS  # without another rate
 
 
+def test_another_name_is_refused_with_all_there_are():
+    end = subprocess.run(["bash", RESULTS / "run.sh", "none"], capture_output=True, text=True, timeout=60)
+    assert end.returncode == 2
+    assert set(ROWS) <= set(re.findall("[a-z-]+", end.stderr))
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_a_row_gives_flags_that_main_takes(name, tmp_path):
     """Run with a `python` that only writes down what it is called with."""
