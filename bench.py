@@ -43,7 +43,7 @@ import torch
 from benchmarks import timed
 from benchmarks.peers import check_fastai, fits_fastai
 from benchmarks.work import SETTINGS, VARIANTS, Work, others, ours, setting
-from harness import COUNT, ArgumentParser, check_writable, run_script
+from harness import COUNT, ArgumentParser, check_writable, run_script, write
 from harness.texts import find_files
 from products import has_bf16
 from utils import RunError, UserError
@@ -229,7 +229,7 @@ def main() -> None:
             rows, raw[name] = zip(*measure(args, device), strict=True)
             print(f"{raw['machine']}\n\n{table(rows)}\n", flush=True)
     if args.json:
-        Path(args.json).write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
+        write(args.json, lambda file: file.write(f"{json.dumps(raw, indent=1)}\n".encode()))
 
 
 if __name__ == "__main__":

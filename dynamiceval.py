@@ -247,11 +247,11 @@ def search(saved: Opened, ms: list[Tensor], ids: Tensor, args: Namespace) -> tup
     return lr, lamb
 
 
-FACTOR = {"type": number(float, 0, most=1e3)}
+FACTOR, ABOVE_0 = {"type": number(float, 0, most=1e3)}, {"type": number(float, 1e-12, most=1e3)}
 DYNAMIC = [
     Flag("--lr", FACTOR, None, "rate η (default: 5e-5, QRNN 1.2e-4)"),
     Flag("--lamb", FACTOR, None, "decay towards the saved weights, λ (default: 0.002, QRNN 0.02)"),
-    Flag("--epsilon", FACTOR, 2e-5, "stabilises the rate of weights that hardly ever move, ε"),
+    Flag("--epsilon", ABOVE_0, 2e-5, "stabilises the rate of weights that hardly ever move, ε"),
     Flag("--bptt", POSITIVE, None, "tokens per segment: the weights move after each (default: 5, QRNN 20)"),
     Flag("--batch_size", POSITIVE, 100, "columns of training text that the statistics are taken over"),
     Flag("--max_batches", COUNT, 0, "segments that the statistics are taken over; 0: all of the training text"),

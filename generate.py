@@ -20,6 +20,7 @@ from data import EOS, encode_line, make_encoder
 from harness import (
     COUNT,
     POSITIVE,
+    SEED,
     SWITCH,
     Flag,
     check_writable,
@@ -129,7 +130,7 @@ GENERATION = [
     Flag("--top_p", {"type": number(float, 0, most=1)}, 1.0, "draw from the most probable that hold P; 1: all"),
     Flag("--no_unk", SWITCH, True, "never draw <unk> (the default)"),
     Flag("--unk", {"dest": "no_unk", "action": "store_false"}, True, "draw <unk>, too"),
-    Flag("--seed", COUNT, 1111, "of the draws"),
+    Flag("--seed", SEED, 1111, "of the draws"),
     Flag("--next", {**POSITIVE, "metavar": "K"}, None, "instead print the K most probable words after the prompt, "
          "with the model's own probabilities"),
     Flag("--outf", {}, None, "also write all that is printed to this file"),

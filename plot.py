@@ -15,7 +15,7 @@ import os
 import warnings
 from typing import Any, NamedTuple
 
-from harness import COUNT, ArgumentParser, Flag, check_writable, read_lines, run_script, write
+from harness import COUNT, SWITCH, ArgumentParser, Flag, check_writable, read_lines, run_script, write
 from harness.curves import SUFFIX, Curve, Point, read_curves
 from utils import UserError
 
@@ -24,7 +24,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 
 class Bar(NamedTuple):
-    """A token or word: its surprisal, and the entropy before it where the file has it, in bits."""
+    """A token or word: its surprisal, and the entropy before it where the file has it, in its unit."""
 
     name: str
     surprisal: float
@@ -96,7 +96,7 @@ def save_picture(pyplot: Any, figure: Any, format: str) -> bytes:
     return picture.getvalue()
 
 
-def draw_surprisal(bars: list[Bar], format: str) -> bytes:
+def draw_surprisal(bars: list[Bar], format: str, unit: str) -> bytes:
     """The picture's bytes: a bar per word, the entropy before it as a dot."""
     pyplot = import_pyplot()
     figure, panel = pyplot.subplots(figsize=(max(6.0, 0.62 * len(bars) + 1.5), 5), layout="constrained")
@@ -109,7 +109,7 @@ def draw_surprisal(bars: list[Bar], format: str) -> bytes:
     names = [bar.name for bar in bars]
     panel.set_xticks(places, names, rotation=40, ha="right", rotation_mode="anchor", parse_math=False)
     panel.set_xlim(-0.6, len(bars) - 0.4)
-    panel.set_ylabel("bits")
+    panel.set_ylabel(unit)
     panel.grid(axis="y", color="#dddddd", linewidth=0.8)
     panel.set_axisbelow(True)
     return save_picture(pyplot, figure, format)
@@ -199,6 +199,7 @@ PICTURE = [
     Flag("--surprisal", {"metavar": "TSV"}, None, "instead, the surprisal of a line: what score.py --tokens or "
          "--words wrote"),
     Flag("--line", COUNT, 1, "the line of its text"),
+    Flag("--nats", SWITCH, False, "score.py was given --nats, too (else its figures are bits)"),
     Flag("--out", {}, None, "the picture: .png, .pdf or .svg (default: the first RUN's or the TSV's name + .png)"),
 ]  # fmt: skip
 
@@ -215,7 +216,8 @@ def main() -> int:
         raise UserError(f"--out {out}: is no name of a picture; let it end in .png, .pdf or .svg")
     check_writable(out, "--out")
     if args.surprisal:
-        picture, what = draw_surprisal(read_surprisal(args.surprisal, args.line), format), "surprisal"
+        bars, what = read_surprisal(args.surprisal, args.line), "surprisal"
+        picture = draw_surprisal(bars, format, "nats" if args.nats else "bits")
     else:
         picture, what = draw(read_curves(args.runs), format), "curves"
     write(out, lambda file: file.write(picture))

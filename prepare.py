@@ -26,7 +26,19 @@ import numpy as np
 from tqdm import tqdm
 
 from data import UNK
-from harness import COUNT, SWITCH, ArgumentParser, Flag, number, read_lines, run_script, say, write
+from harness import (
+    COUNT,
+    SEED,
+    SWITCH,
+    ArgumentParser,
+    Flag,
+    check_writable,
+    number,
+    read_lines,
+    run_script,
+    say,
+    write,
+)
 from harness.texts import SPLITS, TOKENIZER
 from tokenizer import SPACE, import_tokenizers
 from utils import UserError, replacing
@@ -54,7 +66,7 @@ PREPARE = [
     Flag("--test", SHARE, 0.05, "share that becomes test.txt"),
     Flag("--valid_file", {"metavar": "FILE"}, None, "a text of its own for valid.txt"),
     Flag("--test_file", {"metavar": "FILE"}, None, "a text of its own for test.txt"),
-    Flag("--seed", COUNT, 1111, "of the dealing"),
+    Flag("--seed", SEED, 1111, "of the dealing"),
 ]  # fmt: skip
 
 
@@ -253,12 +265,16 @@ def main() -> None:
         for path in [*files, *given.values()]:
             if path.resolve() in written:
                 raise UserError(f"--out {out}: {path} would be written over; give another folder")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {out}: {error.strerror}; give a folder that can be written to") from None
+        check_writable(str(out / TOKENIZER), "--out")
         source = Source(files, given, args)
         if shares:
             source.deal(shares, args.seed)
         training = (line for split, line in source.read("tokenizer") if split == TRAIN)
         train_tokenizer(tokenizer, training, args.level, args.vocab_size, args.min_count)
-        out.mkdir(parents=True, exist_ok=True)
         counts = write_corpus(source, tokenizer, out)
     for split, count in zip(SPLITS, counts, strict=True):
         lines, words, tokens, unknown = (count[name] for name in ("lines", "words", "tokens", "unknown"))

@@ -203,6 +203,7 @@ def check_uses(args: Namespace) -> None:
 def main() -> None:
     args = parse_evaluation(__doc__, ("scores", SCORES), ("with --adaptive", DYNAMIC))
     check_uses(args)
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack some of the text's characters
     saved = open_model(args)
     reader = Reader(saved, args.save)
     if args.pairs:

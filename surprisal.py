@@ -27,7 +27,7 @@ from utils import UserError
 
 LINES, WINDOW = 64, 512  # lines side by side, of so many put in the order of their length
 POSITIONS = 4096  # at once, of all columns together
-ROWS = 512  # whole distributions at once
+ROWS = 512  # whole distributions at once, those of a mixture's experts among them
 
 
 class Line(NamedTuple):
@@ -81,7 +81,8 @@ def column_figures(
         if not whole:
             figures = -criterion(weight, bias, output, target, reduction="none")[None]  # (1, N)
         else:
-            blocks = zip(output.split(ROWS), target.flatten().split(ROWS), strict=True)
+            rows_at_once = max(1, ROWS // max(1, getattr(criterion, "n_experts", 1)))
+            blocks = zip(output.split(rows_at_once), target.flatten().split(rows_at_once), strict=True)
             figures = torch.cat([distribution_figures(saved, x, y) for x, y in blocks], dim=1)  # (3, N)
         found.append(figures.cpu().double().view(len(figures), -1, B))
     figures = torch.cat(found, dim=1)  # (·, T, B)

@@ -47,13 +47,19 @@ def count_units(tokenizer: str | None, vocab: list[str], ids: np.ndarray) -> tup
     A word is what white space sets apart; the end of each line counts as a word, as `<eos>` does in a corpus of
     words, and as a character, the newline.
     """
-    decoder = json.loads(tokenizer).get("decoder") if tokenizer else None  # those of words have none
-    if decoder is None:
+    try:
+        decoder = json.loads(tokenizer)["decoder"] if tokenizer else None  # those of words have none
+        kind = None if decoder is None else decoder["type"]
+    except (ValueError, KeyError, TypeError, RecursionError):  # a damaged one: those who need it say so
+        kind = None
+    if kind is None:
         return None
-    if decoder["type"] == "ByteLevel":
+    if kind == "ByteLevel":
         table = byte_table()
         special = {EOS: b"\n", UNK: b"?"}
-        pieces = [special.get(piece) or bytes(table[c] for c in piece) for piece in vocab]
+        # A character that is in no piece is of a word that the tokenizer did not make.
+        raw = [b"".join(bytes([table[c]]) if c in table else c.encode() for c in piece) for piece in vocab]
+        pieces = [special.get(piece, found) for piece, found in zip(vocab, raw, strict=True)]
         text = b"".join(map(pieces.__getitem__, ids.tolist())).decode("utf-8", "replace")
     else:
         special = {EOS: "\n", UNK: "?", SPACE: " "}
@@ -150,8 +156,11 @@ class TokenizerText:
             return self.end() or "\n"
         self.line_start = False
         if self.pieces:
-            self.pending.append(self.tokenizer.token_to_id(word))
-            piece = self.stream.step(self.tokenizer, self.pending[-1]) or ""
+            token = self.tokenizer.token_to_id(word)
+            if token is None:  # `<unk>`, which a model of a shortened vocabulary has beside the tokenizer's
+                return word
+            self.pending.append(token)
+            piece = self.stream.step(self.tokenizer, token) or ""
             if piece:
                 self.pending.clear()
             return piece
@@ -161,9 +170,10 @@ class TokenizerText:
 
     def shown(self, word: str) -> str:
         """A token by itself, as text, with the space before it; a part of a character as the tokenizer has it."""
-        if not self.pieces or word == EOS:
+        token = self.tokenizer.token_to_id(word)
+        if not self.pieces or word in (EOS, UNK) or token is None:
             return word
-        text = self.tokenizer.decode([self.tokenizer.token_to_id(word)])
+        text = self.tokenizer.decode([token])
         return text if text.isprintable() and "\ufffd" not in text else word
 
     def joined(self, word: str) -> bool:

@@ -26,7 +26,7 @@ from data import (
     get_batch,
     rotate_columns,
 )
-from harness.log import DOUBLE_RULE, RULE, EpochBar, RunLog, figures, say, unit_figures
+from harness.log import DOUBLE_RULE, RULE, EpochBar, RunLog, figures, say, tell, unit_figures
 from harness.ranks import ALONE, Ranks, Stop, Stopper
 from harness.run import Run
 from model import Criterion, RNNModel, detach
@@ -164,7 +164,7 @@ def fit(run: Run, on_stall: str = "") -> str:
                     at.best_loss = loss
                 at.history.append(loss)
                 if on_stall == "average" and not run.mean and has_stalled(at.history, args.nonmono):
-                    say("| switching to averaging (NT-ASGD)")
+                    tell("| switching to averaging (NT-ASGD)")
                     run.start_averaging()
                     run.log.write("averaging", loss, epoch=at.epoch, step=at.step)
                 if at.epoch in args.when:
@@ -205,7 +205,7 @@ def log_training(run: Run, timer: Timer) -> None:
     at, loss, speed = run.at, run.mean_loss(), timer.read()
     batches = len(run.corpus.train) // run.args.batch_size // run.args.bptt
     at.loss_sum, at.loss_count = 0.0, 0
-    say(
+    tell(
         f"| epoch {at.epoch:3d} | {at.batch:5d}/{batches:5d} batches | lr {run.rate():05.5f} "
         f"| ms/batch {speed['ms_per_batch']:5.2f} | {figures(loss)}"
     )
@@ -227,7 +227,7 @@ def validate(run: Run, check_stop: Callable[[], None], partial: bool = False) ->
     loss = evaluate(*run.evaluated(), run.corpus.valid, args.bptt, EVAL_BATCH_SIZE, check_stop, run.ranks)
     run.count_time()
     where = f"in epoch {at.epoch:3d}, step {at.step}" if partial else f"end of epoch {at.epoch:3d}"
-    say(f"{RULE}\n| {where} | time: {at.epoch_s:5.2f}s | {figures(loss, 'valid ')}\n{RULE}")
+    tell(f"{RULE}\n| {where} | time: {at.epoch_s:5.2f}s | {figures(loss, 'valid ')}\n{RULE}")
     if not math.isfinite(loss):
         raise at.not_finite(f"the validation loss is {loss}", at.step)
     place = {"epoch": at.epoch, "step": at.step, "lr": run.rate(), "epoch_s": at.epoch_s}

@@ -11,6 +11,7 @@ from harness.files import check_writable as check_writable
 from harness.files import write as write
 from harness.flags import COUNT as COUNT
 from harness.flags import POSITIVE as POSITIVE
+from harness.flags import SEED as SEED
 from harness.flags import SWITCH as SWITCH
 from harness.flags import ArgumentParser as ArgumentParser
 from harness.flags import Flag as Flag

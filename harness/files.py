@@ -14,7 +14,7 @@ import re
 import shutil
 import warnings
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
@@ -82,11 +82,13 @@ def check_writable(path: str, flag: str, size: int = 0) -> None:
     """Raises when no file of `size` bytes can be made beside `path`: better now than after the first epoch.
 
     Raises:
-        UserError: it is a folder, or lies where nothing can be written.
+        UserError: it is a folder or a device, or lies where nothing can be written.
         NotWrittenError: there is no space.
     """
     if os.path.isdir(path):
         raise UserError(f"{flag} {path}: is a folder; give the name of a file")
+    if os.path.exists(path) and not os.path.isfile(path):  # the file would take the place of /dev/null itself
+        raise UserError(f"{flag} {path}: is a device or pipe; give the name of a file")
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -153,10 +155,14 @@ def load_model(path: str, flag: str) -> dict[str, Any]:
 
     Raises:
         UserError: see `load`; or its parts do not fit each other.
+        RunError: a weight is not finite, so that no figure would mean anything.
     """
     saved = {"tokenizer": None, **load(path, flag, MODEL_FORMAT)}  # older models have none
     check_parts(saved, PARTS, f"{flag} {path}")
     check_tensors(saved, f"{flag} {path}")
+    for name, tensor in [*saved["model"].items(), *saved["criterion"].items()]:
+        if not tensor.isfinite().all():
+            raise RunError(f"{flag} {path}: its {name} holds nan or infinite numbers; use another copy")
     return saved
 
 
@@ -216,6 +222,16 @@ def fit_names(tensors: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor
     """The tensors under the names that `module` knows them by: with `_raw` where it drops that weight."""
     names = {strip_raw(name): name for name in module.state_dict()}
     return {names.get(strip_raw(name), name): tensor for name, tensor in tensors.items()}
+
+
+def fit_order(optimizer: dict[str, Any], stored: Iterable[str], now: list[str]) -> dict[str, Any]:
+    """An optimizer's state, which knows weights by their numbers, for the order that they have now.
+
+    A weight that is dropped comes after its layer's bias, else before it. `stored` has a tied weight twice.
+    """
+    now = [strip_raw(name) for name in now]
+    before = [name for name in map(strip_raw, stored) if name in now]
+    return {**optimizer, "state": {now.index(before[i]): found for i, found in optimizer["state"].items()}}
 
 
 class Opened(NamedTuple):

@@ -41,7 +41,8 @@ def number(
 PROBABILITY = {"type": number(float, 0, below=1)}
 POSITIVE = {"type": number(int, 1, most=10**9)}
 FACTOR = {"type": number(float, 0, most=1e38)}  # float32 ends at 3.4e38
-COUNT = {"type": number(int, 0)}
+COUNT = {"type": number(int, 0, most=10**9)}
+SEED = {"type": number(int, 0, most=2**63 - 1)}
 SWITCH = {"action": "store_true"}
 
 
@@ -124,7 +125,7 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("--average", SWITCH, False, "under Adam too, average the weights once the validation loss stalls"),
         Flag("--nonmono", COUNT, 5, "the validation loss has stalled when it is above the best one of more than N "
              "epochs ago"),
-        Flag("--seed", COUNT, 1111, "of all random numbers"),
+        Flag("--seed", SEED, 1111, "of all random numbers"),
     ],
     "main.py only": [
         Flag("--optimizer", {"choices": list(OPTIMIZERS)}, "sgd", "sgd: NT-ASGD, which averages once it stalls"),
@@ -133,8 +134,9 @@ FLAGS: dict[str, list[Flag]] = {
              "the end of the last one; 0: it does not"),
         Flag("--splits", {"type": int, "nargs": "*"}, None, "word ids (ranks by frequency) at which the split "
              "softmax's clusters begin (default: by vocabulary size)", **SHAPE),
-        Flag("--vocab_size", COUNT, 0, "keep the N most frequent words, <unk> and <eos> among them; 0: all"),
-        Flag("--min_count", COUNT, 0, "keep words seen N times or more"),
+        Flag("--vocab_size", COUNT, 0, "keep the N most frequent words, <unk> and <eos> among them; 0: all",
+             **SHAPE),
+        Flag("--min_count", COUNT, 0, "keep words seen N times or more", **SHAPE),
     ],
 }  # fmt: skip
 RUN, MODEL, REGULARISATION, OPTIMISATION, MAIN = FLAGS

@@ -55,9 +55,19 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+def tell(text: str) -> None:
+    """The same of a run that is worth more than its lines: those that a full disk does not take are dropped."""
+    try:
+        say(text)
+    except BrokenPipeError:  # nobody reads on
+        raise
+    except OSError:
+        pass
+
+
 def warn(text: str) -> None:
-    """Prints one line to stderr, above the progress bar if there is one."""
-    with above_bar():
+    """Prints one line to stderr, above the progress bar if there is one; on a full disk it is dropped."""
+    with above_bar(), contextlib.suppress(OSError):
         print(f"{os.path.basename(sys.argv[0])}: warning: {text}", file=sys.stderr, flush=True)
 
 

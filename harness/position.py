@@ -22,6 +22,7 @@ class Position:
     epoch_s: float = 0.0  # spent in this epoch, as of `Run.count_time`
     best_loss: float | None = None  # validation, nats per token, of the saved model
     history: list[float] = field(default_factory=list)  # validation loss of every epoch
+    before: str = ""  # the sha256 of what lay at --save when the run began: another run's model
 
     def not_finite(self, what: str, step: int) -> RunError:
         """The error of a run that has diverged by `step`."""

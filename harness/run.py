@@ -18,6 +18,7 @@ from data import Corpus
 from harness.log import RunLog, figures, ppl, say, warn
 from harness.position import Position
 from harness.ranks import ALONE, Ranks
+from harness.texts import file_digest
 from model import Criterion, Hidden, RNNModel, build, detach
 from mos import sampled
 from optim import Mean, annealed, make_optimizer
@@ -196,7 +197,10 @@ class Run:
     def copy_model(self, path: str) -> None:
         """Keeps a copy of the best model so far."""
         if self.ranks.is_main and os.path.exists(self.args.save):
-            self.write(path, lambda: files.copy(self.args.save, path))
+            try:
+                files.copy(self.args.save, path)
+            except files.NotWrittenError as error:
+                warn(f"{path}: cannot be written ({error.reason}), the run goes on without this copy")
 
     def save_state(self) -> None:
         """Writes the state.
@@ -264,7 +268,8 @@ class Run:
             self.mean.count = state["mean"]["count"]
         self.at = Position(**state["at"])
         if stored["optimizer"] == args.optimizer:
-            self.optimizer.load_state_dict(state["optimizer"])
+            now = [name for name, _ in self.weights.named_parameters()]
+            self.optimizer.load_state_dict(files.fit_order(state["optimizer"], state["weights"], now))
         else:
             self.at.lr = args.lr
         if "lr" in given and given["lr"] != stored["lr"]:  # else it stays divided as --when did
@@ -275,10 +280,10 @@ class Run:
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         D = args.samples
-        if state["hidden"][0][0].size(1) == args.batch_size * D:
+        if (stored["batch_size"], stored.get("samples", 1)) == (args.batch_size, D):
             own = slice(self.columns.start * D, self.columns.stop * D)
             self.hidden = map_tensors(lambda x: x[:, own].to(self.device, torch.float32), state["hidden"])
-        else:  # another --batch_size: the columns of the text are others, this epoch starts again
+        else:  # the columns are others, of the text or of what is carried: this epoch starts again
             self.at.row = self.at.batch = 0
         self.offsets = state["offsets"]
         generators, rank = state["generators"], self.ranks.rank
@@ -295,8 +300,7 @@ class Run:
     def find_best(self) -> float | None:
         """The loss to beat: that of the best model of this run on the disk; for another --save it is copied.
 
-        It may be of a later step than the state, which is a copy from earlier or could not be written since: on
-        the CPU, the run comes to the same one again.
+        It may be of a later step than the state, which is from earlier: on the CPU, the run comes to it again.
         """
         path, save = self.args.resume, self.args.save
         if not os.path.exists(path):
@@ -304,10 +308,12 @@ class Run:
                 say(f"| {path}: the best model is not there; the next validation saves one, better or not")
             return None
         metrics = files.load_model(path, "--resume")["metrics"]
+        made = metrics.get("script"), metrics.get("fingerprint")
+        of_another = made != (self.script, self.corpus.digest) or file_digest(path) == self.at.before
         if save != path:
             files.copy(path, save)
-        if metrics.get("script") != self.script or metrics.get("fingerprint") != self.corpus.digest:
-            return self.at.best_loss  # of another run: its loss says nothing here
+        if of_another:
+            return self.at.best_loss  # that run's says nothing here
         if metrics.get("step", 0) > self.at.step:
             of = f"of step {metrics['step']}: kept until a better one"
             say(f"| {save} is {of} | {figures(metrics['valid_loss'])}")

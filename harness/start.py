@@ -13,6 +13,7 @@ from data import EVAL_BATCH_SIZE, Corpus, check_length, read_corpus
 from harness.log import RunLog, say, summary_writer
 from harness.ranks import ALONE, Ranks, find_ranks
 from harness.run import Run
+from harness.texts import file_digest
 from utils import UserError, pick_device
 
 # A new fine-tuning starts its own course: these do not come from the training that made the model.
@@ -82,6 +83,7 @@ def find_training(script: str, given: dict[str, Any]) -> Found:
     path, state = find_state(script, given)
     auto = given.get("resume") == "auto"
     what = f"goes on with {path}" if state else f"warm start from {path}, which has no .state"
+    what = f"evaluates {path}" if given.get("epochs") == 0 else what
     if state and state["script"] != script:
         what = f"{state['script']} has gone on with {path}, its training is over: evaluates it"
         given["epochs"], state = 0, None
@@ -167,6 +169,8 @@ def start_run(start: Start) -> Run:
         run.log = RunLog(f"{args.save}.log.jsonl", board)
     if state:
         run.load_state(state, given)
+    elif ranks.is_main and os.path.exists(args.save):
+        run.at.before = file_digest(args.save)
     return run
 
 

@@ -143,6 +143,9 @@ def test_a_corpus_shorter_than_a_batch(old):
         ("--checkpoint_every", "x"),
         ("--log-interval", "0"),
         ("--seed", "one"),
+        ("--seed", "18446744073709551616"),
+        ("--seed", "1" * 400),
+        ("--rank", "1" * 20),
         ("--when", "soon"),
         ("--anneal", "-1"),
         ("--anneal", "8000"),
@@ -180,6 +183,12 @@ def test_saving_below_a_file(old, corpus):
 def test_saving_over_a_folder(old, corpus):
     """A folder where the file should go, found before any training."""
     (old / "there").mkdir()
+    refuse(old, 2, "there", flags=["--data", corpus, "--save", "there", "--max_steps", 1])
+
+
+def test_saving_over_a_device(old, corpus):
+    """A file would take its place."""
+    (old / "there").symlink_to(os.devnull)
     refuse(old, 2, "there", flags=["--data", corpus, "--save", "there", "--max_steps", 1])
 
 
@@ -496,6 +505,14 @@ def test_a_state_of_an_older_version(old, refuse_here):
     refuse_here(2, "m.pt.state", "remove it to warm-start", flags=["--resume", "m.pt", "--epochs", 2])
 
 
+def test_a_model_that_holds_nan(old):
+    """No figure of it would mean anything: status 1, and the weight is named."""
+    saved = torch.load(old / "m.pt", weights_only=True)
+    saved["model"]["decoder.bias"][3] = torch.nan
+    torch.save(saved, old / "m.pt")
+    refuse(old, 1, "m.pt", "decoder.bias", flags=["--resume", "m.pt", "--epochs", 0])
+
+
 def test_resuming_from_nothing(old, corpus):
     """A file that is not there is named with its flag."""
     refuse(old, 2, "--resume", "none.pt", flags=["--data", corpus, "--resume", "none.pt", "--save", "m.pt"])
@@ -541,6 +558,8 @@ def test_a_state_of_the_same_text_in_another_order(old, corpus, split):
         ["--model", "GRU"],
         ["--untied"],
         ["--splits", 5, 12],
+        ["--vocab_size", 20],
+        ["--min_count", 2],
     ],
     ids=lambda f: f[0],
 )

@@ -187,3 +187,22 @@ def test_a_stop_loses_no_loss(corpus, tmp_path, device):
     result = run_cli(*flags, cwd=tmp_path, environment={"CUDA_VISIBLE_DEVICES": "0"})
     assert result.status == 0, result
     assert load(tmp_path / "m.pt.state")["at"]["loss_count"] == 2
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_run_that_began_over_another_ones_model_is_not_held_to_it(trained, base, corpus, tmp_path, warm):
+    """Stopped before its first validation, then resumed: it ends as if no model had been there."""
+    start = shutil.copy(trained("--epochs", 1).path, tmp_path / "start.pt")  # without its state
+    flags = ["--data", corpus, *SHORT, *RUINOUS, "--epochs", 1, *(["--resume", start] if warm else [])]
+    (tmp_path / "whole").mkdir()
+    whole = run_cli(*flags, cwd=tmp_path / "whole")
+    assert whole.status == 0, whole
+    assert run_cli(*flags, "--max_minutes", 1e-6, cwd=base).status == 0
+    result = run_cli("--resume", "m.pt", "--max_minutes", 0, cwd=base)
+    assert result.status == 0, result
+    assert result.out.splitlines()[-2] == whole.out.splitlines()[-2]
+    found, expected = (load(folder / "m.pt") for folder in (base, tmp_path / "whole"))
+    assert found["metrics"] == expected["metrics"]
+    assert all(torch.equal(found["model"][name], tensor) for name, tensor in expected["model"].items())
+    old = trained("--epochs", 2).log("valid")[1]["loss"]
+    assert expected["metrics"]["valid_loss"] > old, "else any rule would take it"

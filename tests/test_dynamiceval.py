@@ -159,7 +159,11 @@ def run(capsys: pytest.CaptureFixture, corpus: Path, save: Path, *flags: object)
     return status, *capsys.readouterr()
 
 
-KINDS = [*({"rnn_type": kind} for kind in ("LSTM", "QRNN", "GRU", "Mogrifier")), {"splits": (10, 30)}]
+KINDS = [
+    *({"rnn_type": kind} for kind in ("LSTM", "QRNN", "GRU", "Mogrifier")),
+    {"splits": (10, 30)},
+    {"n_experts": 3},
+]
 
 
 @pytest.mark.parametrize("how", KINDS, ids=str)
@@ -176,6 +180,23 @@ def test_every_model_is_evaluated_and_left_as_it_was(how, tmp_path, capsys):
         ("dynamic evaluation", "val", False),
         ("dynamic evaluation", "test", False),
     ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "published"), [("LSTM", (5e-5, 0.002, 5)), ("GRU", (5e-5, 0.002, 5)), ("QRNN", (1.2e-4, 0.02, 20))]
+)
+def test_what_is_not_given_is_as_published(kind, published, tmp_path, capsys):
+    corpus, save = write_corpus(tmp_path / "corpus"), save_model(tmp_path / "m.pt", kind)
+    assert run(capsys, corpus, save)[0] == 0
+    entry = json.loads(Path(f"{save}.log.jsonl").read_text().splitlines()[0])
+    assert (entry["lr"], entry["lamb"], entry["bptt"]) == published
+
+
+def test_a_bad_flag_is_one_line_and_status_2(ready, capsys):
+    for flag, value in (("--epsilon", 0), ("--lr", -1), ("--lamb", "nan"), ("--bptt", 0)):
+        status, _, err = run(capsys, *ready, flag, value)
+        assert (status, err.count("\n")) == (2, 1)
+        assert flag in err
 
 
 def test_statistics_are_kept_and_taken_again_when_something_has_changed(ready, capsys, monkeypatch):

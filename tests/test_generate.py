@@ -86,10 +86,10 @@ def test_first_words_are_drawn_in_proportion():
 
 
 @pytest.mark.parametrize("rnn_type", ["LSTM", "GRU", "QRNN", "Mogrifier"])
-@pytest.mark.parametrize("splits", [(), (7, 20)])
-def test_top_1_is_the_argmax_of_everything_before(rnn_type, splits):
+@pytest.mark.parametrize("layer", [{}, {"splits": (7, 20)}, {"n_experts": 3}], ids=str)
+def test_top_1_is_the_argmax_of_everything_before(rnn_type, layer):
     """Greedy text = at each step the argmax after the whole text so far, read again from the start."""
-    model, criterion = double_model(rnn_type, splits)
+    model, criterion = double_model(rnn_type, **layer)
     ids = [0, 5, 9]
     for _ in range(12):
         ids.append(int(one_by_one(model, criterion, ids)[-1].argmax()))

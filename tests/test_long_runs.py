@@ -1,12 +1,15 @@
 """Long runs: full disks, kills while writing, time limits, --resume auto."""
 
 import contextlib
+import errno
+import io
 import random
 import re
 import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +18,10 @@ import pytest
 import torch
 from runner import Running, run_cli, start
 from test_resume_cli import EPOCHS, RUNS, SHORT, assert_same_end, seen
+from toys import call
+
+import main
+from harness import files
 
 # A state of a megabyte or two: writing one takes a while, and it does not fit where little is left.
 LARGE = ["--emsize", 16, "--nhid", 250, "--nlayers", 2, "--batch_size", 4, "--bptt", 14, "--lr", 5]
@@ -119,6 +126,41 @@ def test_a_disk_that_stays_full_is_an_error_at_the_end(disk, corpus, tmp_path):
     assert re.search(r"main.py: error: \S*m.pt\S*: cannot be written \(.*\), .* kept; .*\n$", result.err)
     assert load(disk.folder / "m.pt")["metrics"]["epoch"] == 1
     assert load(disk.folder / "m.pt.state")["at"]["epoch"] <= 2
+
+
+class FullDisk(io.StringIO):
+    """Standard output on a disk that is full whenever a line with one of `words` is due."""
+
+    def __init__(self, *words: str) -> None:
+        super().__init__()
+        self.words = words
+
+    def write(self, text: str) -> int:
+        if any(word in text for word in self.words):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(text)
+
+
+def test_lines_that_a_full_disk_does_not_take_cost_no_run(corpus, tmp_path, monkeypatch, capsys):
+    """`main.py ... > log` on a full disk: training goes on. A result that cannot be printed is an error."""
+    flags = ["--data", corpus, *SHORT, "--epochs", 2, "--save", tmp_path / "m.pt"]
+    monkeypatch.setattr(sys, "stdout", FullDisk("ms/batch", "end of epoch"))
+    monkeypatch.setattr(sys, "stderr", FullDisk("warning"))
+    monkeypatch.setattr(files, "copy", lambda *_: (_ for _ in ()).throw(files.NotWrittenError("m.pt.e1", "full")))
+    assert call(main, *flags, "--when", 1) == 0
+    assert "End of training" in sys.stdout.getvalue()
+    assert load(tmp_path / "m.pt.state")["at"]["epoch"] == 3
+    monkeypatch.setattr(sys, "stdout", FullDisk("End of training"))
+    assert call(main, "--resume", tmp_path / "m.pt", "--epochs", 3) == 1
+    assert "No space left on device" in sys.stderr.getvalue()
+
+
+def test_a_copy_that_cannot_be_written_is_told_once_and_costs_no_status(corpus, tmp_path):
+    """`--when` keeps copies of the model; a folder of that name is in the way."""
+    (tmp_path / "m.pt.e1").mkdir()
+    result = run_cli("--data", corpus, *SHORT, "--epochs", 2, "--when", 1, cwd=tmp_path)
+    assert result.status == 0, result
+    assert re.fullmatch(r"main.py: warning: m.pt.e1: cannot be written \(.*\n", result.err)
 
 
 def test_a_disk_that_is_full_before_the_start_is_told_at_once(corpus, tmp_path):

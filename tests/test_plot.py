@@ -211,6 +211,9 @@ def test_surprisal_is_a_bar_per_word_of_one_line(tmp_path):
     result = draw("--surprisal", "t.tsv", "--line", 2, "--out", "t.svg", cwd=tmp_path)
     assert (result.status, result.out, result.err) == (0, "| surprisal written to t.svg\n", ""), result
     assert "<!-- $x_1$" in (tmp_path / "t.svg").read_text()
+    assert "<!-- bits -->" in (tmp_path / "t.svg").read_text()
+    assert draw("--surprisal", "t.tsv", "--nats", "--out", "t.svg", cwd=tmp_path).status == 0
+    assert "<!-- nats -->" in (tmp_path / "t.svg").read_text()
     (tmp_path / "w.tsv").write_text("line\tposition\tword\tpieces\tsurprisal\n1\t1\tthe 日本\t2\t2.5\n")
     assert plot.read_surprisal(str(tmp_path / "w.tsv"), 1) == [("the 日本", 2.5, None)]
     result = draw("--surprisal", "w.tsv", cwd=tmp_path)

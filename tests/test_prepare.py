@@ -383,6 +383,13 @@ def test_bad_flags_are_one_line_and_status_2(tmp_path, capsys):
         assert names in error_line(capsys)
 
 
+def test_a_place_that_cannot_be_written_is_told_before_any_work(tmp_path, capsys):
+    source = write(tmp_path / "source.txt", blocks(30))
+    for out in (source, source / "below"):
+        assert call(prepare, source, "--out", out) == 2
+        assert f"--out {out}" in error_line(capsys)
+
+
 def test_no_source_is_written_over(tmp_path, capsys):
     """By any name: a path with detours, a link, a folder, a text of its own."""
     folder = tmp_path / "data"

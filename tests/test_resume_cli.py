@@ -304,6 +304,36 @@ def test_another_batch_size_begins_the_epoch_again(lstm, tmp_path):
     assert (state["at"]["batch"], state["hidden"][0][0].size(1)) == (2, 2)
 
 
+def test_other_samples_begin_the_epoch_again_too(lstm, tmp_path):
+    """Half as many columns of text, each twice: as many are carried, but they are others."""
+    flags, _ = lstm
+    assert run_cli(*flags, "--shuffle", "--max_steps", 27, cwd=tmp_path).status == 0
+    columns = load(tmp_path / "m.pt.state")["args"]["batch_size"] // 2
+    result = resume(tmp_path, "--batch_size", columns, "--samples", 2, "--max_steps", 29)
+    assert result.status == 0, result
+    assert "| resumed at epoch 2, batch 0" in result.out
+
+
+@pytest.mark.parametrize("wdrops", [(0, 0.5), (0.5, 0)], ids=["on", "off"])
+def test_moments_stay_with_their_weights_when_weight_drop_changes(make_case, tmp_path, wdrops):
+    """A QRNN's dropped weight has another place among the parameters than one that is not."""
+    flags, _ = make_case(RUNS["Adam QRNN"])
+    assert run_cli(*flags, "--wdrop", wdrops[0], "--max_steps", 5, cwd=tmp_path).status == 0
+    moments = [load(tmp_path / "m.pt.state")]
+    result = resume(tmp_path, "--wdrop", wdrops[1], "--lr", 0, "--max_steps", 6)
+    assert result.status == 0, result
+    moments.append(load(tmp_path / "m.pt.state"))
+    before, after = (
+        {name.removesuffix("_raw"): state["optimizer"]["state"][i] for i, name in enumerate(state["weights"])}
+        for state in moments
+    )
+    assert before.keys() == after.keys()
+    for name, entry in after.items():
+        rest = entry["exp_avg_sq"] - 0.999 * before[name]["exp_avg_sq"]
+        assert (rest >= -1e-12).all(), f"{name}: what was there, and the square of one more gradient"
+        assert entry["step"] == before[name]["step"] + 1
+
+
 def test_shape_flags_that_agree_are_accepted(lstm, tmp_path):
     """The command of the run itself, with `--resume` added, is the same as `--resume` alone."""
     flags, whole = lstm

@@ -1,7 +1,9 @@
 """Scores of sentences under a saved model, against one word at a time in float64."""
 
+import io
 import math
 import re
+import sys
 
 import pytest
 import torch
@@ -91,3 +93,11 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys):
         out, err = capsys.readouterr()
         assert (out, len(err.splitlines())) == ("", 1), flags
         assert names in err
+
+
+def test_a_terminal_that_lacks_a_character_is_no_reason_to_end(tmp_path, monkeypatch):
+    save, file = save_model(tmp_path / "toy.pt"), tmp_path / "sentences.txt"
+    file.write_text("w1 na\u00efve w2\n")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True))
+    assert call(score, "--save", save, file, "--tokens") == 0
+    assert b"<unk> na?ve" in sys.stdout.buffer.getvalue()

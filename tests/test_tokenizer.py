@@ -177,6 +177,19 @@ def test_units_are_not_counted_where_words_are_the_tokens(folders, corpus):
         assert count_units(found.tokenizer, found.vocab, found.test.numpy()) is None
 
 
+@pytest.mark.parametrize("damaged", ["garbage", "[]", "3", "{}", '{"decoder": 3}', '{"decoder": {}}', "[" * 10**5])
+def test_units_of_a_damaged_tokenizer_are_left_out(damaged):
+    """The last line of a run does without them."""
+    assert count_units(damaged, WORDS, np.arange(3)) is None
+
+
+def test_a_word_that_subwords_cannot_spell_is_counted_as_it_stands(folders):
+    """A test text that prepare.py did not make may bring one."""
+    tokenizer, vocab, index = opened(folders["subword"])
+    ids = np.array([len(vocab), index[EOS]])
+    assert count_units(tokenizer, [*vocab, "’日本"], ids) == (2, 4)
+
+
 # Text to tokens and back
 
 
@@ -293,11 +306,12 @@ def test_prompt_and_text_are_plain(folders, tmp_path, capsys, level):
     assert len(text_of(capsys, "--save", save, "--prompt", prompt, "--next", 5).splitlines()) == 5
 
 
-@pytest.mark.parametrize("level", [None, "word", "char"])
+@pytest.mark.parametrize("level", [None, *LEVELS])
 @pytest.mark.parametrize("how", [[], ["--top_k", 1], ["--top_p", 0.5], ["--temperature", 0.01], ["--no_unk"]])
 def test_unk_is_never_drawn_unless_asked_for(folders, tmp_path, capsys, level, how):
-    """Not even by a model that hardly expects anything else."""
+    """Not even by a model that hardly expects anything else. That of subwords has one by --vocab_size."""
     tokenizer, vocab, _ = opened(folders[level]) if level else (None, WORDS, {})
+    vocab = [*vocab, *{"<unk>"} - {*vocab}]
     args, model, criterion = make_model(vocab=vocab)
     with torch.no_grad():
         model.decoder.bias[vocab.index("<unk>")] = 50
@@ -307,6 +321,7 @@ def test_unk_is_never_drawn_unless_asked_for(folders, tmp_path, capsys, level, h
     assert "<unk>" not in text_of(capsys, *argv)
     if how != ["--no_unk"]:
         assert text_of(capsys, *argv, "--unk").count("<unk>") == 60
+    assert "<unk>" in text_of(capsys, "--save", save, "--next", 1)
 
 
 def test_generate_with_a_garbage_tokenizer_is_one_line_and_status_2(tmp_path, capsys):
