@@ -49,7 +49,8 @@ class Running:
             time.sleep(0.002)
 
     def kill(self, number: int) -> None:
-        os.kill(self.process.pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended, and nobody waits for it any more
+            os.kill(self.process.pid, number)
 
     def result(self) -> Result:
         self.process.join(TIMEOUT)

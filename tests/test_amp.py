@@ -44,6 +44,7 @@ def test_mixed_precision_and_compiled_runs_resume_bit_for_bit(trained, corpus, t
     assert run_cli("--resume", "m.pt", "--max_steps", 0, cwd=tmp_path).status == 0
     state = torch.load(tmp_path / "m.pt.state", weights_only=True)
     assert state["scaler"] == whole.state["scaler"]
+    assert bool(state["scaler"]) == ("fp16" in flags), "bfloat16 has the range of float32"
     assert all(torch.equal(state["weights"][k], v) for k, v in whole.state["weights"].items())
 
 

@@ -206,3 +206,16 @@ def test_a_run_that_began_over_another_ones_model_is_not_held_to_it(trained, bas
     assert all(torch.equal(found["model"][name], tensor) for name, tensor in expected["model"].items())
     old = trained("--epochs", 2).log("valid")[1]["loss"]
     assert expected["metrics"]["valid_loss"] > old, "else any rule would take it"
+
+
+@pytest.mark.parametrize(
+    ("flags", "times"),
+    [([], 1), (["--optimizer", "adam"], 0), (["--optimizer", "adam", "--average"], 1)],
+    ids=["SGD", "Adam", "Adam --average"],
+)
+def test_averaging_begins_once_and_under_adam_only_when_asked_for(corpus, tmp_path, monkeypatch, flags, times):
+    losses = iter([3.0, 2.0, 4.0, 5.0, 4.0])  # stalled after epochs 3 and 4; the last is the test's
+    monkeypatch.setattr(train, "evaluate", lambda *_, **__: next(losses))
+    monkeypatch.chdir(tmp_path)
+    assert toys.call(main, "--data", corpus, *SHORT, "--epochs", 4, "--nonmono", 0, *flags) == 0
+    assert [entry["kind"] for entry in read_log(tmp_path / "m.pt.log.jsonl")].count("averaging") == times

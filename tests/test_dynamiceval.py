@@ -1,6 +1,7 @@
 """Dynamic evaluation, against its formula written out in float64 on models written out in float64."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,17 @@ def test_weights_that_never_move_give_the_plain_loss_and_the_pointers(tmp_path):
     )
 
 
+def test_the_pointer_leaves_the_weights_way_as_it_is(tmp_path):
+    """They move by the model's own loss: with a share of 0 the figure is the plain one, weights moving."""
+    saved = to_evaluate(load_model(str(save_model(tmp_path / "m.pt")), "--save"), CPU)
+    ms = gradient_statistics(saved, make_text(700, seed=1), batch_size=8, bptt=5, max_batches=0)
+    moving, text = MovingWeights(weights_of(saved), ms, LR, LAMB, EPSILON), make_text(300, seed=2)
+    plain, _ = dynamic_loss(saved, moving, text, 5)
+    assert dynamic_loss(saved, moving, text, 5, (1.0, 0.0, 10))[0] == pytest.approx(plain, rel=1e-5)
+    still = MovingWeights(weights_of(saved), ms, 0.0, 0.0, EPSILON)
+    assert abs(dynamic_loss(saved, still, text, 5)[0] - plain) > 0.01, "they have to move"
+
+
 @pytest.fixture
 def ready(tmp_path: Path) -> tuple[Path, Path]:
     return write_corpus(tmp_path / "corpus"), save_model(tmp_path / "m.pt")
@@ -219,6 +231,26 @@ def test_statistics_are_kept_and_taken_again_when_something_has_changed(ready, c
     (corpus / "train.txt").write_text("\n".join(text[::-1]) + "\n")
     run(capsys, corpus, save)
     assert len(taken) == 5
+    saved = torch.load(save, weights_only=True)
+    saved["model"]["decoder.bias"] += 1
+    torch.save(saved, save)
+    for count, more in enumerate(([], ["--max_batches", 2], ["--batch_size", 9]), start=6):
+        run(capsys, corpus, save, *more)
+        assert len(taken) == count
+
+
+def test_max_batches_is_so_many_segments(ready):
+    saved, text = to_evaluate(load_model(str(ready[1]), "--save"), CPU), make_text(400, seed=1)
+    some = gradient_statistics(saved, text, batch_size=4, bptt=5, max_batches=2)
+    of_two = gradient_statistics(saved, text.view(4, 100)[:, :11].flatten(), batch_size=4, bptt=5, max_batches=0)
+    assert all(torch.equal(*pair) for pair in zip(some, of_two, strict=True))
+
+
+def test_decay_and_rate_are_those_of_the_paper():
+    """D = min(MS / M, 1 / λ), the largest weight's at its bound; the rate over MS + ε."""
+    moving = MovingWeights([torch.zeros(3)], [torch.tensor([0.0, 1.0, 8.0])], 0.1, 0.5, 1.0)  # M = 3
+    torch.testing.assert_close(moving.decay[0], torch.tensor([0, 1 / 6, 1]))
+    torch.testing.assert_close(moving.rate[0], torch.tensor([0.1, 0.05, 0.1 / 9]))
 
 
 def test_search_tells_the_best_and_an_edge(ready, capsys):
@@ -241,6 +273,32 @@ def test_search_tells_the_best_and_an_edge(ready, capsys):
     assert "| best on val: --lr " in out
     assert "lies on the edge of what was tried" in out
     assert "0.0002" in out  # times bptt / 5
+
+
+def test_search_goes_on_with_the_best_on_validation(ready, capsys):
+    """All of the text: the table's smallest figure is the one that follows, and its settings give it again."""
+    grid = ["--search_lrs", 1e-4, 1e-3, "--search_lambs", 0.001, 0.01, "--bptt", 10]
+    _, out, _ = run(capsys, *ready, "--search", "--search_tokens", 10**6, *grid)
+    rows = re.findall(r"(?m)^\| +[\d.e-]+ \|((?: +[\d.]+)+)$", out)
+    cells = [float(cell) for row in rows for cell in row.split()]
+    assert len(set(cells)) == 4
+    assert min(cells) == float(re.search(r"val ppl +([\d.]+)$", out, re.MULTILINE)[1])
+    assert re.search(r"\| +lr \| +0.002 +0.02\n", out), "times bptt / 5"
+    best = re.search("best on val: (.*)", out)[1].split()
+    _, again, _ = run(capsys, *ready, *best, "--bptt", 10)
+    assert [line for line in again.splitlines() if "End" in line] == [x for x in out.splitlines() if "End" in x]
+
+
+def test_the_pointers_settings_reach_it(ready, capsys):
+    """And its figure is another one, in the log with them."""
+    flags = ["--pointer", "--theta", 0.7, "--lambdasm", 0.3, "--window", 50]
+    losses = []
+    for more in ([], flags):
+        assert run(capsys, *ready, *more)[0] == 0
+        entry = json.loads(Path(f"{ready[1]}.log.jsonl").read_text().splitlines()[-1])
+        losses.append(entry["loss"])
+    assert entry["pointer"] == [0.7, 0.3, 50]
+    assert losses[0] != losses[1]
 
 
 def test_ctrl_c_ends_with_the_figures_so_far(ready, capsys, monkeypatch):

@@ -10,6 +10,9 @@ import torch
 from conftest import Trained
 from runner import Result, run_cli, start
 
+from harness.flags import DEFAULTS
+from harness.start import OWN
+
 FLAGS = ("--lr", 2, "--epochs", 3, "--nonmono", 5, "--checkpoint_every", 3)
 
 
@@ -85,6 +88,25 @@ def test_output_keeps_the_original(base):
     assert sorted(p.name for p in base.glob("*.state")) == ["ft.pt.state"]
 
 
+def test_output_is_there_though_nothing_is_gained(base):
+    """Then it holds the model as it was, and that is what is tested."""
+    flags = ["--output", "ft.pt", "--lr", 300, "--clip", 0, "--wdecay", 0.003, "--epochs", 1]
+    result = finetune(base, "--save", "m.pt", *flags)
+    assert result.status == 0, result
+    assert "| End of training" in result.out
+    found, before = load(base / "ft.pt")["model"], load(base / "m.pt")["model"]
+    assert all(torch.equal(found[name], tensor) for name, tensor in before.items())
+
+
+def test_it_has_a_course_of_its_own_whatever_trained_the_model(trained, tmp_path):
+    """Averaged SGD at 30: no setting of the training's optimizer and schedule is taken over."""
+    course = ["--optimizer", "adam", "--lr", 0.01, "--beta1", 0.5, "--when", 1, "--nonmono", 2, "--average"]
+    shutil.copy(trained("--epochs", 2, "--anneal", 1, *course).path, tmp_path / "m.pt")
+    assert finetune(tmp_path, "--save", "m.pt", "--max_steps", 1).status == 0
+    args = load(tmp_path / "m.pt.state")["args"]
+    assert {name: args[name] for name in OWN} == {name: DEFAULTS[name] for name in OWN} | {"lr": 30.0}
+
+
 def test_dropouts_given_take_effect_and_the_rest_comes_from_the_file(base):
     """Published flags are accepted, `--epoch` too; weight drop may be switched off."""
     flags = ("--dropouti", 0.1, "--dropouth", 0.05, "--wdrop", 0, "--seed", 141, "--epoch", 1)
@@ -101,7 +123,7 @@ def test_killed_and_resumed_it_ends_where_the_whole_run_ends(base, whole, number
     before = load(base / "m.pt")["metrics"]["valid_loss"]
     running = start("--save", "m.pt", *FLAGS, cwd=base, script="finetune.py")
     running.wait_for(lambda out: (base / "m.pt.state").exists())
-    running.process.join(random.uniform(0, 0.3))
+    running.process.join(random.Random(number).uniform(0, 0.3))
     running.kill(number)
     assert running.result().status in (143, -signal.SIGKILL, 0)
     assert load(base / "m.pt")["metrics"]["valid_loss"] <= before

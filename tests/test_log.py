@@ -78,7 +78,7 @@ def on_terminal(*argv: object, cwd: Path, ctrl_c_at: str = "") -> tuple[int, str
     with contextlib.suppress(OSError):  # the terminal's end
         while chunk := os.read(master, 4096):
             written += chunk
-            if ctrl_c_at and not pressed and re.search(ctrl_c_at, written.decode()):
+            if ctrl_c_at and not pressed and re.search(ctrl_c_at, written.decode(errors="ignore")):
                 os.write(master, b"\x03")
                 pressed = True
     os.close(master)

@@ -126,6 +126,15 @@ def test_the_softmax_sees_the_sum_of_the_layers_and_dropout_is_not_locked():
     assert all(type(drop) is nn.Dropout for drop in (model.locki, model.lockh, model.locko))
 
 
+def test_it_is_what_the_layers_gave_that_is_summed_not_what_dropout_left_of_it():
+    model = RNNModel("Mogrifier", 20, 8, 8, 3, 0.0, 0.5, 0.0, 0.0, 0.0, rounds=2, rank=0)
+    outputs, words = [], torch.randint(20, (5, 2))
+    for layer in model.rnns:
+        layer.register_forward_hook(lambda _, given, result: outputs.append(result[0]))
+    _, _, raw, _ = model(words, model.init_hidden(2), return_h=True)
+    torch.testing.assert_close(raw[-1], sum(outputs))
+
+
 # The recipe's other parts
 
 
@@ -216,6 +225,7 @@ def test_samples_of_a_model_that_drops_nothing_change_nothing(trained):
 
 def test_options_are_read_from_the_files_args():
     args = {"model": "Mogrifier", "emsize": 8, "nhid": 8, "nlayers": 2, "tied": True, "rounds": 2, "rank": 3}
-    model, _ = build(args, 10)
+    model, _ = build(args | {"dropoutr": 0.4}, 10)
+    assert [layer.dropoutr for layer in model.rnns] == [0.4, 0.4]
     assert [len(layer.rounds) for layer in model.rnns] == [2, 2]
     assert model.rnns[0].rounds[0].a.shape == (8, 3)

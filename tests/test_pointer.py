@@ -19,17 +19,19 @@ from pointer import mixture_logprob, pointer_loss, pointer_prob
 
 TEXT = make_text(2100)  # three segments of the shortest length that evaluation uses
 MODELS = {
-    "LSTM": ("LSTM", ()),
-    "GRU": ("GRU", ()),
-    "QRNN": ("QRNN", ()),
-    "LSTM split softmax": ("LSTM", (7, 20)),
-    "QRNN split softmax": ("QRNN", (7, 20)),
+    "LSTM": {},
+    "GRU": {"rnn_type": "GRU"},
+    "QRNN": {"rnn_type": "QRNN"},
+    "Mogrifier": {"rnn_type": "Mogrifier"},
+    "LSTM split softmax": {"splits": (7, 20)},
+    "QRNN split softmax": {"rnn_type": "QRNN", "splits": (7, 20)},
+    "LSTM mixture": {"n_experts": 3},
 }
 
 
 @cache
 def double_model(name: str):
-    _, model, criterion = make_model(*MODELS[name])
+    _, model, criterion = make_model(**MODELS[name])
     return model.double(), criterion.double()
 
 
@@ -104,7 +106,7 @@ def test_the_block_size_changes_nothing(monkeypatch, block):
 
 def test_float32_is_the_float64_to_rounding():
     """The model as it is saved, in float32, is within 1e-5 nats of it, sharp attention included."""
-    _, model, criterion = make_model(*MODELS["LSTM"])
+    _, model, criterion = make_model()
     loss = pointer_loss(model, criterion, TEXT, 70, [20.0], [0.2], [500])
     assert loss.item() == pytest.approx(brute_force("LSTM", 20.0, 0.2, 500), abs=1e-5)
 

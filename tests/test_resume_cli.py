@@ -1,5 +1,6 @@
 """A run that is interrupted, however, and resumed ends with the tensors of the whole run, bit for bit."""
 
+import math
 import os
 import random
 import re
@@ -216,17 +217,43 @@ def test_ctrl_c_before_there_is_a_model(lstm, tmp_path):
     assert_same_end(tmp_path, resume(tmp_path), whole)
 
 
-def test_ctrl_c_twice_ends_at_once(lstm, tmp_path):
-    """An impatient user gets no traceback, and the files that are there are whole."""
-    flags, _ = lstm
-    running = start(*flags, "--log-interval", 1, "--checkpoint_every", 1, cwd=tmp_path)
-    running.wait_for(seen(2, 3))
-    running.kill(signal.SIGINT)
-    running.kill(signal.SIGINT)
-    result = running.result()
-    assert "Traceback" not in result.err
-    for name in ("m.pt", "m.pt.state"):
-        load(tmp_path / name)
+def test_ctrl_c_twice_ends_at_once(lstm, tmp_path, monkeypatch, capsys):
+    """An impatient user gets one line, status 130, and the files that are there are whole."""
+    step = train.train_step
+
+    def interrupted(run: Run, *batch: torch.Tensor) -> torch.Tensor:
+        if run.at.step == 30:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return step(run, *batch)
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+    monkeypatch.chdir(tmp_path)
+    assert toys.call(main, *lstm.flags, "--checkpoint_every", 1) == 130
+    out, err = capsys.readouterr()
+    assert re.fullmatch(r"\S+: interrupted\n", err)
+    assert "End of training" not in out
+    assert load(tmp_path / "m.pt")["metrics"]["epoch"] == 1
+    assert load(tmp_path / "m.pt.state")["at"]["step"] == 30
+
+
+def test_stopped_during_the_validation_of_an_epoch(lstm, tmp_path, monkeypatch):
+    """SIGTERM does not wait for it; resumed, the epoch is validated once."""
+    evaluate = train.evaluate
+
+    def stopped(*args: Any, **how: Any) -> float:
+        signal.raise_signal(signal.SIGTERM)
+        return evaluate(*args, **how)
+
+    monkeypatch.setattr(train, "evaluate", stopped)
+    monkeypatch.chdir(tmp_path)
+    assert toys.call(main, *lstm.flags) == 143
+    at = load(tmp_path / "m.pt.state")["at"]
+    assert (at["epoch"], at["history"]) == (1, [])
+    assert at["row"] > 0
+    assert_same_end(tmp_path, resume(tmp_path), lstm.whole)
+    found = [entry["epoch"] for entry in read_log(tmp_path / "m.pt.log.jsonl") if entry["kind"] == "valid"]
+    assert found == [1, 2, 3, 4]
 
 
 @cases("averaging split QRNN")
@@ -274,9 +301,12 @@ def test_flags_given_win_over_stored_ones(lstm, tmp_path):
     """Another rate, interval and clipping are taken; what is not given stays as it was."""
     flags, _ = lstm
     assert run_cli(*flags, "--max_steps", 50, cwd=tmp_path).status == 0
-    result = resume(tmp_path, "--lr", 0.25, "--log-interval", 1, "--clip", 0.1, "--max_steps", 55)
+    new = ["--lr", 0.25, "--log-interval", 1, "--clip", 0.1, "--wdecay", 0.5]
+    result = resume(tmp_path, *new, "--max_steps", 55)
     assert result.status == 0, result
     assert re.findall(r"lr (\d+\.\d+)", result.out) == ["0.25000"] * 5
+    (group,) = load(tmp_path / "m.pt.state")["optimizer"]["param_groups"]
+    assert group["weight_decay"] == 0.5
     args = load(tmp_path / "m.pt.state")["args"]
     assert (args["lr"], args["clip"], args["bptt"], args["nonmono"]) == (0.25, 0.1, 20, 0)
 
@@ -320,9 +350,10 @@ def test_moments_stay_with_their_weights_when_weight_drop_changes(make_case, tmp
     flags, _ = make_case(RUNS["Adam QRNN"])
     assert run_cli(*flags, "--wdrop", wdrops[0], "--max_steps", 5, cwd=tmp_path).status == 0
     moments = [load(tmp_path / "m.pt.state")]
-    result = resume(tmp_path, "--wdrop", wdrops[1], "--lr", 0, "--max_steps", 6)
+    result = resume(tmp_path, "--wdrop", wdrops[1], "--lr", 0, "--beta1", 0.5, "--max_steps", 6)
     assert result.status == 0, result
     moments.append(load(tmp_path / "m.pt.state"))
+    assert tuple(moments[1]["optimizer"]["param_groups"][0]["betas"]) == (0.5, 0.999)
     before, after = (
         {name.removesuffix("_raw"): state["optimizer"]["state"][i] for i, name in enumerate(state["weights"])}
         for state in moments
@@ -366,6 +397,8 @@ def test_an_evaluation_changes_nothing(lstm):
     result = run_cli("--resume", "m.pt", "--epochs", 0, cwd=whole.folder)
     assert result.status == 0, result
     assert result.out.splitlines()[-2] == whole.result.out.splitlines()[-2]
+    loss = whole.saved["metrics"]["valid_loss"]
+    assert f"| End of evaluation | valid loss {loss:5.2f} | valid ppl {math.exp(loss):8.2f} |" in result.out
     assert {p.name: p.read_bytes() for p in whole.folder.glob("m.pt*")} == before
 
 

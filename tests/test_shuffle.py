@@ -16,8 +16,6 @@ def test_every_column_is_rotated_by_its_own_offset():
 def test_a_shuffled_run_sees_other_batches_and_no_shuffle_the_same(trained):
     shuffled, plain = trained("--epochs", 2, "--shuffle"), trained("--epochs", 2)
     assert [e["loss"] for e in shuffled.log("valid")] != [e["loss"] for e in plain.log("valid")]
-    first, second = (e["loss"] for e in shuffled.log("valid"))
-    assert first != second
 
 
 def test_a_cut_shuffled_run_ends_bit_for_bit_where_the_whole_one_does(trained, corpus, tmp_path):

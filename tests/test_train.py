@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import train
-from data import Corpus, VariableLengthSampler, get_batch
+from data import Corpus, VariableLengthSampler, get_batch, rotate_columns
 from harness import files
 from harness.flags import resolve_args
 from harness.ranks import Stop, Stopper
@@ -399,3 +399,53 @@ def test_a_processor_without_bfloat16_stays_in_float32_and_says_so(make_run, mon
     monkeypatch.setattr("harness.run.has_bf16", lambda: True)
     assert make_run(amp="bf16").amp is torch.bfloat16
     assert not capsys.readouterr().err
+
+
+def test_shuffled_epochs_begin_each_column_where_its_own_new_draw_says(make_run):
+    run, drawn = make_run(shuffle=True), []
+    for _ in range(2):
+        run.start_epoch()
+        drawn.append(run.offsets)
+        text = torch.cat([source for source, _ in train.train_batches(run, run.corpus.train)])
+        rotated = rotate_columns(run.corpus.train, 4, run.offsets).view(4, -1).T
+        assert torch.equal(text, rotated[: len(text)])
+        assert len(text) == len(rotated) - 1
+        run.next_epoch()
+    assert not torch.equal(*drawn)
+    assert all(len(set(offsets.tolist())) > 1 for offsets in drawn)
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_a_mixture_is_trained_with_a_mask_per_column_on_its_latents(make_run, monkeypatch, samples):
+    run, seen = make_run(n_experts=2, dropoutl=0.5, samples=samples), []
+    assert run.criterion.dropout.p == 0.5
+    experts = run.criterion.experts
+    monkeypatch.setattr(run.criterion, "experts", lambda x, columns: seen.append(columns) or experts(x, columns))
+    train_step(run, *draw(1)[0])
+    assert seen == [4 * samples]
+    run.criterion.eval()
+    run.start_epoch()
+    assert run.criterion.training
+
+
+@pytest.mark.parametrize(("drawn", "fresh"), [(0.2, True), (0.4, False)])
+def test_a_batch_starts_from_zero_as_often_as_drop_state_says(make_run, monkeypatch, drawn, fresh):
+    run, (batch,), seen = make_run(drop_state=0.3), draw(1), []
+    run.hidden = [tuple(map(torch.ones_like, carried)) for carried in run.hidden]
+    run.model.register_forward_pre_hook(lambda _, given: seen.append(given[1]))
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor(drawn))
+    train_step(run, *batch)
+    assert all((tensor == (0 if fresh else 1)).all() for carried in seen[0] for tensor in carried)
+
+
+def test_a_batch_of_one_row_has_no_temporal_regularisation(make_run):
+    run, ((source, target),) = make_run(beta=1.0), draw(1)
+    train_step(run, source[:1], target[:1])
+    assert all(tensor.isfinite().all() for tensor in weights(run).values())
+
+
+def test_signals_mean_what_they_did_before_once_training_is_over():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with Stopper():
+        assert signal.getsignal(signal.SIGINT) not in before
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
