@@ -11,7 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from toys import WORDS, call, double_model, error_line, one_by_one, save_model, write_corpus
+from toys import (
+    WORDS,
+    SlowDynamics,
+    call,
+    double_model,
+    error_line,
+    mean_loss,
+    one_by_one,
+    save_model,
+    write_corpus,
+)
 
 import prepare
 import score
@@ -245,35 +255,14 @@ def test_plain_text_is_scored_by_its_tokenizer(tmp_path, capsys, corpora, level)
 
 def slow_adaptive(kind: str, ids: Tensor, lines: list[list[int]], how: dict[str, float]) -> list[float]:
     """The log-probabilities of the lines by the formula of dynamiceval.py, in float64."""
-    net, criterion = double_model(**KINDS[kind])
-    weights, bptt, columns = [*net.parameters(), *criterion.parameters()], how["bptt"], how["batch_size"]
-
-    def losses(source: Tensor, target: Tensor, hidden: list) -> tuple[Tensor, list]:
-        output, hidden = net(source, hidden)
-        decoder = net.decoder
-        loss = criterion(decoder.weight, decoder.bias, output, target.flatten().view_as(target))
-        return loss, [tuple(x.detach() for x in h) if isinstance(h, tuple) else h.detach() for h in hidden]
-
-    rows = len(ids) // columns
-    text, squares, count = ids[: rows * columns].view(columns, rows).T, [0.0] * len(weights), 0
-    hidden = net.init_hidden(columns)
-    for start in range(0, rows - 1 - (rows - 1) % bptt, bptt):  # whole segments
-        loss, hidden = losses(text[start : start + bptt], text[start + 1 : start + bptt + 1], hidden)
-        gradients = torch.autograd.grad(loss, weights, allow_unused=True)
-        squares = [s + (0 if g is None else g**2) for s, g in zip(squares, gradients, strict=True)]
-        count += 1
-    ms = [(s / count).sqrt() for s in squares]
-    mean, first, found = sum(x.mean() for x in ms) / len(ms), [w.detach().clone() for w in weights], []
+    slow = SlowDynamics(*double_model(**KINDS[kind]), how["lr"], how["lamb"], how["epsilon"])
+    slow.take_statistics(ids, how["batch_size"], how["bptt"])
+    found = []
     for line in lines:
-        source, target = torch.tensor([0, *line[:-1]])[:, None], torch.tensor(line)[:, None]
-        loss, _ = losses(source, target, net.init_hidden(1))
+        words = torch.tensor([0, *line])[:, None]
+        loss, _ = mean_loss(*slow.parts, words[:-1], words[1:], slow.parts[0].init_hidden(1))
         found.append(-loss.item() * len(line))
-        gradients = torch.autograd.grad(loss * len(line) / bptt, weights, allow_unused=True)
-        with torch.no_grad():
-            for w, w0, g, x in zip(weights, first, gradients, ms, strict=True):
-                pull = (x / mean).clamp(max=1 / how["lamb"])
-                step = 0 if g is None else how["lr"] * g / (x + how["epsilon"])
-                w.copy_(w + how["lamb"] * pull * (w0 - w) - step)
+        slow.move(loss * len(line) / how["bptt"])  # a rate in proportion to the length
     return found
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from harness import files
 from harness.script import run_script
-from model import DROPOUTS, Criterion, RNNModel, build
+from model import DROPOUTS, Criterion, Hidden, RNNModel, build, detach
 
 ROOT = Path(__file__).parent.parent
 WORDS = ["<eos>", "<unk>", *(f"w{i}" for i in range(48))]
@@ -52,6 +52,46 @@ def one_by_one(model: RNNModel, criterion: Criterion, ids: list[int]) -> Tensor:
         output, hidden = model(torch.tensor([[word]]), hidden)
         rows.append(criterion.logprob(model.decoder.weight, model.decoder.bias, output)[0])
     return torch.stack(rows)
+
+
+def mean_loss(
+    model: RNNModel, criterion: Criterion, source: Tensor, target: Tensor, hidden: list[Hidden]
+) -> tuple[Tensor, list[Hidden]]:
+    """The mean loss of a segment, (T, B) each, by whole distributions; and what is carried, detached."""
+    output, hidden = model(source, hidden)
+    logprob = criterion.logprob(model.decoder.weight, model.decoder.bias, output)
+    return -logprob.gather(1, target.reshape(-1, 1)).mean(), detach(hidden)
+
+
+class SlowDynamics:
+    """Dynamic evaluation's formula, written out on a model in float64: its statistics, and one move at a time."""
+
+    def __init__(self, model: RNNModel, criterion: Criterion, lr: float, lamb: float, epsilon: float) -> None:
+        self.parts, self.lr, self.lamb, self.epsilon = (model, criterion), lr, lamb, epsilon
+        self.weights = [*model.parameters(), *criterion.parameters()]
+        self.first = [weight.detach().clone() for weight in self.weights]
+
+    def gradients(self, loss: Tensor) -> list[Tensor]:
+        found = torch.autograd.grad(loss, self.weights, allow_unused=True)
+        return [torch.zeros_like(w) if g is None else g for w, g in zip(self.weights, found, strict=True)]
+
+    def take_statistics(self, ids: Tensor, columns: int, bptt: int) -> list[Tensor]:
+        """MS: the root of the mean of g² over whole segments."""
+        rows, hidden = len(ids) // columns, self.parts[0].init_hidden(columns)
+        text, squares = ids[: rows * columns].view(columns, rows).T, []
+        for start in range(0, rows - 1 - (rows - 1) % bptt, bptt):
+            segment = text[start : start + bptt], text[start + 1 : start + bptt + 1]
+            loss, hidden = mean_loss(*self.parts, *segment, hidden)
+            squares.append([g**2 for g in self.gradients(loss)])
+        self.ms = [torch.stack(each).mean(0).sqrt() for each in zip(*squares, strict=True)]
+        return self.ms
+
+    def move(self, loss: Tensor) -> None:
+        mean, gradients = sum(x.mean() for x in self.ms) / len(self.ms), self.gradients(loss)
+        with torch.no_grad():
+            for w, w0, g, x in zip(self.weights, self.first, gradients, self.ms, strict=True):
+                pull = (x / mean).clamp(max=1 / self.lamb)
+                w.copy_(w + self.lamb * pull * (w0 - w) - self.lr * g / (x + self.epsilon))
 
 
 def save_model(
