@@ -17,11 +17,13 @@ cell="--model Mogrifier --rounds 0 --nlayers 2 --batch_size 20 --bptt 70 --shuff
       --lr ${2:-4e-3} --alpha 0 --beta 0 --wdecay 3.6e-6 --clip 0.143 --seed 141"
 chars="--emsize 200 --batch_size 32 --bptt 100 --optimizer adam --lr ${2:-3e-3} --alpha 0 --beta 0
        --dropout 0.1 --dropouth 0.1 --dropouti 0 --dropoute 0 --wdrop 0 --anneal 1 --epochs 4 --seed 141"
-name=${1:-} data=penn search= evaluate=yes
+large="$cell --emsize 400 --nhid 400 --dropout 0.5 --dropouth 0.3 --dropouti 0.5 --dropoute 0.02 --dropoutr 0.25 --epochs 18"
+name=${1:-} data=penn from= search= evaluate=yes
 case $name in
-    hour) flags="$cell --emsize 400 --nhid 400 --dropout 0.5 --dropouth 0.3 --dropouti 0.5 --dropoute 0.02 --dropoutr 0.25
-                 --anneal 6 --epochs 18"
+    hour) flags="$large --anneal 6"
           search="--search --search_lrs 1.5e-5 3e-5 4e-5 --search_lambs 2e-3 4e-3 --search_tokens 8000" ;;
+    split) flags="$large --splits 2000 --anneal 2" search="--lr 4e-5 --lamb 4e-3" ;;
+    split-tuned) flags="--lr 15 --epochs 3" from=split search="--lr 4e-5 --lamb 4e-3" ;;
     ten) flags="$cell --emsize 256 --nhid 256 --dropout 0.2 --dropouth 0.1 --dropouti 0.2 --dropoute 0.02 --dropoutr 0.1
                 --anneal 1 --epochs 4" ;;
     base) flags="$small --nhid 400" ;;
@@ -36,7 +38,7 @@ case $name in
                      --wdrop 0.4 --lr ${2:-30} --epochs 3 --seed 141" evaluate= ;;
     char-lstm) flags="$chars --nhid 450 --nlayers 2" data=pennchar evaluate= ;;
     char-qrnn) flags="$chars --model QRNN --nhid 400 --nlayers 4" data=pennchar evaluate= ;;
-    *) echo "results/run.sh: no run is called '$name'; choose hour, ten, base, gru, qrnn, shuffle, mos, awd-adam," \
+    *) echo "results/run.sh: no run is called '$name'; choose hour, split, split-tuned, ten, base, gru, qrnn, shuffle, mos, awd-adam," \
             "melis, mogrifier, original, char-lstm or char-qrnn" >&2; exit 2 ;;
 esac
 name=$name${2:+-$2}
@@ -44,11 +46,17 @@ name=$name${2:+-$2}
 [ -f "data/$data/test.txt" ] || ./getdata.sh "$data"
 mkdir -p runs
 model="--data data/$data --save runs/$name.pt"
-python main.py $model $flags --resume auto
+if [ "$from" ]; then
+    [ -f "runs/$from.pt" ] || { echo "results/run.sh: '$name' goes on from '$from'; run that first" >&2; exit 2; }
+    python finetune.py --data "data/$data" --save "runs/$from.pt" --output "runs/$name.pt" $flags --resume auto
+else
+    python main.py $model $flags --resume auto
+fi
 [ "$evaluate" ] || exit 0
 python pointer.py $model --lambdasm 0
 python pointer.py $model --search --search_windows 500 2000 | tee "runs/$name.pointer"
 best=$(sed -n 's/^| best on val: //p' "runs/$name.pointer")
 python dynamiceval.py $model $search | tee "runs/$name.dynamic"
-rates=$(sed -n 's/^| best on val: //p' "runs/$name.dynamic")  # none without a search: the published ones
+rates=$(sed -n 's/^| best on val: //p' "runs/$name.dynamic")
+rates=${rates:-$search}  # without a search those that are given, or else the published ones
 python dynamiceval.py $model --pointer $best $rates

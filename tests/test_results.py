@@ -9,7 +9,7 @@ import pytest
 from runner import ROOT
 
 from harness import ArgumentParser
-from harness.flags import FLAGS
+from harness.flags import FLAGS, MODEL, OPTIMISATION, REGULARISATION, RUN
 
 RESULTS = ROOT / "results"
 ROWS = re.findall(r"^ +([a-z-]+)\) flags=", (RESULTS / "run.sh").read_text(), re.MULTILINE)
@@ -90,24 +90,44 @@ def test_another_name_is_refused_with_all_there_are():
     assert set(ROWS) <= set(re.findall("[a-z-]+", end.stderr))
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_a_row_gives_flags_that_main_takes(name, tmp_path):
-    """Run with a `python` that only writes down what it is called with."""
+def run_row(folder, name, models):
+    """`run.sh name` with these models trained, by a `python` that only writes down what it is called with."""
     for corpus in ("penn", "pennchar"):
-        (tmp_path / "data" / corpus).mkdir(parents=True)
-        (tmp_path / "data" / corpus / "test.txt").touch()
-    (tmp_path / "results").mkdir()
-    script = tmp_path / "results" / "run.sh"
+        (folder / "data" / corpus).mkdir(parents=True)
+        (folder / "data" / corpus / "test.txt").touch()
+    for part in ("results", "runs"):
+        (folder / part).mkdir()
+    for model in models:
+        (folder / "runs" / f"{model}.pt").touch()
+    script = folder / "results" / "run.sh"
     script.write_text((RESULTS / "run.sh").read_text())
-    python = tmp_path / "python"
+    python = folder / "python"
     python.write_text('#!/bin/sh\necho "$@" >> calls\necho "| best on val: --theta 1.4"\n')
     python.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
-    subprocess.run(["bash", script, name], env=environment, check=True, capture_output=True, timeout=60)
-    main, *evaluations = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
-    assert main[0] == "main.py"
-    args = ArgumentParser("", *FLAGS).parse_args(main[1:])
-    assert (args.save, args.resume, args.seed) == (f"runs/{name}.pt", "auto", 141)
+    environment = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+    return subprocess.run(["bash", script, name], env=environment, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_gives_flags_that_main_takes(name, tmp_path):
+    assert run_row(tmp_path, name, models=ROWS).returncode == 0
+    (training, *flags), *evaluations = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+    if training == "finetune.py":
+        parser = ArgumentParser("", RUN, MODEL, REGULARISATION, OPTIMISATION)
+        parser.add_argument("--output")
+        args = parser.parse_args(flags)
+        assert (args.output, args.resume) == (f"runs/{name}.pt", "auto")
+        assert args.save.removeprefix("runs/").removesuffix(".pt") in ROWS
+    else:
+        assert training == "main.py"
+        args = ArgumentParser("", *FLAGS).parse_args(flags)
+        assert (args.save, args.resume, args.seed) == (f"runs/{name}.pt", "auto", 141)
     for script, *flags in evaluations:
         assert (ROOT / script).exists()
-        assert flags[:4] == ["--data", args.data, "--save", args.save]
+        assert flags[:4] == ["--data", args.data, "--save", f"runs/{name}.pt"]
+
+
+def test_a_fine_tuning_without_its_model_says_what_to_run_first(tmp_path):
+    end = run_row(tmp_path, "split-tuned", models=())
+    assert end.returncode == 2
+    assert "'split'" in end.stderr
