@@ -247,7 +247,8 @@ def search(saved: Opened, ms: list[Tensor], ids: Tensor, args: Namespace) -> tup
     return lr, lamb
 
 
-FACTOR, ABOVE_0 = {"type": number(float, 0, most=1e3)}, {"type": number(float, 1e-12, most=1e3)}
+FACTOR = {"type": number(float, 0, most=1e3)}
+ABOVE_0 = {"type": number(float, 1e-12, most=1e3)}  # with 0 the rate of a weight that never moved is infinite
 DYNAMIC = [
     Flag("--lr", FACTOR, None, "rate η (default: 5e-5, QRNN 1.2e-4)"),
     Flag("--lamb", FACTOR, None, "decay towards the saved weights, λ (default: 0.002, QRNN 0.02)"),

@@ -75,14 +75,13 @@ def column_figures(
     length = max(map(len, columns))
     filled = [[*column, *[column[0]] * (length - len(column))] for column in columns]
     words, found = torch.tensor(filled, device=saved.device).T.contiguous(), []  # (T + 1, B)
-    rows = max(1, POSITIONS // B)
+    rows, whole_rows = max(1, POSITIONS // B), max(1, ROWS // getattr(criterion, "n_experts", 1))
     for source, target in zip(words[:-1].split(rows), words[1:].split(rows), strict=True):
         output, hidden = model(source, hidden)  # (N, E)
         if not whole:
             figures = -criterion(weight, bias, output, target, reduction="none")[None]  # (1, N)
         else:
-            rows_at_once = max(1, ROWS // max(1, getattr(criterion, "n_experts", 1)))
-            blocks = zip(output.split(rows_at_once), target.flatten().split(rows_at_once), strict=True)
+            blocks = zip(output.split(whole_rows), target.flatten().split(whole_rows), strict=True)
             figures = torch.cat([distribution_figures(saved, x, y) for x, y in blocks], dim=1)  # (3, N)
         found.append(figures.cpu().double().view(len(figures), -1, B))
     figures = torch.cat(found, dim=1)  # (·, T, B)

@@ -58,8 +58,8 @@ def count_units(tokenizer: str | None, vocab: list[str], ids: np.ndarray) -> tup
         table = byte_table()
         special = {EOS: b"\n", UNK: b"?"}
         # A character that is in no piece is of a word that the tokenizer did not make.
-        raw = [b"".join(bytes([table[c]]) if c in table else c.encode() for c in piece) for piece in vocab]
-        pieces = [special.get(piece, found) for piece, found in zip(vocab, raw, strict=True)]
+        raw = {c: bytes([table[c]]) if c in table else c.encode() for c in set().union(*vocab)}
+        pieces = [special.get(piece) or b"".join(map(raw.__getitem__, piece)) for piece in vocab]
         text = b"".join(map(pieces.__getitem__, ids.tolist())).decode("utf-8", "replace")
     else:
         special = {EOS: "\n", UNK: "?", SPACE: " "}

@@ -23,7 +23,7 @@ case $name in
     hour) flags="$large --anneal 6"
           search="--search --search_lrs 1.5e-5 3e-5 4e-5 --search_lambs 2e-3 4e-3 --search_tokens 8000" ;;
     split) flags="$large --splits 2000 --anneal 2" search="--lr 4e-5 --lamb 4e-3" ;;
-    split-tuned) flags="--lr 15 --epochs 3" from=split search="--lr 4e-5 --lamb 4e-3" ;;
+    split-tuned) flags="--lr ${2:-15} --epochs 3" from=split search="--lr 4e-5 --lamb 4e-3" ;;
     ten) flags="$cell --emsize 256 --nhid 256 --dropout 0.2 --dropouth 0.1 --dropouti 0.2 --dropoute 0.02 --dropoutr 0.1
                 --anneal 1 --epochs 4" ;;
     base) flags="$small --nhid 400" ;;

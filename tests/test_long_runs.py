@@ -141,7 +141,7 @@ class FullDisk(io.StringIO):
         return super().write(text)
 
 
-def test_lines_that_a_full_disk_does_not_take_cost_no_run(corpus, tmp_path, monkeypatch, capsys):
+def test_lines_that_a_full_disk_does_not_take_cost_no_run(corpus, tmp_path, monkeypatch):
     """`main.py ... > log` on a full disk: training goes on. A result that cannot be printed is an error."""
     flags = ["--data", corpus, *SHORT, "--epochs", 2, "--save", tmp_path / "m.pt"]
     monkeypatch.setattr(sys, "stdout", FullDisk("ms/batch", "end of epoch"))

@@ -402,6 +402,13 @@ def test_an_evaluation_changes_nothing(lstm):
     assert {p.name: p.read_bytes() for p in whole.folder.glob("m.pt*")} == before
 
 
+def test_resume_auto_without_epochs_says_that_it_evaluates(lstm):
+    """There is a state beside the model; it is not looked at."""
+    result = run_cli("--save", "m.pt", "--resume", "auto", "--epochs", 0, cwd=lstm.whole.folder)
+    assert result.status == 0, result
+    assert result.out.splitlines()[0] == "| --resume auto: evaluates m.pt"
+
+
 @pytest.mark.parametrize("warm", [False, True])
 def test_another_optimizer_starts_at_its_own_rate(trained, tmp_path, warm):
     """`--resume SGD.pt --optimizer adam` goes on at Adam's 1e-3, and says so; a rate that is given wins."""
