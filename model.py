@@ -23,7 +23,7 @@ from layers.gru import COLUMNS, GRUScan
 from layers.mogrifier import Mogrifier
 from layers.qrnn import QRNNLayer
 from layers.short_lstm import STEPS, ShortLSTM
-from layers.weight_drop import WeightDropLinear, drop_weight
+from layers.weight_drop import Dropout, WeightDropLinear, drop_weight
 from mos import MixtureOfSoftmaxes
 from splitcross import SplitCrossEntropyLoss, default_splits
 from utils import LockedDropout
@@ -223,7 +223,7 @@ class RNNModel(nn.Module):
         if rnn_type not in LAYERS:
             raise ValueError(f"rnn_type {rnn_type!r}: use one of {', '.join(LAYERS)}")
         kind, self.dropoute = LAYERS[rnn_type], dropoute
-        drop = LockedDropout if kind.locked else nn.Dropout
+        drop = LockedDropout if kind.locked else Dropout
         self.locki, self.lockh, self.locko = map(drop, (dropouti, dropouth, dropout))
         self.encoder = nn.Embedding(ntoken, ninp, _weight=torch.empty(ntoken, ninp))
         last = nhidlast or (ninp if tie_weights or mixture else nhid)

@@ -1,6 +1,6 @@
 """Weight drop (DropConnect): a weight matrix with each of its elements dropped, one mask per batch.
 
-Merity, Keskar, Socher, arXiv 1708.02182 ("AWD"), section 2.
+Merity, Keskar, Socher, arXiv 1708.02182 ("AWD"), section 2. The same draw serves dropout of single activations.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ class DropWeight(torch.autograd.Function):
     """DropConnect on the CPU: `weight` with each element zeroed with probability p, the rest over 1-p.
 
     The mask comes from raw random bits, 16 per element, compared with a threshold (p exact to 2^-16): a draw
-    of `Tensor.bernoulli_` per element costs more than ten times as much, 8 % of a whole step.
+    of `Tensor.bernoulli_` per element costs more than ten times as much: 8 % of an AWD-LSTM's step.
     """
 
     @staticmethod
@@ -43,6 +43,13 @@ def drop_weight(raw: Tensor, p: float, training: bool) -> Tensor:
     if raw.device.type != "cpu":
         return F.dropout(raw, p)
     return DropWeight.apply(raw, p)
+
+
+class Dropout(nn.Dropout):
+    """`nn.Dropout`, each element by itself; its mask, too, is drawn as that of a weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return drop_weight(x, self.p, self.training)
 
 
 class WeightDropLinear(nn.Linear):

@@ -112,7 +112,7 @@ def test_fresh_weights():
     assert {name for name, _ in layer.named_parameters()} == names
 
 
-def test_the_softmax_sees_the_sum_of_the_layers_and_dropout_is_not_locked():
+def test_the_softmax_sees_the_sum_of_the_layers():
     torch.manual_seed(0)
     model = RNNModel("Mogrifier", 20, 8, 8, 3, *[0.0] * 5, rounds=2, rank=0)
     words = torch.randint(20, (5, 2))
@@ -123,7 +123,21 @@ def test_the_softmax_sees_the_sum_of_the_layers_and_dropout_is_not_locked():
         outputs.append(x)
     torch.testing.assert_close(raw[-1], sum(outputs))
     torch.testing.assert_close(output, sum(outputs).flatten(0, 1))
-    assert all(type(drop) is nn.Dropout for drop in (model.locki, model.lockh, model.locko))
+
+
+@pytest.mark.parametrize("name", ["locki", "lockh", "locko"])
+def test_dropout_between_layers_is_not_locked(name):
+    """Every element is drawn by itself, a share p of them, the rest scaled; in evaluation none is."""
+    torch.manual_seed(0)
+    model = RNNModel("Mogrifier", 20, 8, 8, 3, 0.3, 0.3, 0.3, 0.0, 0.0, rounds=0)
+    drop, ones = getattr(model, name), torch.ones(40, 30, 100)
+    kept = drop(ones) != 0
+    torch.testing.assert_close(drop(ones).unique(), torch.tensor([0, 1 / 0.7]))
+    for dim in range(3):  # along which a locked mask would repeat itself
+        counts = kept.double().mean(dim)
+        assert counts.std() == pytest.approx((0.3 * 0.7 / kept.size(dim)) ** 0.5, rel=0.1)
+    assert kept.double().mean() == pytest.approx(0.7, abs=0.005)
+    assert torch.equal(model.eval().locko(ones), ones)
 
 
 def test_it_is_what_the_layers_gave_that_is_summed_not_what_dropout_left_of_it():
