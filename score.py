@@ -10,7 +10,7 @@
 A model with a tokenizer takes plain text; another one its corpus's form, words apart by spaces (`_` for a space
 in a character model of the Penn Treebank). A line is scored after an `<eos>`, and the `<eos>` that ends it is
 one of its tokens. Rows are tab separated, below a header; what all lines come to together goes to stderr. A
-token that the vocabulary lacks is shown as `<unk> token`.
+token that the vocabulary lacks is counted as unknown, and with --tokens shown as `<unk> token`.
 
 Surprisal is -log2 p, in bits; entropy that of the distribution before the token; rank 1 the likeliest.
 """
@@ -41,14 +41,7 @@ def print_row(*cells: object) -> None:
 def line_rows(scored: Scored, reader: Reader, unit: float) -> Rows:
     line, logprob = scored.line, scored.logprob.sum().item()
     tokens = len(line.ids) + 1
-    yield (
-        line.number,
-        tokens,
-        len(line.unknown),
-        f"{logprob:.4f}",
-        f"{ppl(-logprob / tokens):.2f}",
-        " ".join(line.unknown),
-    )
+    yield line.number, tokens, line.unknown, f"{logprob:.4f}", f"{ppl(-logprob / tokens):.2f}"
 
 
 def token_rows(scored: Scored, reader: Reader, unit: float) -> Rows:
@@ -71,7 +64,7 @@ def word_rows(scored: Scored, reader: Reader, unit: float) -> Rows:
 
 # mode: its header, its rows of a line, whether they need whole distributions
 ROWS_OF = {
-    "lines": (("line", "tokens", "unknown", "logprob", "ppl", "unknown words"), line_rows, False),
+    "lines": (("line", "tokens", "unknown", "logprob", "ppl"), line_rows, False),
     "tokens": (("line", "position", "token", "surprisal", "entropy", "rank"), token_rows, True),
     "words": (("line", "position", "word", "pieces", "surprisal"), word_rows, False),
 }
@@ -84,9 +77,7 @@ def print_lines(scored: Iterable[Scored], reader: Reader, mode: str, unit: float
     for line in scored:
         if not total:  # the file can be read
             print_row(*header)
-        total.update(
-            lines=1, tokens=len(line.logprob), unknown=len(line.line.unknown), loss=-line.logprob.sum().item()
-        )
+        total.update(lines=1, tokens=len(line.logprob), unknown=line.line.unknown, loss=-line.logprob.sum().item())
         total.update(words=len(line.line.text.split()) + 1, characters=len(line.line.text) + 1)
         for row in rows_of(line, reader, unit):
             print_row(*row)

@@ -37,7 +37,7 @@ class Line(NamedTuple):
     text: str
     tokens: list[Token]
     ids: list[int]
-    unknown: list[str]  # tokens that the vocabulary lacks, as they stand in the text
+    unknown: int  # tokens that the vocabulary lacks
     before: list[int]  # what it is read after, the `<eos>` that begins it last
 
 
@@ -176,8 +176,7 @@ class Reader:
         if context is not None:
             before = [self.eos, *self.encode(context.rstrip(), place)[1], self.eos]
         tokens, ids = self.encode(text, place)
-        unknown = [token.text for token in tokens if self.is_unknown(token)]
-        return Line(number, text, tokens, ids, unknown, before)
+        return Line(number, text, tokens, ids, sum(map(self.is_unknown, tokens)), before)
 
     def is_unknown(self, token: Token) -> bool:
         return token.piece not in self.encoder.token_to_index or (token.piece == UNK != token.text)

@@ -2,21 +2,23 @@
 # Run a row of results/README.md again from nothing, or go on with it after a stop: training, then every evaluation
 # (none of `original` and the characters: their rows are training's own figures).
 #
-#     results/run.sh hour         # or another NAME below
-#     results/run.sh melis 2e-3   # at another learning rate
+#     results/run.sh hour            # or another NAME below
+#     results/run.sh melis 2e-3      # at another learning rate
+#     SEED=142 results/run.sh base   # from another seed
 #
 # Models and logs go to runs/, which is not tracked.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+seed=${SEED:-141} again=${SEED:+-seed$SEED}  # what the names of another seed end in
 small="--emsize 200 --nlayers 2 --batch_size 20 --lr ${2:-20} --dropout 0.2 --dropouth 0.1 --dropouti 0.2
-       --dropoute 0.02 --wdrop 0.2 --epochs 6 --seed 141"
+       --dropoute 0.02 --wdrop 0.2 --epochs 6 --seed $seed"
 recipe="--nlayers 2 --batch_size 20 --bptt 70 --optimizer adam --beta1 0 --average --alpha 0 --beta 0 --wdecay 3.6e-6
-        --clip 0.143 --dropout 0.2 --dropouth 0.1 --dropouti 0.2 --dropoute 0.02 --when 6 --epochs 8 --seed 141"
+        --clip 0.143 --dropout 0.2 --dropouth 0.1 --dropouti 0.2 --dropoute 0.02 --when 6 --epochs 8 --seed $seed"
 cell="--model Mogrifier --rounds 0 --nlayers 2 --batch_size 20 --bptt 70 --shuffle --optimizer adam --beta1 0
-      --lr ${2:-4e-3} --alpha 0 --beta 0 --wdecay 3.6e-6 --clip 0.143 --seed 141"
+      --lr ${2:-4e-3} --alpha 0 --beta 0 --wdecay 3.6e-6 --clip 0.143 --seed $seed"
 chars="--emsize 200 --batch_size 32 --bptt 100 --optimizer adam --lr ${2:-3e-3} --alpha 0 --beta 0
-       --dropout 0.1 --dropouth 0.1 --dropouti 0 --dropoute 0 --wdrop 0 --anneal 1 --epochs 4 --seed 141"
+       --dropout 0.1 --dropouth 0.1 --dropouti 0 --dropoute 0 --wdrop 0 --anneal 1 --epochs 4 --seed $seed"
 large="$cell --emsize 400 --nhid 400 --dropout 0.5 --dropouth 0.3 --dropouti 0.5 --dropoute 0.02 --dropoutr 0.25 --epochs 18"
 name=${1:-} data=penn from= search= evaluate=yes
 case $name in
@@ -35,13 +37,13 @@ case $name in
     melis) flags="$recipe --model Mogrifier --rounds 0 --emsize 272 --nhid 272 --dropoutr 0.2 --lr ${2:-4e-3}" ;;
     mogrifier) flags="$recipe --model Mogrifier --rounds 5 --rank 40 --emsize 260 --nhid 260 --dropoutr 0.2 --lr ${2:-2e-3}" ;;
     original) flags="--emsize 200 --nhid 500 --nlayers 2 --batch_size 40 --dropouti 0.3 --dropouth 0.2 --dropout 0.3
-                     --wdrop 0.4 --lr ${2:-30} --epochs 3 --seed 141" evaluate= ;;
+                     --wdrop 0.4 --lr ${2:-30} --epochs 3 --seed $seed" evaluate= ;;
     char-lstm) flags="$chars --nhid 450 --nlayers 2" data=pennchar evaluate= ;;
     char-qrnn) flags="$chars --model QRNN --nhid 400 --nlayers 4" data=pennchar evaluate= ;;
     *) echo "results/run.sh: no run is called '$name'; choose hour, split, split-tuned, ten, base, gru, qrnn, shuffle, mos, awd-adam," \
             "melis, mogrifier, original, char-lstm or char-qrnn" >&2; exit 2 ;;
 esac
-name=$name${2:+-$2}
+name=$name${2:+-$2}$again from=${from:+$from$again}
 
 [ -f "data/$data/test.txt" ] || ./getdata.sh "$data"
 mkdir -p runs

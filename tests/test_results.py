@@ -33,6 +33,9 @@ def last(log, figure="ppl", **wanted):
 
 def logged(name, column):
     """The log's figures for a column of a table: [validation, test], or one alone; None: it has none."""
+    if column.startswith("seed "):
+        seed = column.removeprefix("seed ")
+        name, column = name if seed == "141" else f"{name}-seed{seed}", "plain"
     log = read_log(name)
     if column in EVALUATIONS:
         wanted = EVALUATIONS[column]
@@ -81,7 +84,7 @@ def test_the_tables_are_found(place):
 
 @pytest.mark.parametrize("name", LOGS)
 def test_a_log_has_a_row_that_runs_again(name):
-    assert re.sub(r"-\d(e-\d)?$", "", name) in ROWS  # without another rate
+    assert re.sub(r"-\d(e-\d)?$|-seed\d+$", "", name) in ROWS  # without another rate, or another seed
 
 
 def test_another_name_is_refused_with_all_there_are():
@@ -90,7 +93,7 @@ def test_another_name_is_refused_with_all_there_are():
     assert set(ROWS) <= set(re.findall("[a-z-]+", end.stderr))
 
 
-def run_row(folder, name, models):
+def run_row(folder, name, models, seed=""):
     """`run.sh name` with these models trained, by a `python` that only writes down what it is called with."""
     for corpus in ("penn", "pennchar"):
         (folder / "data" / corpus).mkdir(parents=True)
@@ -104,7 +107,7 @@ def run_row(folder, name, models):
     python = folder / "python"
     python.write_text('#!/bin/sh\necho "$@" >> calls\necho "| best on val: --theta 1.4"\n')
     python.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+    environment = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "SEED": seed}
     return subprocess.run(["bash", script, name], env=environment, capture_output=True, text=True, timeout=60)
 
 
@@ -131,3 +134,13 @@ def test_a_fine_tuning_without_its_model_says_what_to_run_first(tmp_path):
     end = run_row(tmp_path, "split-tuned", models=())
     assert end.returncode == 2
     assert "'split'" in end.stderr
+
+
+@pytest.mark.parametrize("name", ["base", "split-tuned"])
+def test_another_seed_has_models_of_its_own(name, tmp_path):
+    """What it goes on from is that seed's, too."""
+    assert run_row(tmp_path, name, ["split-seed142"], seed="142").returncode == 0
+    calls = (tmp_path / "calls").read_text()
+    assert set(re.findall(r"runs/(\S+)\.pt", calls)) <= {f"{name}-seed142", "split-seed142"}
+    assert f"runs/{name}-seed142.pt" in calls
+    assert "--seed 142" in calls or name == "split-tuned"  # which has the seed from its model

@@ -40,7 +40,7 @@ KINDS = {
 INDEX = {word: i for i, word in enumerate(WORDS)}
 LINES = ["w1 w2 w3", "", "w4 nobody knows w5 <unk>", *[f"w{i} w{2 * i} " * i for i in range(1, 12)], "w3"]
 HEADS = {
-    "lines": ["line", "tokens", "unknown", "logprob", "ppl", "unknown words"],
+    "lines": ["line", "tokens", "unknown", "logprob", "ppl"],
     "tokens": ["line", "position", "token", "surprisal", "entropy", "rank"],
     "words": ["line", "position", "word", "pieces", "surprisal"],
 }
