@@ -1,17 +1,19 @@
 """Matrix products on the CPU by the library that is quickest there; on other devices torch's own.
 
-python -c "import products; print(products.prefers_onednn())"
+python -c "import products; print(products.library())"
 
 `torch.mm` goes to MKL, which stays with AVX2 on AMD's processors. GFLOP/s in float32 on two cores, torch 2.13.0:
 
-                               torch.mm   oneDNN, inside the same torch
-    AMD EPYC, AVX-512               200   430
-    Intel Xeon, AVX-512             310   200 to 300
-    AMD EPYC, AVX2                  150   150
+                                                        torch.mm   oneDNN, inside the same torch
+    AMD EPYC, AVX-512                                        200   430
+    Intel Xeon, AVX-512                                      310   200 to 300
+    AMD EPYC, AVX2: rows of the result of 8·n floats   90 to 140   80 to 130
+                    of another length                   60 to 90   90 to 130
+                    second factor a transposed view     30 to 110   50 to 120
 
-So oneDNN it is on AMD with AVX-512, and torch.mm elsewhere: the processor alone decides, never a timing, so that
-a resumed run repeats the bits of the one that was cut. The operator is the one that torch's compiler calls; where
-this torch does not have it, torch.mm it is.
+So oneDNN it is on AMD with AVX-512, torch.mm on Intel, and on AMD with AVX2 the shape says which. The processor and
+the shape alone decide, never a timing, so that a resumed run repeats the bits of the one that was cut. The operator
+is the one that torch's compiler calls; where this torch does not have it, torch.mm it is.
 
 Shapes: N rows, I inputs and O outputs of a weight (O, I).
 """
@@ -23,6 +25,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+LARGE = 2**19  # numbers of a second factor, from which on it matters
 
 
 @cache
@@ -37,29 +41,35 @@ def has_bf16() -> bool:
 
 
 @cache
-def prefers_onednn() -> bool:
-    """Whether float32 products go to oneDNN on this processor."""
+def library() -> str:
+    """Whose float32 products are taken on this processor: "oneDNN", "torch.mm", or "by shape" one of them."""
     try:
         amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
     except OSError:  # not Linux
         amd = False
-    return amd and has_onednn() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    if not amd or not has_onednn():
+        return "torch.mm"
+    return "oneDNN" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "by shape"
 
 
-def by_onednn(a: Tensor) -> bool:
-    return a.device.type == "cpu" and a.dtype == torch.float32 and prefers_onednn()
+def by_onednn(a: Tensor, b: Tensor) -> bool:
+    """Whether a·b is oneDNN's; `by shape`, where MKL is slow: at rows of the result that no vector of 8 floats
+    ends with, and at a transposed view, as the weight of a forward pass is; not at small ones."""
+    if a.device.type != "cpu" or a.dtype != torch.float32 or library() == "torch.mm":
+        return False
+    return library() == "oneDNN" or (b.numel() >= LARGE and (b.size(1) % 8 > 0 or b.stride(0) == 1))
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """a·b + bias: (N, K), (K, M), (M,) or None -> (N, M); `out`: memory that may hold it."""
-    if by_onednn(a):
+    if by_onednn(a, b):
         return torch.ops.mkldnn._linear_pointwise(a, b.T, bias, "none", [], "")
     return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None:
     """total += a·b, in place; the `first` time what lies there is not looked at. Sums in `total`'s precision."""
-    if a.dtype == total.dtype and not by_onednn(a):
+    if a.dtype == total.dtype and not by_onednn(a, b):
         torch.addmm(total, a, b, beta=0 if first else 1, out=total)
     elif first:
         total.copy_(product(a, b))
@@ -91,7 +101,8 @@ class LinearProducts(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear` by the quickest library: (..., I), (O, I), (O,) or None -> (..., O)."""
-    if not by_onednn(x) or torch.is_autocast_enabled("cpu"):
+    float32 = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if not float32 or library() == "torch.mm":
         return F.linear(x, weight, bias)
     return LinearProducts.apply(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], len(weight))
 

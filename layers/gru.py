@@ -36,7 +36,7 @@ class GRUScan(torch.autograd.Function):
         gates = product(x.flatten(0, 1), weight_ih.T, bias_ih).view(T, B, 3 * H)
         recurrent, inner, out = x.new_empty(B, 3 * H), x.new_empty(T, B, H), x.new_empty(T, B, H)
         for t in range(T):
-            torch.addmm(bias_hh, h, weight_hh.T, out=recurrent)
+            recurrent = product(h, weight_hh.T, bias_hh, out=recurrent)
             gates[t, :, : 2 * H].add_(recurrent[:, : 2 * H]).sigmoid_()
             r, z, n = gates[t].chunk(3, 1)
             inner[t] = recurrent[:, 2 * H :]
@@ -68,7 +68,7 @@ class GRUScan(torch.autograd.Function):
         for t in reversed(range(len(x))):
             torch.add(d_h, d_out[t], out=d_hs[t])
             d_recurrent[t].unflatten(1, (3, -1)).mul_(d_hs[t, :, None])
-            d_h = torch.addmm(d_hs[t] * z[t], d_recurrent[t], weight_hh)
+            d_h = product(d_recurrent[t], weight_hh).addcmul_(d_hs[t], z[t])
         d_gates.unflatten(2, (3, -1)).mul_(d_hs[:, :, None])
 
         rows, recurrent_rows = d_gates.flatten(0, 1), d_recurrent.flatten(0, 1)  # (N, 3H)
