@@ -4,16 +4,17 @@ python -c "import products; print(products.library())"
 
 `torch.mm` goes to MKL, which stays with AVX2 on AMD's processors. GFLOP/s in float32 on two cores, torch 2.13.0:
 
-                                                        torch.mm   oneDNN, inside the same torch
-    AMD EPYC, AVX-512                                        200   430
-    Intel Xeon, AVX-512                                      310   200 to 300
-    AMD EPYC, AVX2: rows of the result of 8·n floats   90 to 140   80 to 130
-                    of another length                   60 to 90   90 to 130
-                    second factor a transposed view     30 to 110   50 to 120
+                                                     torch.mm   oneDNN, inside the same torch
+    AMD EPYC, AVX-512                                     200   430
+    Intel Xeon, AVX-512                                   310   200 to 300
+    AMD EPYC, AVX2: the result's rows of 8·n floats   100 to 150   80 to 130
+                    of another length                  60 to 90   90 to 130
+                    the second factor transposed      30 to 110   50 to 130
 
-So oneDNN it is on AMD with AVX-512, torch.mm on Intel, and on AMD with AVX2 the shape says which. The processor and
-the shape alone decide, never a timing, so that a resumed run repeats the bits of the one that was cut. The operator
-is the one that torch's compiler calls; where this torch does not have it, torch.mm it is.
+So oneDNN it is on AMD with AVX-512, torch.mm on Intel, and on AMD with AVX2 the shape says which (256 rows and
+more in the first two lines, 20 to 1,400 in the third). Processor and shape alone decide, never a timing, so
+that a resumed run repeats the bits of the one that was cut. The operator is the one that torch's compiler calls;
+where this torch does not have it, torch.mm it is.
 
 Shapes: N rows, I inputs and O outputs of a weight (O, I).
 """
@@ -26,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LARGE = 2**19  # numbers of a second factor, from which on it matters
+LARGE = 2**19  # elements of the second factor; with fewer neither library leads
 
 
 @cache
@@ -53,8 +54,11 @@ def library() -> str:
 
 
 def by_onednn(a: Tensor, b: Tensor) -> bool:
-    """Whether a·b is oneDNN's; `by shape`, where MKL is slow: at rows of the result that no vector of 8 floats
-    ends with, and at a transposed view, as the weight of a forward pass is; not at small ones."""
+    """Whether a·b is oneDNN's.
+
+    By shape it is where MKL is slow: with a transposed second factor, as the weight of a forward pass is, and
+    where the rows of the result do not consist of whole vectors of 8 floats.
+    """
     if a.device.type != "cpu" or a.dtype != torch.float32 or library() == "torch.mm":
         return False
     return library() == "oneDNN" or (b.numel() >= LARGE and (b.size(1) % 8 > 0 or b.stride(0) == 1))
@@ -101,8 +105,8 @@ class LinearProducts(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear` by the quickest library: (..., I), (O, I), (O,) or None -> (..., O)."""
-    float32 = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if not float32 or library() == "torch.mm":
+    torchs_own = x.device.type != "cpu" or x.dtype != torch.float32 or library() == "torch.mm"
+    if torchs_own or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     return LinearProducts.apply(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], len(weight))
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from products import product
+from products import add_product, product
 
 
 class Round(NamedTuple):
@@ -80,7 +80,8 @@ class MogrifierScan(torch.autograd.Function):
                 x_t, h = (x_t, gate(h, sigma)) if r % 2 else (gate(x_t, sigma), h)
             if rounds:
                 torch.addmm(bias, x_t, weight_ih.T, out=gates[t])
-            y = gates[t].addmm_(h, weight_hh.T)
+            y = gates[t]
+            add_product(y, h, weight_hh.T)
             y[:, : 2 * H].sigmoid_()
             y[:, 2 * H : 3 * H].tanh_()
             y[:, 3 * H :].sigmoid_()
@@ -116,7 +117,7 @@ class MogrifierScan(torch.autograd.Function):
             torch.mul((d_c * c_before).add_(d_free).sub_(d_input), f * keep, out=d_f)
             torch.mul(d_c * torch.minimum(i, keep), 1 - g * g, out=d_g)
             torch.mul(d_h * tanh_c, o * (1 - o), out=d_o)
-            d_c, d_h = d_c * f, d_gates[t] @ weight_hh
+            d_c, d_h = d_c * f, product(d_gates[t], weight_hh)
             if rounds:
                 d_x_t = torch.mm(d_gates[t], weight_ih)
                 xs, hs = before_rounds(x[t], before[t], [sigma[t] for sigma in sigmas])

@@ -1,4 +1,4 @@
-"""Products by either library are the products, with their gradients; which one is taken the processor decides."""
+"""Products by either library are the products, with their gradients; processor and shape say whose are taken."""
 
 import pytest
 import torch
@@ -7,19 +7,23 @@ from torch import Tensor
 
 import products
 from layers.qrnn import QRNNLayer
-from products import add_product, linear, outer, prefers_onednn, product
+from products import add_product, by_onednn, linear, outer, product
 from splitcross import SplitCrossEntropyLoss
 
 N, K, M = 37, 19, 23
 
 
-@pytest.fixture(params=[False, True], ids=["MKL", "oneDNN"])
-def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Both libraries in turn, on any processor; True: oneDNN."""
-    if request.param and not products.has_onednn():
+@pytest.fixture(params=["torch.mm", "oneDNN", "by shape"])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each choice in turn, on any processor; here no shape is too small."""
+    take(request.param, monkeypatch)
+
+
+def take(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if choice != "torch.mm" and not products.has_onednn():
         pytest.skip("this torch has no oneDNN product")
-    monkeypatch.setattr(products, "prefers_onednn", lambda: request.param)
-    return request.param
+    monkeypatch.setattr(products, "library", lambda: choice)
+    monkeypatch.setattr(products, "LARGE", 0)
 
 
 def factors(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,24 +105,53 @@ def test_a_qrnn_and_a_loss_are_the_same_by_both(monkeypatch):
     decoder, x, targets = torch.randn(20, 12), torch.randn(6, 5, K), torch.randint(20, (30,))
     decoder.requires_grad_()
     found = []
-    for choice in (False, True):
-        monkeypatch.setattr(products, "prefers_onednn", lambda choice=choice: choice and products.has_onednn())
+    for choice in ("torch.mm", "oneDNN", "by shape"):
+        take(choice, monkeypatch)
         out, _ = layer(x, layer.init_hidden(5))
         loss = criterion(decoder, None, out, targets)
         weights = [decoder, *layer.parameters(), *criterion.parameters()]
         found.append([loss, *torch.autograd.grad(loss, weights)])
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    for others in zip(*found, strict=True):
+        for other in others[1:]:
+            torch.testing.assert_close(other, others[0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("vendor", "capability", "onednn"),
-    [("AuthenticAMD", "AVX512", True), ("AuthenticAMD", "AVX2", False), ("GenuineIntel", "AVX512", False)],
+    ("vendor", "capability", "onednn", "expected"),
+    [
+        ("AuthenticAMD", "AVX512", True, "oneDNN"),
+        ("AuthenticAMD", "AVX2", True, "by shape"),
+        ("AuthenticAMD", "AVX512", False, "torch.mm"),
+        ("GenuineIntel", "AVX512", True, "torch.mm"),
+        (None, "AVX512", True, "torch.mm"),
+    ],
 )
-def test_the_processor_decides(monkeypatch, tmp_path, vendor, capability, onednn):
-    """oneDNN on AMD with AVX-512, where MKL stays with AVX2."""
-    (tmp_path / "cpuinfo").write_text(f"processor : 0\nvendor_id\t: {vendor}\n")
+def test_the_processor_decides(monkeypatch, tmp_path, vendor, capability, onednn, expected):
+    """oneDNN on AMD with AVX-512, where MKL stays with AVX2; with AVX2 alone the shape has its say."""
+    if vendor:  # else no Linux
+        (tmp_path / "cpuinfo").write_text(f"processor : 0\nvendor_id\t: {vendor}\n")
     monkeypatch.setattr(products, "Path", lambda _: tmp_path / "cpuinfo")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(products, "has_onednn", lambda: True)
-    assert prefers_onednn.__wrapped__() is onednn
+    monkeypatch.setattr(products, "has_onednn", lambda: onednn)
+    assert products.library.__wrapped__() == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "transposed", "expected"),
+    [
+        ((1550, 4650), False, True),  # rows of the result that end within a vector of 8
+        ((800, 4648), False, False),
+        ((800, 4648), True, True),  # the weight of a forward pass
+        ((200, 400), True, False),  # too small
+        ((200, 401), False, False),
+    ],
+)
+def test_the_shape_decides_on_amd_with_avx2(monkeypatch, shape, transposed, expected):
+    monkeypatch.setattr(products, "library", lambda: "by shape")
+    b = torch.empty(shape[::-1]).T if transposed else torch.empty(shape)
+    a = torch.empty(2, shape[0])
+    assert by_onednn(a, b) is expected
+    assert not by_onednn(a.double(), b.double())
+    for choice in ("torch.mm", "oneDNN"):
+        monkeypatch.setattr(products, "library", lambda choice=choice: choice)
+        assert by_onednn(a, b) is (choice == "oneDNN")
