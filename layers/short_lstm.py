@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from products import outer
+from products import outer, product
 
 STEPS = 32  # up to so many; from there on packing pays
 
@@ -28,7 +28,7 @@ class ShortLSTM(torch.autograd.Function):
         ctx: Any, x: Tensor, h: Tensor, c: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor
     ) -> tuple[Tensor, Tensor]:
         first, H = (h, c), len(h)
-        gates = torch.addmm(bias, x, weight_ih.T)  # (T, 4H)
+        gates = product(x, weight_ih.T, bias)  # (T, 4H)
         cells, out = x.new_empty(len(x), H), x.new_empty(len(x), H)
         for t, y in enumerate(gates):
             y.addmv_(weight_hh, h)
@@ -60,4 +60,4 @@ class ShortLSTM(torch.autograd.Function):
             )
             torch.cat(parts, out=d_gates[t])
             d_c, d_h = d_c * f, torch.mv(weight_hh.T, d_gates[t])
-        return d_gates @ weight_ih, d_h, d_c, outer(d_gates, x), outer(d_gates, before), d_gates.sum(0)
+        return product(d_gates, weight_ih), d_h, d_c, outer(d_gates, x), outer(d_gates, before), d_gates.sum(0)
