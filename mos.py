@@ -46,7 +46,7 @@ class MixtureCrossEntropy(torch.autograd.Function):
         d_weight, d_bias = torch.empty_like(weight), torch.zeros_like(bias)
         total = latents.new_zeros(())
         for start in range(0, N, step):
-            logits = powers = grad = None  # their memory is free again: not every library takes `block`
+            logits = powers = grad = None  # freed, for oneDNN: it takes memory of its own, not `block`
             rows = slice(start, start + step)
             x = factors[0][rows].flatten(0, 1)  # (n·K, E)
             target = targets[rows].repeat_interleave(K)[:, None]  # (n·K, 1)

@@ -11,10 +11,10 @@ python -c "import products; print(products.library())"
                     of another length                  60 to 90   90 to 130
                     the second factor transposed      30 to 110   50 to 130
 
-So oneDNN it is on AMD with AVX-512, torch.mm on Intel, and on AMD with AVX2 the shape says which (256 rows and
-more in the first two lines, 20 to 1,400 in the third). Processor and shape alone decide, never a timing, so
-that a resumed run repeats the bits of the one that was cut. The operator is the one that torch's compiler calls;
-where this torch does not have it, torch.mm it is.
+(AVX2: the first two lines for 256 rows and more, the third for 20 to 1,400.) So oneDNN it is on AMD with
+AVX-512; on AMD with AVX2 the shape says which; elsewhere torch.mm. Processor and shape alone decide, never a
+timing, so that a resumed run repeats the bits of the one that was cut. The operator is the one that torch's
+compiler calls; where this torch does not have it, torch.mm it is.
 
 Shapes: N rows, I inputs and O outputs of a weight (O, I).
 """
@@ -53,15 +53,19 @@ def library() -> str:
     return "oneDNN" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "by shape"
 
 
+def has_choice(a: Tensor) -> bool:
+    """Whether products of a may be oneDNN's."""
+    return a.device.type == "cpu" and a.dtype == torch.float32 and library() != "torch.mm"
+
+
 def by_onednn(a: Tensor, b: Tensor) -> bool:
     """Whether a·b is oneDNN's.
 
     By shape it is where MKL is slow: with a transposed second factor, as the weight of a forward pass is, and
     where the rows of the result do not consist of whole vectors of 8 floats.
     """
-    if a.device.type != "cpu" or a.dtype != torch.float32 or library() == "torch.mm":
-        return False
-    return library() == "oneDNN" or (b.numel() >= LARGE and (b.size(1) % 8 > 0 or b.stride(0) == 1))
+    slow = b.numel() >= LARGE and (b.size(1) % 8 > 0 or b.stride(0) == 1)
+    return has_choice(a) and (slow or library() == "oneDNN")
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -105,8 +109,7 @@ class LinearProducts(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear` by the quickest library: (..., I), (O, I), (O,) or None -> (..., O)."""
-    torchs_own = x.device.type != "cpu" or x.dtype != torch.float32 or library() == "torch.mm"
-    if torchs_own or torch.is_autocast_enabled("cpu"):
+    if not has_choice(x) or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     return LinearProducts.apply(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], len(weight))
 

@@ -62,7 +62,7 @@ class BlockedCrossEntropy(torch.autograd.Function):
             d_bias = torch.zeros_like(bias)
         total = 0.0
         for start in range(0, N, rows):
-            logits = powers = grad = None  # their memory is free again: not every library takes `block`
+            logits = powers = grad = None  # freed, for oneDNN: it takes memory of its own, not `block`
             x, target = factors[0][start : start + rows], targets[start : start + rows, None]
             logits = product(x, factors[1].T, factors[2], out=block[: len(x)]).to(exact)  # (rows, V)
             highest = logits.amax(1, keepdim=True)

@@ -1,5 +1,7 @@
 """Products by either library are the products, with their gradients; processor and shape say whose are taken."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from torch import Tensor
 
 import products
 from layers.qrnn import QRNNLayer
+from model import LAYERS
 from products import add_product, by_onednn, linear, outer, product
 from splitcross import SplitCrossEntropyLoss
 
@@ -96,6 +99,22 @@ def test_other_dtypes_are_torchs_own(library):
     x, weight, bias = (tensor.double() for tensor in factors())
     assert torch.equal(product(x, weight, bias), torch.addmm(bias, x, weight))
     assert torch.equal(linear(x, weight.T, bias), F.linear(x, weight.T, bias))
+
+
+@pytest.mark.parametrize(("kind", "columns"), [("QRNN", 5), ("GRU", 5), ("Mogrifier", 5), ("LSTM", 1)])
+def test_a_layer_and_its_gradients_are_those_of_float64(library, kind, columns):
+    """Those whose loops over time call `product`; an LSTM's is the one of short segments."""
+    torch.manual_seed(0)
+    layer = LAYERS[kind](K, 12, 0.0, first=True)
+    layer.reset_parameters()
+    x, d_out, found = torch.randn(6, columns, K), torch.randn(6, columns, 12), []
+    for module in (layer, deepcopy(layer).double()):
+        dtype = next(module.parameters()).dtype
+        given = x.to(dtype).requires_grad_()
+        out, _ = module(given, module.init_hidden(columns))
+        found.append([out, *torch.autograd.grad(out, [given, *module.parameters()], d_out.to(dtype))])
+    for value, exact in zip(*found, strict=True):
+        same(value, exact)
 
 
 def test_a_qrnn_and_a_loss_are_the_same_by_both(monkeypatch):
