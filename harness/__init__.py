@@ -8,6 +8,7 @@ texts    the texts of --data on disk         ranks    the processes of torchrun,
 """
 
 from harness.files import check_writable as check_writable
+from harness.files import open_model as open_model
 from harness.files import write as write
 from harness.flags import COUNT as COUNT
 from harness.flags import POSITIVE as POSITIVE
@@ -16,7 +17,6 @@ from harness.flags import SWITCH as SWITCH
 from harness.flags import ArgumentParser as ArgumentParser
 from harness.flags import Flag as Flag
 from harness.flags import number as number
-from harness.flags import open_model as open_model
 from harness.flags import parse_evaluation as parse_evaluation
 from harness.log import DOUBLE_RULE as DOUBLE_RULE
 from harness.log import RunLog as RunLog

@@ -20,8 +20,9 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from harness.flags import DEFAULTS, check_shape, check_stored
 from model import DROPOUTS, Criterion, RNNModel, build
-from utils import RunError, UserError, out_of_memory, replacing
+from utils import RunError, UserError, out_of_memory, pick_device, replacing
 
 MODEL_FORMAT, STATE_FORMAT, STATS_FORMAT = "awd-lm model 1", "awd-lm state 2", "awd-lm statistics 1"
 WHAT = {
@@ -197,9 +198,7 @@ def check_tensors(saved: dict[str, Any], place: str) -> None:
     args, vocab = saved["args"], saved["vocab"]
     if not vocab or not all(isinstance(word, str) for word in vocab) or len(set(vocab)) != len(vocab):
         raise UserError(f"{place}: its vocabulary is not a list of distinct words; use another copy")
-    nlayers = args.get("nlayers")
-    if not isinstance(nlayers, int) or not 0 < nlayers <= len(saved["model"]):
-        raise UserError(f"{place}: its args say {nlayers!r} layers; use another copy")
+    check_stored(args, place)
     try:
         with torch.device("meta"):
             modules = build({**args, **dict.fromkeys(DROPOUTS, 0.0)}, len(vocab))
@@ -252,3 +251,15 @@ def to_evaluate(saved: dict[str, Any], device: torch.device) -> Opened:
     criterion.load_state_dict(saved["criterion"])
     modules = (module.to(device).eval() for module in (model, criterion))
     return Opened(*modules, saved["vocab"], Namespace(**saved["args"]), device, saved["tokenizer"])
+
+
+def open_model(args: Namespace) -> Opened:
+    """What a script evaluates, by its flags --save and --device.
+
+    Raises:
+        UserError: see `load_model`; a flag contradicts the model's shape; the device is not there.
+    """
+    saved = load_model(args.save, "--save")
+    check_shape(vars(args), saved["args"], args.save)
+    saved["args"] = {**DEFAULTS, **saved["args"]}
+    return to_evaluate(saved, pick_device(args.device))

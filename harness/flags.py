@@ -13,10 +13,9 @@ from argparse import Namespace
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
-import harness.files as files
 from model import LAYERS
 from optim import OPTIMIZERS
-from utils import UserError, pick_device
+from utils import UserError
 
 
 def number(
@@ -42,6 +41,7 @@ PROBABILITY = {"type": number(float, 0, below=1)}
 POSITIVE = {"type": number(int, 1, most=10**9)}
 FACTOR = {"type": number(float, 0, most=1e38)}  # float32 ends at 3.4e38
 COUNT = {"type": number(int, 0, most=10**9)}
+DEPTH = {"type": number(int, 1, most=100)}
 SEED = {"type": number(int, 0, most=2**63 - 1)}
 SWITCH = {"action": "store_true"}
 
@@ -59,6 +59,21 @@ class Flag(NamedTuple):
     @property
     def name(self) -> str:
         return self.kind.get("dest") or self.names.split()[-1].lstrip("-")
+
+    def takes(self, value: Any) -> bool:
+        """Whether a file may say that it has this value: one from a command line, or no value by default."""
+        if value is None:
+            return self.default is None
+        if self.kind == SWITCH:
+            return isinstance(value, bool)
+        if isinstance(value, list) != ("nargs" in self.kind):
+            return False
+        parse, choices = self.kind.get("type", str), self.kind.get("choices")
+        try:
+            values = value if isinstance(value, list) else [value]
+            return all(parse(str(one)) == one and (choices is None or one in choices) for one in values)
+        except (argparse.ArgumentTypeError, ValueError):
+            return False
 
 
 HOW = {"stored": False}
@@ -83,14 +98,14 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("--model", {"choices": list(LAYERS)}, "LSTM", "kind of the recurrent layers", **SHAPE),
         Flag("--emsize", POSITIVE, 400, "size of the word embeddings", **SHAPE),
         Flag("--nhid", POSITIVE, 1150, "hidden units per layer", **SHAPE),
-        Flag("--nlayers", POSITIVE, 3, "number of recurrent layers", **SHAPE),
+        Flag("--nlayers", DEPTH, 3, "number of recurrent layers", **SHAPE),
         Flag("--tied", SWITCH, True, "decoder weight = embedding weight", **SHAPE),
         Flag("--untied", {"dest": "tied", "action": "store_false"}, None, "a decoder weight of its own"),
         Flag("--n_experts", COUNT, 0, "softmaxes in the mixture; 0: one softmax without latents", **SHAPE),
         Flag("--nhidlast", COUNT, 0, "hidden units of the last layer; 0: emsize when tied or with --n_experts, "
              "else nhid", **SHAPE),
-        Flag("--rounds", COUNT, 5, "Mogrifier: rounds in which input and state gate each other; 0: Melis's "
-             "LSTM", **SHAPE),
+        Flag("--rounds", {"type": number(int, 0, most=100)}, 5, "Mogrifier: rounds in which input and state gate "
+             "each other; 0: Melis's LSTM", **SHAPE),
         Flag("--rank", COUNT, 0, "Mogrifier: rank of the matrices in these rounds; 0: full", **SHAPE),
     ],
     "regularisation (dropouts are probabilities in [0, 1))": [
@@ -191,18 +206,6 @@ def parse_evaluation(doc: str, *groups: tuple[str, Collection[Flag]]) -> Namespa
     return parser.parse_all(own, data=None, device="auto")
 
 
-def open_model(args: Namespace) -> files.Opened:
-    """What such a script evaluates, by its flags --save and --device.
-
-    Raises:
-        UserError: see `files.load_model`; a flag contradicts the model's shape; the device is not there.
-    """
-    saved = files.load_model(args.save, "--save")
-    check_shape(vars(args), saved["args"], args.save)
-    saved["args"] = {**DEFAULTS, **saved["args"]}
-    return files.to_evaluate(saved, pick_device(args.device))
-
-
 def resolve_args(given: dict[str, Any], stored: dict[str, Any]) -> Namespace:
     """All settings of a run: given over stored over default; a fresh name and the optimizer's own rate."""
     stored = {name: value for name, value in stored.items() if name in BY_NAME and BY_NAME[name].stored}
@@ -214,6 +217,13 @@ def resolve_args(given: dict[str, Any], stored: dict[str, Any]) -> Namespace:
     if args.save is None:
         args.save = args.resume or f"{time.time_ns() // 1_000_000}.pt"
     return args
+
+
+def check_stored(stored: dict[str, Any], place: str) -> None:
+    """Raises UserError when a file's settings have a value that their flag would not take."""
+    for name, value in stored.items():
+        if name in BY_NAME and BY_NAME[name].stored and not BY_NAME[name].takes(value):
+            raise UserError(f"{place}: its args say {name} {value!r}; use another copy")
 
 
 def check_shape(given: dict[str, Any], stored: dict[str, Any], path: str) -> None:

@@ -24,6 +24,12 @@ class Position:
     history: list[float] = field(default_factory=list)  # validation loss of every epoch
     before: str = ""  # the sha256 of what lay at --save when the run began: another run's model
 
+    def __post_init__(self) -> None:
+        """Raises TypeError when a count from a file is no whole number."""
+        for name in ("epoch", "row", "batch", "step", "loss_count"):
+            if type(getattr(self, name)) is not int:
+                raise TypeError(f"its {name} is {getattr(self, name)!r}")
+
     def not_finite(self, what: str, step: int) -> RunError:
         """The error of a run that has diverged by `step`."""
         return RunError(

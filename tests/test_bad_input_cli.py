@@ -462,6 +462,9 @@ def missing_tensor(saved: dict) -> None:
         edit("args", nlayers=-1),
         edit("args", model="TCN"),
         edit("args", emsize="8"),
+        edit("args", emsize=0),
+        edit("args", nlayers=10**9),
+        edit("args", rounds=10**9),
         edit("args", splits=[5]),
         edit("model", more=torch.zeros(2)),
         edit("model", **{"encoder.weight": torch.zeros(41, 9)}),
@@ -496,6 +499,16 @@ def test_a_state_with_a_part_missing_or_odd(old, refuse_here, corpus, part, repl
         del state[part]
     torch.save(state, old / "m.pt.state")
     refuse_here(2, "m.pt.state", flags=["--data", corpus, "--resume", "m.pt", "--save", "m.pt", "--epochs", 2])
+
+
+@pytest.mark.parametrize("name", ["epoch", "row", "batch", "step", "loss_count"])
+def test_a_state_of_no_position(old, refuse_here, corpus, name):
+    """A count that is none."""
+    state = torch.load(old / "m.pt.state", weights_only=True)
+    state["at"][name] = 1.5
+    torch.save(state, old / "m.pt.state")
+    flags = ["--data", corpus, "--resume", "m.pt", "--save", "m.pt", "--epochs", 2]
+    refuse_here(2, "m.pt.state", f"its {name} is 1.5", flags=flags)
 
 
 def test_a_state_of_an_older_version(old, refuse_here):

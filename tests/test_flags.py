@@ -1,6 +1,7 @@
 """The flag table: defaults, spellings, abbreviations, and which of given, stored and default values wins."""
 
 import importlib
+import math
 import re
 import shlex
 import sys
@@ -8,6 +9,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 import toys
 
 import dynamiceval
@@ -16,7 +18,8 @@ import generate
 import main
 import pointer
 import score
-from harness.flags import BY_NAME, DEFAULTS, FLAGS, MAIN, ArgumentParser, check_shape, open_model, resolve_args
+from harness.files import open_model
+from harness.flags import BY_NAME, DEFAULTS, FLAGS, MAIN, ArgumentParser, check_shape, check_stored, resolve_args
 from harness.start import OWN
 from utils import UserError
 
@@ -168,3 +171,14 @@ def test_a_script_that_opens_a_model_takes_flags_of_its_shape(tmp_path):
     open_model(Namespace(save=path, device="cpu", nhid=16, model="LSTM", tied=True))
     with pytest.raises(UserError, match=f"--nhid 17: contradicts {re.escape(path)}"):
         open_model(Namespace(save=path, device="cpu", nhid=17))
+
+
+@pytest.mark.parametrize("name", [name for name, flag in BY_NAME.items() if flag.stored])
+def test_a_file_may_say_what_a_command_line_could(name):
+    """The default passes; no number of another kind or range does, no other container, name or tensor."""
+    check_stored({name: DEFAULTS[name]}, "m.pt")
+    odd = [-2, 10**30, math.nan, [0.5], {"a": 1}, torch.zeros(2), "" if name != "data" else 1, (1,)]
+    odd += [True] if not isinstance(DEFAULTS[name], bool) else [1]
+    for value in odd:
+        with pytest.raises(UserError, match=f"m.pt: its args say {name} "):
+            check_stored({name: value}, "m.pt")
