@@ -42,7 +42,7 @@ from harness import (
     run_script,
     say,
 )
-from harness.files import STATS_FORMAT, NotWrittenError, Opened, load, save
+from harness.files import STATS_FORMAT, NotWrittenError, Opened, check_parts, load, save
 from harness.log import warn
 from model import detach
 from pointer import POINTER, mixture_logprob, on_edge, pointer_prob
@@ -215,7 +215,9 @@ def find_statistics(saved: Opened, path: str, corpus: Corpus, args: Namespace) -
     how |= {"text": corpus.digest, "weights": digest.hexdigest()}
     with contextlib.suppress(UserError):  # there are none, or they are damaged
         found = load(path, "--save", STATS_FORMAT)
-        if found.get("how") == how:
+        check_parts(found, {"how": dict, "ms": list}, path)
+        shapes = [getattr(tensor, "shape", None) for tensor in found["ms"]]
+        if str(found["how"]) == str(how) and shapes == [weight.shape for weight in weights]:
             return [tensor.to(saved.device) for tensor in found["ms"]]
     ms = gradient_statistics(saved, corpus.train.to(saved.device), args.batch_size, args.bptt, args.max_batches)
     try:

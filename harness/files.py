@@ -161,6 +161,9 @@ def load_model(path: str, flag: str) -> dict[str, Any]:
     saved = {"tokenizer": None, **load(path, flag, MODEL_FORMAT)}  # older models have none
     check_parts(saved, PARTS, f"{flag} {path}")
     check_tensors(saved, f"{flag} {path}")
+    for name in ("valid_loss", "step", "partial"):  # what a run that goes on reads of them
+        if not isinstance(saved["metrics"].get(name, 0), int | float):
+            raise UserError(f"{flag} {path}: its metrics do not say {name} in a number; use another copy")
     for name, tensor in [*saved["model"].items(), *saved["criterion"].items()]:
         if not tensor.isfinite().all():
             raise RunError(f"{flag} {path}: its {name} holds nan or infinite numbers; use another copy")

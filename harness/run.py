@@ -307,7 +307,7 @@ class Run:
             if self.at.best_loss is not None:
                 say(f"| {path}: the best model is not there; the next validation saves one, better or not")
             return None
-        metrics = files.load_model(path, "--resume")["metrics"]
+        metrics = {"valid_loss": torch.inf, **files.load_model(path, "--resume")["metrics"]}
         made = metrics.get("script"), metrics.get("fingerprint")
         of_another = made != (self.script, self.corpus.digest) or file_digest(path) == self.at.before
         if save != path:

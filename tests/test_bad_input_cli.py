@@ -466,6 +466,8 @@ def missing_tensor(saved: dict) -> None:
         edit("args", nlayers=10**9),
         edit("args", rounds=10**9),
         edit("args", splits=[5]),
+        edit("metrics", valid_loss="5.1"),
+        edit("metrics", step=torch.zeros(2)),
         edit("model", more=torch.zeros(2)),
         edit("model", **{"encoder.weight": torch.zeros(41, 9)}),
         edit("model", **{"encoder.weight": "no tensor"}),

@@ -131,19 +131,25 @@ def test_statistics_are_kept_and_taken_again_when_something_has_changed(ready, c
     assert len(taken) == 1
     run(capsys, corpus, save, "--bptt", 7)
     assert len(taken) == 2
-    Path(f"{save}.stats").write_bytes(b"damaged")
+    path = Path(f"{save}.stats")
+    whole = torch.load(path, weights_only=True)
+    for odd in ({"ms": whole["ms"][:-1]}, {"ms": [1.0] * len(whole["ms"])}, {"how": torch.zeros(2)}):
+        torch.save({**whole, **odd}, path)
+        run(capsys, corpus, save, "--bptt", 7)
+    assert len(taken) == 5
+    path.write_bytes(b"damaged")
     assert run(capsys, corpus, save) == first
-    assert len(taken) == 3
+    assert len(taken) == 6
     save_model(save, vocab=WORDS[::-1])
     run(capsys, corpus, save)
     text = (corpus / "train.txt").read_text().splitlines()
     (corpus / "train.txt").write_text("\n".join(text[::-1]) + "\n")
     run(capsys, corpus, save)
-    assert len(taken) == 5
+    assert len(taken) == 8
     saved = torch.load(save, weights_only=True)
     saved["model"]["decoder.bias"] += 1
     torch.save(saved, save)
-    for count, more in enumerate(([], ["--max_batches", 2], ["--batch_size", 9]), start=6):
+    for count, more in enumerate(([], ["--max_batches", 2], ["--batch_size", 9]), start=9):
         run(capsys, corpus, save, *more)
         assert len(taken) == count
 
