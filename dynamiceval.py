@@ -43,9 +43,10 @@ from harness import (
     say,
 )
 from harness.files import STATS_FORMAT, NotWrittenError, Opened, check_parts, load, save
-from harness.log import warn
+from harness.log import unit_text, warn
 from model import detach
 from pointer import POINTER, mixture_logprob, on_edge, pointer_prob
+from tokenizer import figures_per_unit
 from utils import RunError, UserError
 
 CHUNK = 1 << 16  # weights updated at once: all that an update reads of them fits a core's cache
@@ -297,7 +298,9 @@ def main() -> int:
             if whole
             else f"Part of dynamic evaluation, {count} of {len(ids) - 1} tokens"
         )
-        say(f"{DOUBLE_RULE}\n| {what} | {figures(loss, f'{split} ', bpc=False)}\n{DOUBLE_RULE}")
+        units = figures_per_unit(saved.tokenizer, saved.vocab, ids[: count + 1], loss)
+        told = figures(loss, f"{split} ", bpc=False) + unit_text(units, f"{split} ")
+        say(f"{DOUBLE_RULE}\n| {what} | {told}\n{DOUBLE_RULE}")
         how = {"lr": args.lr, "lamb": args.lamb, "bptt": args.bptt, "pointer": pointer, "tokens": count}
         log.write("dynamic evaluation", loss, split=split, partial=not whole, **how)
         if not whole:

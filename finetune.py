@@ -5,8 +5,9 @@
     python finetune.py --resume PTB.ft.pt                                 # go on with a stopped run
     python finetune.py --save PTB.pt --resume auto --max_minutes 60       # a cluster's job, each time
 
-The file is replaced only by a better model, whole or not at all. The architecture and every setting that is not
-given come from the file. Method: Merity, Keskar, Socher, arXiv 1708.02182, section 5.
+The file is replaced only by a better model, whole or not at all. What is not given comes from the file, but for a
+course of its own: the rate (30), --epochs and --nonmono are as by default. Method: Merity, Keskar, Socher, arXiv
+1708.02182, section 5.
 """
 
 import train

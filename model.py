@@ -241,6 +241,7 @@ class RNNModel(nn.Module):
         self.rnns = nn.ModuleList(
             kind(sizes[i], sizes[i + 1], wdrop, first=i == 0, **options) for i in range(nlayers)
         )
+        self.width = last  # of what the criterion takes
         self.decoder = Decoder(self.encoder, ninp if mixture else last, tie_weights)
         self.reset_parameters()
 
@@ -309,12 +310,11 @@ def build(args: dict[str, Any], ntoken: int) -> tuple[RNNModel, Criterion]:
         )
     how = {"tie_weights": args["tied"], "nhidlast": nhidlast, "mixture": n_experts > 0}
     model = RNNModel(args["model"], ntoken, *sizes, *dropouts, **how, **options)
-    width = nhidlast or (args["emsize"] if args["tied"] or n_experts else args["nhid"])
     if n_experts:
         if splits:
             raise ValueError(f"--n_experts {n_experts}: goes with one softmax only; leave --splits out")
-        return model, MixtureOfSoftmaxes(width, args["emsize"], n_experts, dropoutl)
+        return model, MixtureOfSoftmaxes(model.width, args["emsize"], n_experts, dropoutl)
     splits = default_splits(ntoken) if splits is None else splits
     if splits and splits[-1] >= ntoken:
         raise ValueError(f"--splits {splits}: the last one has to lie below the vocabulary's size, {ntoken}")
-    return model, SplitCrossEntropyLoss(width, splits)
+    return model, SplitCrossEntropyLoss(model.width, splits)

@@ -18,11 +18,12 @@ class Optimizer(NamedTuple):
     kind: type[torch.optim.Optimizer]
     lr: float  # the rate when none is given
     on_stall: str  # what a stalled validation loss does: "average" the weights from then on, or "nothing"
+    moments: int  # tensors kept per weight; --beta1 is of the first
 
 
 OPTIMIZERS = {
-    "sgd": Optimizer(torch.optim.SGD, lr=30.0, on_stall="average"),  # NT-ASGD
-    "adam": Optimizer(torch.optim.Adam, lr=1e-3, on_stall="nothing"),
+    "sgd": Optimizer(torch.optim.SGD, lr=30.0, on_stall="average", moments=0),  # NT-ASGD
+    "adam": Optimizer(torch.optim.Adam, lr=1e-3, on_stall="nothing", moments=2),
 }
 
 
@@ -35,7 +36,7 @@ def make_optimizer(
         UserError: it has no momentum for `beta1` to set.
     """
     fused = parameters[0].device.type == "cpu" or None  # one pass, without temporaries; None: torch decides
-    how = {"betas": (beta1, 0.999)} if name == "adam" else {}
+    how = {"betas": (beta1, 0.999)} if OPTIMIZERS[name].moments else {}
     if not how and beta1 != 0.9:
         raise UserError(f"--beta1 {beta1}: is Adam's; give --optimizer adam, or leave it out")
     return OPTIMIZERS[name].kind(parameters, lr=lr, weight_decay=wdecay, fused=fused, **how)

@@ -34,8 +34,10 @@ from harness import (
     run_script,
     say,
 )
+from harness.log import unit_text
 from model import Criterion, RNNModel
 from products import product
+from tokenizer import figures_per_unit
 from utils import RunError
 
 BLOCK = 128  # positions at once: their scores of a window of 4,000 (2 MB) stay in a core's cache
@@ -195,6 +197,15 @@ def main() -> None:
     def evaluate(ids: Tensor, *grid: Sequence[float]) -> Tensor:
         return pointer_loss(saved.model, saved.criterion, ids.to(saved.device), args.bptt, *grid)
 
+    def report(split: str, ids: Tensor, loss: float) -> None:
+        """Prints and logs the figures of one text."""
+        if math.isnan(loss):
+            raise RunError(f"the {split} loss is {loss}: the model's weights are not finite; use another model")
+        units = figures_per_unit(saved.tokenizer, saved.vocab, ids, loss)
+        told = figures(loss, f"{split} ", bpc=False) + unit_text(units, f"{split} ")
+        say(f"{DOUBLE_RULE}\n| End of pointer | {told}\n{DOUBLE_RULE}")
+        log.write("pointer", loss, split=split, **dict(zip(("theta", "lambdasm", "window"), best, strict=True)))
+
     best = args.theta, args.lambdasm, args.window
     grid = [[value] for value in best]
     if args.search:
@@ -202,17 +213,8 @@ def main() -> None:
     valid = evaluate(corpus.valid, *grid)
     if args.search:
         best = search(valid, *grid)
-    report("val", valid.min().item(), best, log)
-    report("test", evaluate(corpus.test, *([value] for value in best)).item(), best, log)
-
-
-def report(split: str, loss: float, settings: tuple[float, float, int], log: RunLog) -> None:
-    """Prints and logs the figures of one text."""
-    if math.isnan(loss):
-        raise RunError(f"the {split} loss is {loss}: the model's weights are not finite; use another model")
-    say(f"{DOUBLE_RULE}\n| End of pointer | {figures(loss, f'{split} ', bpc=False)}\n{DOUBLE_RULE}")
-    theta, lambdasm, window = settings
-    log.write("pointer", loss, split=split, theta=theta, lambdasm=lambdasm, window=window)
+    report("val", corpus.valid, valid.min().item())
+    report("test", corpus.test, evaluate(corpus.test, *([value] for value in best)).item())
 
 
 if __name__ == "__main__":

@@ -71,7 +71,9 @@ PREPARE = [
 
 
 def find_sources(sources: list[str], spool: Path) -> list[Path]:
-    """The files to read, a folder's sorted by name; what stdin brings is kept in `spool`: it is read three times.
+    """The files to read: a folder's sorted by name, without hidden ones.
+
+    What stdin brings is kept in `spool`: it is read three times.
 
     Raises:
         UserError: a folder holds no file.
@@ -83,7 +85,8 @@ def find_sources(sources: list[str], spool: Path) -> list[Path]:
             path = spool / "stdin"
             with open(path, "wb") as file:
                 shutil.copyfileobj(sys.stdin.buffer, file)
-        inside = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+        visible = (p for p in path.rglob("*") if not any(x.startswith(".") for x in p.relative_to(path).parts))
+        inside = sorted(filter(Path.is_file, visible))
         if path.is_dir() and not inside:
             raise UserError(f"{source}: is a folder without a file; give texts")
         found += inside or [path]

@@ -27,7 +27,7 @@ from data import EOS, read_corpus
 from dynamiceval import DYNAMIC, MovingWeights, fill_in, find_statistics, weights_of
 from harness import SWITCH, Flag, number, open_model, parse_evaluation, ppl, read_lines, run_script
 from harness.files import Opened
-from harness.log import unit_figures
+from harness.log import unit_figures, warn
 from surprisal import Line, Reader, Scored, score_adaptively, score_apart, score_carried
 from utils import UserError
 
@@ -89,6 +89,9 @@ def print_lines(scored: Iterable[Scored], reader: Reader, mode: str, unit: float
     print(f"| total | {counts} | {figures}", file=sys.stderr)
 
 
+HEADERS = [("good", "bad"), ("sentence_good", "sentence_bad")]  # of two columns, where there is one
+
+
 def read_pairs(path: str) -> Iterator[tuple[str, str, str]]:
     """Yields (paradigm, good, bad): of BLiMP's JSON lines, or of two columns.
 
@@ -96,6 +99,8 @@ def read_pairs(path: str) -> Iterator[tuple[str, str, str]]:
         UserError: see `read_lines`; or a line is neither.
     """
     for i, line in enumerate(read_lines(path), start=1):
+        if not line.strip() or (i == 1 and tuple(line.lower().split("\t")) in HEADERS):
+            continue
         if not line.lstrip().startswith("{"):
             cells = line.split("\t")
             if len(cells) != 2:
@@ -124,15 +129,21 @@ def print_pairs(saved: Opened, reader: Reader, path: str) -> None:
             for text in pair:
                 yield reader.line(i, text, f"{path}, line {i}")
 
-    right, pairs = Counter(), Counter()
+    right, pairs, alike = Counter(), Counter(), 0
     scored = score_apart(saved, lines(), False)
     for i, (good, bad) in enumerate(zip(scored, scored, strict=True)):
         names = {paradigms[i], "all"}
         pairs.update(names)
+        alike += good.line.ids == bad.line.ids
         right.update(names if good.logprob.sum() > bad.logprob.sum() else ())
+    if not pairs:
+        raise UserError(f"{path}: has no pair; give BLiMP's lines, or two columns")
     print_row("paradigm", "pairs", "accuracy")
     for name in [*(name for name in dict.fromkeys(paradigms) if name != "all"), "all"]:
         print_row(name, pairs[name], right[name] / pairs[name])
+    if alike:
+        reason = "have the same tokens twice, as unknown words have, and count as wrong"
+        warn(f"{path}: {alike} of {pairs['all']} pairs {reason}")
 
 
 def print_best(saved: Opened, reader: Reader, path: str, weight: float) -> None:
@@ -145,6 +156,8 @@ def print_best(saved: Opened, reader: Reader, path: str, weight: float) -> None:
 
     def lines() -> Iterator[Line]:
         for i, row in enumerate(read_lines(path), start=1):
+            if not row.strip():
+                continue
             cells = row.split("\t")
             if len(cells) != 3:
                 raise UserError(f"{path}, line {i}: has {len(cells)} columns; give an id, a score and a text")

@@ -182,7 +182,7 @@ class Reader:
         return token.piece not in self.encoder.token_to_index or (token.piece == UNK != token.text)
 
     def show(self, token: Token) -> str:
-        return f"{UNK} {token.text}" if self.is_unknown(token) else token.piece
+        return f"{UNK} {' '.join(token.text.split())}" if self.is_unknown(token) else token.piece
 
     def lines(self, path: str, context: str | None) -> Iterator[Line]:
         """The lines of a file, each with the line of that number of `context`, another file.
@@ -196,3 +196,5 @@ class Reader:
             if contexts and before is None:
                 raise UserError(f"--context {context}: has no line {number}; give a line for each of {path}")
             yield self.line(number, text, f"{path}, line {number}", before)
+        if contexts and next(contexts, None) is not None:
+            raise UserError(f"--context {context}: has more lines than {path}; give a line for each")

@@ -26,12 +26,12 @@ from data import (
     get_batch,
     rotate_columns,
 )
-from harness.log import DOUBLE_RULE, RULE, EpochBar, RunLog, figures, say, tell, unit_figures
+from harness.log import DOUBLE_RULE, RULE, EpochBar, RunLog, figures, say, tell, unit_text
 from harness.ranks import ALONE, Ranks, Stop, Stopper
 from harness.run import Run
 from model import Criterion, RNNModel, detach
 from optim import OPTIMIZERS, has_stalled
-from tokenizer import count_units
+from tokenizer import figures_per_unit
 
 EVAL_ROWS = 1024  # positions at once, at least: the matrix products like as many
 NO_TIME = ("SIGTERM", "--max_minutes")  # a run that ends for these neither validates nor tests
@@ -56,7 +56,7 @@ def train_step(run: Run, source: Tensor, target: Tensor) -> Tensor:
     for group in run.optimizer.param_groups:
         group["lr"] = run.rate() * len(source) / args.bptt
 
-    if args.drop_state and torch.rand(()) < args.drop_state:
+    if args.drop_state and torch.rand((), generator=run.lengths) < args.drop_state:  # the same on all ranks
         run.hidden = run.first_hidden()
     if args.samples > 1:  # masks of dropout are per column
         source = source.repeat_interleave(args.samples, dim=1)  # (T, B·samples)
@@ -248,10 +248,8 @@ def test(path: str, ids: Tensor, bptt: int, log: RunLog) -> float:
     """Evaluates a saved model on the test text at batch size 1 and prints the last line of a run."""
     saved = files.to_evaluate(files.load_model(path, "--save"), ids.device)
     loss = evaluate(saved.model, saved.criterion, ids, bptt, TEST_BATCH_SIZE)
-    counted = count_units(saved.tokenizer, saved.vocab, ids[1:].cpu().numpy())
-    units = unit_figures(loss * (len(ids) - 1), *counted) if counted else {}
-    more = "".join(f" | test {name} {value:8.3f}" for name, value in units.items())
-    say(f"{DOUBLE_RULE}\n| End of training | {figures(loss, 'test ')}{more}\n{DOUBLE_RULE}")
+    units = figures_per_unit(saved.tokenizer, saved.vocab, ids, loss)
+    say(f"{DOUBLE_RULE}\n| End of training | {figures(loss, 'test ')}{unit_text(units, 'test ')}\n{DOUBLE_RULE}")
     log.write("test", loss, **{name.replace(" ", "_"): value for name, value in units.items()})
     return loss
 

@@ -44,6 +44,7 @@ COUNT = {"type": number(int, 0, most=10**9)}
 DEPTH = {"type": number(int, 1, most=100)}
 SEED = {"type": number(int, 0, most=2**63 - 1)}
 SWITCH = {"action": "store_true"}
+TOGGLE = {"action": argparse.BooleanOptionalAction}  # --no-… turns off what a saved run had on
 
 
 class Flag(NamedTuple):
@@ -55,6 +56,7 @@ class Flag(NamedTuple):
     help: str
     shapes: bool = False  # shapes the model: a saved one answers it
     stored: bool = True  # travels to a resumed run: it says what is computed, not how that is carried out
+    own: bool = False  # not from training to fine-tuning, which starts a course of its own
 
     @property
     def name(self) -> str:
@@ -64,7 +66,7 @@ class Flag(NamedTuple):
         """Whether a file may say that it has this value: one from a command line, or no value by default."""
         if value is None:
             return self.default is None
-        if self.kind == SWITCH:
+        if self.kind in (SWITCH, TOGGLE):
             return isinstance(value, bool)
         if isinstance(value, list) != ("nargs" in self.kind):
             return False
@@ -78,6 +80,7 @@ class Flag(NamedTuple):
 
 HOW = {"stored": False}
 SHAPE = {"shapes": True}
+OWN = {"own": True}
 FLAGS: dict[str, list[Flag]] = {
     "run": [
         Flag("--data", {}, "data/penn", "folder with train.txt, valid.txt, test.txt; or penn_treebank, "
@@ -85,7 +88,7 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("--device", {}, "auto", "auto, cpu, cuda, cuda:N or mps", **HOW),
         Flag("--cuda", {"dest": "device", "action": "store_const", "const": "auto"}, None, "as --device auto"),
         Flag("--amp", {"choices": ["none", "bf16", "fp16"]}, "none", "mixed precision in training alone"),
-        Flag("--compile", SWITCH, False, "torch.compile the loss: slow to start, then faster"),
+        Flag("--compile", TOGGLE, False, "torch.compile the loss: slow to start, then faster"),
         Flag("--save", {}, None, "file of the model (finetune.py starts from it); beside it .state (to resume) "
              "and .log.jsonl", **HOW),
         Flag("--resume", {}, "", "go on from this model and its .state, or warm-start from the model alone; "
@@ -126,27 +129,29 @@ FLAGS: dict[str, list[Flag]] = {
     ],
     "optimisation": [
         Flag("--lr", FACTOR, None, f"rate of a batch of length bptt (default: "
-             f"{', '.join(f'{name} {row.lr:g}' for name, row in OPTIMIZERS.items())})"),
+             f"{', '.join(f'{name} {row.lr:g}' for name, row in OPTIMIZERS.items())})", **OWN),
         Flag("--clip", FACTOR, 0.25, "clip the gradient to this norm; 0: off"),
-        Flag("--epochs", COUNT, 8000, "train up to this epoch"),
+        Flag("--epochs", COUNT, 8000, "train up to this epoch", **OWN),
         Flag("--max_steps", COUNT, 0, "stop after this many optimizer steps in all; 0: no limit", **HOW),
         Flag("--max_minutes", {"type": number(float, 0)}, 0.0, "write the .state and end with status 0 "
              "after N minutes; 0: no limit", **HOW),
         Flag("--batch_size", POSITIVE, 80, "columns of text side by side, of all processes together"),
         Flag("--bptt", POSITIVE, 70, "base sequence length, in tokens; that of a batch varies around it"),
         Flag("--max_seq_len", COUNT, 0, "longest sequence length, in tokens; 0: no limit"),
-        Flag("--shuffle", SWITCH, False, "rotate every column of the text by an offset of its own in each epoch"),
-        Flag("--beta1", PROBABILITY, 0.9, "of Adam: share of the mean gradient that is kept per step"),
-        Flag("--average", SWITCH, False, "under Adam too, average the weights once the validation loss stalls"),
+        Flag("--shuffle", TOGGLE, False, "rotate every column of the text by an offset of its own in each epoch"),
         Flag("--nonmono", COUNT, 5, "the validation loss has stalled when it is above the best one of more than N "
-             "epochs ago"),
+             "epochs ago", **OWN),
         Flag("--seed", SEED, 1111, "of all random numbers"),
     ],
     "main.py only": [
-        Flag("--optimizer", {"choices": list(OPTIMIZERS)}, "sgd", "sgd: NT-ASGD, which averages once it stalls"),
-        Flag("--when", {"type": int, "nargs": "+"}, [-1], "epochs after which the rate is divided by 10"),
+        Flag("--optimizer", {"choices": list(OPTIMIZERS)}, "sgd", "sgd: NT-ASGD, which averages once it stalls",
+             **OWN),
+        Flag("--beta1", PROBABILITY, 0.9, "of Adam: share of the mean gradient that is kept per step", **OWN),
+        Flag("--average", TOGGLE, False, "under Adam too, average the weights once the validation loss stalls",
+             **OWN),
+        Flag("--when", {"type": int, "nargs": "+"}, [-1], "epochs after which the rate is divided by 10", **OWN),
         Flag("--anneal", COUNT, 0, "epoch, 1 or later, after which the rate falls in a straight line, to 0 at "
-             "the end of the last one; 0: it does not"),
+             "the end of the last one; 0: it does not", **OWN),
         Flag("--splits", {"type": int, "nargs": "*"}, None, "word ids (ranks by frequency) at which the split "
              "softmax's clusters begin (default: by vocabulary size)", **SHAPE),
         Flag("--vocab_size", COUNT, 0, "keep the N most frequent words, <unk> and <eos> among them; 0: all",
@@ -176,7 +181,8 @@ class ArgumentParser(argparse.ArgumentParser):
         """Adds a group of flags, with defaults in the help text unless a saved model has the values (`saved`)."""
         group = self.add_argument_group(title)
         for flag in flags:
-            untold = flag.default in (None, "", [-1]) or isinstance(flag.default, bool) or (saved and flag.stored)
+            untold = flag.default in (None, "", [-1]) or isinstance(flag.default, bool)
+            untold = untold or (saved and flag.stored and not flag.own)
             default = "" if untold else f" (default: {flag.default})"
             group.add_argument(*flag.names.split(), help=(flag.help + default).replace("%", "%%"), **flag.kind)
 
@@ -214,6 +220,8 @@ def resolve_args(given: dict[str, Any], stored: dict[str, Any]) -> Namespace:
     changed = "optimizer" in given and given["optimizer"] != stored.get("optimizer")
     if args.lr is None or (changed and "lr" not in given):
         args.lr = OPTIMIZERS[args.optimizer].lr
+    if changed and "beta1" not in given:
+        args.beta1 = DEFAULTS["beta1"]
     if args.save is None:
         args.save = args.resume or f"{time.time_ns() // 1_000_000}.pt"
     return args

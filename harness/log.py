@@ -38,6 +38,11 @@ def unit_figures(total: float, words: int, characters: int) -> dict[str, float]:
     return {"ppl per word": ppl(total / words), "bits per character": total / characters / math.log(2)}
 
 
+def unit_text(units: dict[str, float], prefix: str) -> str:
+    """The end of a printed line that tells them; nothing where there are none."""
+    return "".join(f" | {prefix}{name} {value:8.3f}" for name, value in units.items())
+
+
 @contextlib.contextmanager
 def above_bar() -> Iterator[None]:
     """While entered, the progress bar makes room."""

@@ -30,6 +30,11 @@ class Position:
             if type(getattr(self, name)) is not int:
                 raise TypeError(f"its {name} is {getattr(self, name)!r}")
 
+    def restart_epoch(self) -> None:
+        """To the epoch's first row: nothing is counted yet."""
+        self.row = self.batch = self.loss_count = 0
+        self.loss_sum = self.epoch_s = 0.0
+
     def not_finite(self, what: str, step: int) -> RunError:
         """The error of a run that has diverged by `step`."""
         return RunError(

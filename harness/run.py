@@ -157,9 +157,8 @@ class Run:
         return self.at.loss_sum / self.at.loss_count if self.at.loss_count else None
 
     def next_epoch(self) -> None:
-        at = self.at
-        at.epoch, at.row, at.batch, at.epoch_s = at.epoch + 1, 0, 0, 0.0
-        at.loss_sum, at.loss_count = 0.0, 0
+        self.at.epoch += 1
+        self.at.restart_epoch()
 
     # Files: rank 0 alone writes. A disk that does not take one costs a warning, and the one before is kept.
 
@@ -284,7 +283,7 @@ class Run:
             own = slice(self.columns.start * D, self.columns.stop * D)
             self.hidden = map_tensors(lambda x: x[:, own].to(self.device, torch.float32), state["hidden"])
         else:  # the columns are others, of the text or of what is carried: this epoch starts again
-            self.at.row = self.at.batch = 0
+            self.at.restart_epoch()
         self.offsets = state["offsets"]
         generators, rank = state["generators"], self.ranks.rank
         self.lengths.set_state(generators["lengths"])

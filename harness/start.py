@@ -14,10 +14,8 @@ from harness.log import RunLog, say, summary_writer
 from harness.ranks import ALONE, Ranks, find_ranks
 from harness.run import Run
 from harness.texts import file_digest
+from optim import OPTIMIZERS
 from utils import UserError, pick_device
-
-# A new fine-tuning starts its own course: these do not come from the training that made the model.
-OWN = ("epochs", "optimizer", "lr", "when", "anneal", "nonmono", "beta1", "average")
 
 
 class Found(NamedTuple):
@@ -120,7 +118,8 @@ def find_finetuning(script: str, given: dict[str, Any]) -> Found:
     else:
         path = given.get("save", "PTB.pt")
         saved = files.load_model(path, "--save")
-        stored = {name: value for name, value in saved["args"].items() if name not in OWN}
+        own = {name for name, flag in flags.BY_NAME.items() if flag.own}
+        stored = {name: value for name, value in saved["args"].items() if name not in own}
     flags.check_shape(given, stored, path)
     args = flags.resolve_args({**given, "resume": path if state else ""}, stored)
     args.save = given.get("output", given.get("save", path))
@@ -163,8 +162,9 @@ def start_run(start: Start) -> Run:
     run.deadline_s = start.began_s + 60 * args.max_minutes if args.max_minutes else None
     say(f"Args: {vars(args)}\nModel total parameters: {sum(p.numel() for p in run.parameters)}")
     if ranks.is_main:
-        # The state is the largest file: the weights, and of each Adam's two moments, or the mean under SGD.
-        copies = 3 if args.optimizer == "adam" else 2
+        # The state is the largest file: the weights, the optimizer's moments of them, and their mean.
+        optimizer = OPTIMIZERS[args.optimizer]
+        copies = 1 + optimizer.moments + (args.average or optimizer.on_stall == "average")
         files.check_writable(f"{args.save}.state", "--save", copies * 4 * sum(p.numel() for p in run.parameters))
         run.log = RunLog(f"{args.save}.log.jsonl", board)
     if state:

@@ -174,7 +174,8 @@ class RoundWeights(nn.Module):
 
 
 def truncated_normal_(tensor: Tensor, std: float) -> None:
-    """Normal, cut off at two deviations."""
+    """Normal, cut off at two deviations, wider by so much that `std` is the deviation of what is left."""
+    std /= 0.8796256610342398
     nn.init.trunc_normal_(tensor, std=std, a=-2 * std, b=2 * std)
 
 

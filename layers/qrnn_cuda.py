@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from layers.qrnn import wide
+
 SOURCE = Path(__file__).with_name("qrnn.cu")
 INSTALL = "python -m pip install -r requirements-cuda.txt"
 BLOCK = 128  # threads per block: a few warps, so that B·H = 31,000 lanes still spread over all processors
@@ -92,18 +94,13 @@ def contiguous(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | Non
     return [None if x is None else x.to(dtype).contiguous() for x in tensors]
 
 
-def arithmetic(dtype: torch.dtype) -> torch.dtype:
-    """A, for S = `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def forward(y: Tensor, c0: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """y (T, B, 3H) of S, c0 (B, H) of A or None -> out, c (T, B, H) of S, c_last (B, H) of A."""
     T, B, H = y.shape[0], y.shape[1], y.shape[2] // 3
     (y,) = contiguous(y.dtype, y)
-    (c0,) = contiguous(arithmetic(y.dtype), c0)
+    (c0,) = contiguous(wide(y.dtype), c0)
     out, c = y.new_empty(T, B, H), y.new_empty(T, B, H)
-    c_last = y.new_empty(B, H, dtype=arithmetic(y.dtype))
+    c_last = y.new_empty(B, H, dtype=wide(y.dtype))
     launch("forget_mult_forward", y, B * H, y, c0, out, c, c_last, T, B, H)
     return out, c, c_last
 
@@ -112,7 +109,7 @@ def backward(g_out: Tensor, g_last: Tensor, y: Tensor, c: Tensor, c0: Tensor | N
     """The gradients of y (T, B, 3H) of S and c0 (B, H) of A, from those of out (T, B, H), c_last (B, H)."""
     T, B, H = c.shape
     g_out, y, c = contiguous(y.dtype, g_out, y, c)
-    g_last, c0 = contiguous(arithmetic(y.dtype), g_last, c0)
+    g_last, c0 = contiguous(wide(y.dtype), g_last, c0)
     dy = torch.empty_like(y)
     dc0 = torch.empty_like(g_last)
     launch("forget_mult_backward", y, B * H, g_out, g_last, y, c, c0, dy, dc0, T, B, H)

@@ -11,7 +11,6 @@ from conftest import Trained
 from runner import Result, run_cli, start
 
 from harness.flags import DEFAULTS
-from harness.start import OWN
 
 FLAGS = ("--lr", 2, "--epochs", 3, "--nonmono", 5, "--checkpoint_every", 3)
 
@@ -104,7 +103,8 @@ def test_it_has_a_course_of_its_own_whatever_trained_the_model(trained, tmp_path
     shutil.copy(trained("--epochs", 2, "--anneal", 1, *course).path, tmp_path / "m.pt")
     assert finetune(tmp_path, "--save", "m.pt", "--max_steps", 1).status == 0
     args = load(tmp_path / "m.pt.state")["args"]
-    assert {name: args[name] for name in OWN} == {name: DEFAULTS[name] for name in OWN} | {"lr": 30.0}
+    own = "epochs", "optimizer", "lr", "when", "anneal", "nonmono", "beta1", "average"
+    assert {name: args[name] for name in own} == {name: DEFAULTS[name] for name in own} | {"lr": 30.0}
 
 
 def test_dropouts_given_take_effect_and_the_rest_comes_from_the_file(base):

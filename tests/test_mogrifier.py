@@ -100,13 +100,16 @@ def test_the_state_has_one_mask_for_all_steps():
 
 
 def test_fresh_weights():
-    """Truncated normals of variance 1/fan-in; A·B has about that of one matrix; the forget bias is 1."""
+    """Truncated normals of variance 1/fan-in, and so is A·B; the forget bias is 1."""
+    torch.manual_seed(0)
     layer = Mogrifier(300, 200, 0.0, True, 2, 50)
     layer.reset_parameters()
-    truncated = 0.8796  # deviation of a normal cut off at two
-    assert layer.weight_ih.std().item() == pytest.approx(truncated * 500**-0.5, rel=0.02)
-    assert layer.rounds[0].a.std().item() == pytest.approx(truncated * (200 * 50) ** -0.25, rel=0.02)
-    assert layer.rounds[1].b.std().item() == pytest.approx(truncated * (300 * 50) ** -0.25, rel=0.02)
+    assert layer.weight_ih.std().item() == pytest.approx(500**-0.5, rel=0.02)
+    cut = 2 / 0.8796  # a normal cut off at two has that deviation
+    assert layer.weight_ih.abs().max().item() == pytest.approx(cut * 500**-0.5, rel=0.01)
+    assert layer.rounds[0].a.std().item() == pytest.approx((200 * 50) ** -0.25, rel=0.02)
+    assert layer.rounds[1].b.std().item() == pytest.approx((300 * 50) ** -0.25, rel=0.02)
+    assert (layer.rounds[1].a @ layer.rounds[1].b).std().item() == pytest.approx(300**-0.5, rel=0.03)
     assert layer.bias.view(4, -1).tolist() == [[value] * 200 for value in (0, 1, 0, 0)]
     names = {"weight_ih", "weight_hh", "bias", *(f"rounds.{r}.{n}" for r in (0, 1) for n in ("a", "b", "bias"))}
     assert {name for name, _ in layer.named_parameters()} == names

@@ -150,8 +150,8 @@ def test_every_row_of_the_table_is_an_optimizer(name):
 
 def test_the_papers_rates():
     """SGD with 30, whose stall starts the averaging; Adam with 1e-3, whose stall starts nothing."""
-    assert OPTIMIZERS["sgd"] == (torch.optim.SGD, 30.0, "average")
-    assert OPTIMIZERS["adam"] == (torch.optim.Adam, 1e-3, "nothing")
+    assert OPTIMIZERS["sgd"] == (torch.optim.SGD, 30.0, "average", 0)
+    assert OPTIMIZERS["adam"] == (torch.optim.Adam, 1e-3, "nothing", 2)
 
 
 # The rule

@@ -28,6 +28,10 @@ RUNS = {
     "LSTM": [2, *AVERAGING],
     "split QRNN": [2, *AVERAGING, "--model", "QRNN", "--splits", 6, 15],
     "shuffled mixture": [2, *AVERAGING, "--shuffle", "--n_experts", 3, "--nhidlast", 9, "--dropoutl", 0],
+    "Mogrifier, zero states, Adam": [
+        *[2, "--model", "Mogrifier", "--nhid", 8, "--rank", 2, "--drop_state", 0.3],
+        *["--optimizer", "adam", "--lr", 0.01, "--epochs", 2],
+    ],
     "3 ranks, GRU, Adam": [
         *[3, "--batch_size", 6, "--model", "GRU"],
         *["--optimizer", "adam", "--lr", 0.01, "--epochs", 2],

@@ -283,9 +283,12 @@ def test_marks_and_line_ends_change_nothing(tmp_path, level):
 
 
 def test_folders_and_stdin_are_their_text(tmp_path, monkeypatch):
-    """A folder is its files in order; `-` is dealt out as a file of the same text is."""
+    """A folder is its files in order, without hidden ones; `-` is dealt out as a file of the same text is."""
     (tmp_path / "in").mkdir()
     files = [write(tmp_path / "in" / f"{i}.txt", article(i)) for i in (3, 1, 2, 0, 4)]
+    for hidden in (".git", ".ipynb_checkpoints"):
+        (tmp_path / "in" / hidden).mkdir()
+        write(tmp_path / "in" / hidden / "0.txt", article(9))
     found = contents(make(tmp_path / "folder", tmp_path / "in", *EVERY))
     assert found == contents(make(tmp_path / "files", *sorted(files), *EVERY))
 

@@ -136,9 +136,9 @@ def test_carried_tokens_go_on_from_line_to_line(tmp_path, capsys, kind):
 def test_context_is_read_and_not_counted(tmp_path, capsys, kind):
     """Each line after the line of that number in another file, and its `<eos>`."""
     save, text = model(tmp_path, kind), write(tmp_path / "text", LINES)
-    contexts = [*LINES[::-1], "w9 more than there are lines"]
+    contexts = LINES[::-1]
     flags = "--save", save, text, "--context", write(tmp_path / "context", contexts)
-    pairs = list(zip(LINES, contexts, strict=False))
+    pairs = list(zip(LINES, contexts, strict=True))
     expected = [slow(kind, [0, *encode(context)], encode(line)) for line, context in pairs]
     check(rows_of(capsys, "tokens", *flags), expected)
     for row, line in zip(rows_of(capsys, "lines", *flags), expected, strict=True):
@@ -318,8 +318,13 @@ def test_pairs_are_counted_by_paradigm(tmp_path, capsys):
         json.dumps({"UID": f"p{i % 3}", "sentence_good": good, "sentence_bad": bad, "field": "syntax"})
         for i, (good, bad) in enumerate(pairs)
     ]
-    for lines, groups in ((blimp, {f"p{i}": right[i::3] for i in range(3)}), (["\t".join(p) for p in pairs], {})):
-        head, rows, _ = table(capsys, "--save", save, "--pairs", write(tmp_path / "pairs", lines))
+    columns = ["\t".join(pair) for pair in pairs]
+    for lines, groups in (
+        (blimp, {f"p{i}": right[i::3] for i in range(3)}),
+        *[(columns, {}), (["good\tbad", "", *columns, ""], {}), (["sentence_good\tsentence_bad", *columns], {})],
+    ):
+        head, rows, err = table(capsys, "--save", save, "--pairs", write(tmp_path / "pairs", lines))
+        assert "10 of 40 pairs have the same tokens twice" in err
         assert head == ["paradigm", "pairs", "accuracy"]
         assert rows[-1][0] == "all"
         for name, count, accuracy in rows:
@@ -364,7 +369,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys, monkeypatch):
         "binary": b"w1\nw2\0\n", "empty": b"", "latin": b"w1\n\xe9\n", "short": b"w1\nw2\n",
         "fields.jsonl": f'{good}\n{{"UID": "a", "sentence_good": "w1"}}\n'.encode(),
         "broken.jsonl": f"{good}\n{good[:-5]}\n".encode(), "three.tsv": b"w1\tw2\nw1\tw2\tw3\n",
-        "one.tsv": b"w1\tw2\nw1\n",
+        "one.tsv": b"w1\tw2\nw1\n", "blank.tsv": b"good\tbad\n\n", "long": b"w1\nw2\nw3\nw4\n",
         "number.jsonl": f'{good}\n{good.replace(chr(34) + "w2" + chr(34), "3")}\n'.encode(),
         "list.tsv": b"a\t1\tw1\na\t2\n", "score.tsv": b"a\t1\tw1\na\tx\tw1\n",
         "nan.tsv": b"a\t1\tw1\na\tnan\tw1\n",
@@ -376,12 +381,14 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys, monkeypatch):
         (["--tokens"], "FILE"),
         (["--pairs", "fields.jsonl", "--carry"], "--carry"),
         (["text", "--context", "short"], "short"),
+        (["text", "--context", "long"], "long"),
         (["text", "--context", "none"], "none"),
         (["--pairs", "fields.jsonl"], "line 2"),
         (["--pairs", "broken.jsonl"], "line 2"),
         (["--pairs", "number.jsonl"], "line 2"),
         (["--pairs", "three.tsv"], "line 2"),
         (["--pairs", "one.tsv"], "line 2"),
+        (["--pairs", "blank.tsv"], "no pair"),
         (["--nbest", "list.tsv"], "line 2"),
         (["--nbest", "score.tsv"], "line 2"),
         (["--nbest", "nan.tsv"], "line 2"),

@@ -14,8 +14,10 @@ import torch
 from conftest import read_log
 from toys import WORDS, call, error_line, make_model, save_model
 
+import dynamiceval
 import generate
 import main
+import pointer
 import prepare
 from data import EOS, read_corpus
 from harness import files
@@ -148,6 +150,12 @@ def test_a_model_takes_it_along_and_has_figures_of_words_and_characters(folders,
         pytest.approx(test["ppl_per_word"], abs=0.006),
         pytest.approx(test["bits_per_character"], abs=0.0006),
     ]
+    as_it_is = {pointer: ["--lambdasm", 0], dynamiceval: ["--lr", 0, "--lamb", 0]}
+    for script, flags in as_it_is.items():
+        assert call(script, "--save", save, *flags) in (0, None)
+        figures = re.findall(r"(\w+) ppl per word +([\d.]+) \|", capsys.readouterr().out)
+        assert [split for split, _ in figures] == ["val", "test"]
+        assert float(figures[1][1]) == pytest.approx(test["ppl_per_word"], rel=1e-5)
 
 
 def test_a_model_keeps_it_when_it_is_trained_on(folders, tmp_path):
