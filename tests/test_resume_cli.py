@@ -323,15 +323,16 @@ def test_flags_not_given_stay(lstm, tmp_path):
 
 
 def test_another_batch_size_begins_the_epoch_again(lstm, tmp_path):
-    """The columns are others then: no row of the old ones means anything."""
+    """The columns are others then: no row of the old ones means anything, and none counts in the next log line."""
     flags, _ = lstm
     assert run_cli(*flags, "--max_steps", 27, cwd=tmp_path).status == 0
-    assert load(tmp_path / "m.pt.state")["at"]["batch"] > 0
+    before = load(tmp_path / "m.pt.state")["at"]
+    assert min(before["batch"], before["loss_count"]) > 0
     result = resume(tmp_path, "--batch_size", 2, "--max_steps", 29)
     assert result.status == 0, result
     assert "| resumed at epoch 2, batch 0" in result.out
     state = load(tmp_path / "m.pt.state")
-    assert (state["at"]["batch"], state["hidden"][0][0].size(1)) == (2, 2)
+    assert (state["at"]["batch"], state["at"]["loss_count"], state["hidden"][0][0].size(1)) == (2, 2, 2)
 
 
 def test_other_samples_begin_the_epoch_again_too(lstm, tmp_path):
