@@ -92,8 +92,8 @@ def print_lines(scored: Iterable[Scored], reader: Reader, mode: str, unit: float
 HEADERS = [("good", "bad"), ("sentence_good", "sentence_bad")]  # of two columns, where there is one
 
 
-def read_pairs(path: str) -> Iterator[tuple[str, str, str]]:
-    """Yields (paradigm, good, bad): of BLiMP's JSON lines, or of two columns.
+def read_pairs(path: str) -> Iterator[tuple[int, str, str, str]]:
+    """Yields (number of the line, paradigm, good, bad): of BLiMP's JSON lines, or of two columns.
 
     Raises:
         UserError: see `read_lines`; or a line is neither.
@@ -105,7 +105,7 @@ def read_pairs(path: str) -> Iterator[tuple[str, str, str]]:
             cells = line.split("\t")
             if len(cells) != 2:
                 raise UserError(f"{path}, line {i}: has {len(cells)} columns; give a good and a bad sentence")
-            yield "all", *cells
+            yield i, "all", *cells
             continue
         try:
             entry = json.loads(line)
@@ -116,7 +116,7 @@ def read_pairs(path: str) -> Iterator[tuple[str, str, str]]:
             raise UserError(f"{path}, line {i}: has no {error}; give BLiMP's fields") from None
         if not all(isinstance(cell, str) for cell in found):
             raise UserError(f"{path}, line {i}: a field is no string; give BLiMP's fields")
-        yield found
+        yield i, *found
 
 
 def print_pairs(saved: Opened, reader: Reader, path: str) -> None:
@@ -124,7 +124,7 @@ def print_pairs(saved: Opened, reader: Reader, path: str) -> None:
     paradigms: list[str] = []
 
     def lines() -> Iterator[Line]:
-        for i, (paradigm, *pair) in enumerate(read_pairs(path), start=1):
+        for i, paradigm, *pair in read_pairs(path):
             paradigms.append(paradigm)
             for text in pair:
                 yield reader.line(i, text, f"{path}, line {i}")

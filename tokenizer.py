@@ -71,9 +71,9 @@ def count_units(tokenizer: str | None, vocab: list[str], ids: np.ndarray) -> tup
 
 
 def figures_per_unit(tokenizer: str | None, vocab: list[str], ids: Tensor, loss: float) -> dict[str, float]:
-    """A mean loss over the predicted tokens of `ids`, per word and per character; {} where tokens are words."""
+    """A mean loss over the predicted tokens of `ids`, per word and per character; {} where there are none."""
     counted = count_units(tokenizer, vocab, ids[1:].cpu().numpy())  # the first one is only read
-    return unit_figures(loss * (len(ids) - 1), *counted) if counted else {}
+    return unit_figures(loss * (len(ids) - 1), *counted) if counted and all(counted) else {}
 
 
 class CorpusText:
