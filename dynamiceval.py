@@ -218,6 +218,7 @@ def find_statistics(saved: Opened, path: str, corpus: Corpus, args: Namespace) -
         found = load(path, "--save", STATS_FORMAT)
         check_parts(found, {"how": dict, "ms": list}, path)
         shapes = [getattr(tensor, "shape", None) for tensor in found["ms"]]
+        # As text: what a damaged file has there need not compare to a truth value.
         if str(found["how"]) == str(how) and shapes == [weight.shape for weight in weights]:
             return [tensor.to(saved.device) for tensor in found["ms"]]
     ms = gradient_statistics(saved, corpus.train.to(saved.device), args.batch_size, args.bptt, args.max_batches)
@@ -302,7 +303,7 @@ def main() -> int:
         told = figures(loss, f"{split} ", bpc=False) + unit_text(units, f"{split} ")
         say(f"{DOUBLE_RULE}\n| {what} | {told}\n{DOUBLE_RULE}")
         how = {"lr": args.lr, "lamb": args.lamb, "bptt": args.bptt, "pointer": pointer, "tokens": count}
-        log.write("dynamic evaluation", loss, split=split, partial=not whole, **how)
+        log.write("dynamic evaluation", loss, split=split, partial=not whole, **how, **units)
         if not whole:
             return 130
     return 0

@@ -204,7 +204,8 @@ def main() -> None:
         units = figures_per_unit(saved.tokenizer, saved.vocab, ids, loss)
         told = figures(loss, f"{split} ", bpc=False) + unit_text(units, f"{split} ")
         say(f"{DOUBLE_RULE}\n| End of pointer | {told}\n{DOUBLE_RULE}")
-        log.write("pointer", loss, split=split, **dict(zip(("theta", "lambdasm", "window"), best, strict=True)))
+        theta, lambdasm, window = best
+        log.write("pointer", loss, split=split, theta=theta, lambdasm=lambdasm, window=window, **units)
 
     best = args.theta, args.lambdasm, args.window
     grid = [[value] for value in best]

@@ -27,7 +27,7 @@ from data import EOS, read_corpus
 from dynamiceval import DYNAMIC, MovingWeights, fill_in, find_statistics, weights_of
 from harness import SWITCH, Flag, number, open_model, parse_evaluation, ppl, read_lines, run_script
 from harness.files import Opened
-from harness.log import unit_figures, warn
+from harness.log import unit_figures, unit_text, warn
 from surprisal import Line, Reader, Scored, score_adaptively, score_apart, score_carried
 from utils import UserError
 
@@ -85,7 +85,7 @@ def print_lines(scored: Iterable[Scored], reader: Reader, mode: str, unit: float
     figures = f"logprob {-total['loss']:.4f} | ppl {ppl(total['loss'] / total['tokens']):.2f}"
     if reader.form.pieces:
         units = unit_figures(total["loss"], total["words"], total["characters"])
-        figures += "".join(f" | {name} {value:.3f}" for name, value in units.items())
+        figures += unit_text(units)
     print(f"| total | {counts} | {figures}", file=sys.stderr)
 
 
@@ -173,6 +173,8 @@ def print_best(saved: Opened, reader: Reader, path: str, weight: float) -> None:
         total = score + weight * logprob
         if id not in best or total > best[id][1]:
             best[id] = id, total, score, logprob, scored.line.text
+    if not best:
+        raise UserError(f"{path}: has no text; give lines of an id, a score and a text")
     print_row("id", "total", "score", "logprob", "text")
     for row in best.values():
         print_row(*row)

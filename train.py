@@ -250,7 +250,7 @@ def test(path: str, ids: Tensor, bptt: int, log: RunLog) -> float:
     loss = evaluate(saved.model, saved.criterion, ids, bptt, TEST_BATCH_SIZE)
     units = figures_per_unit(saved.tokenizer, saved.vocab, ids, loss)
     say(f"{DOUBLE_RULE}\n| End of training | {figures(loss, 'test ')}{unit_text(units, 'test ')}\n{DOUBLE_RULE}")
-    log.write("test", loss, **{name.replace(" ", "_"): value for name, value in units.items()})
+    log.write("test", loss, **units)
     return loss
 
 

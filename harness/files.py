@@ -194,7 +194,7 @@ def check_parts(contents: dict[str, Any], parts: dict[str, Any], place: str) -> 
 
 
 def check_tensors(saved: dict[str, Any], place: str) -> None:
-    """Raises UserError unless the tensors are those of the model that `args` and `vocab` describe.
+    """Raises UserError unless `args` and `vocab` describe a model, and the tensors are that one's.
 
     The model is built on the meta device, where no size costs memory.
     """

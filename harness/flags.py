@@ -37,11 +37,11 @@ def number(
     return parse
 
 
+DEPTH = 100  # layers and rounds at most: a model is built to see whether a file holds it
 PROBABILITY = {"type": number(float, 0, below=1)}
 POSITIVE = {"type": number(int, 1, most=10**9)}
 FACTOR = {"type": number(float, 0, most=1e38)}  # float32 ends at 3.4e38
 COUNT = {"type": number(int, 0, most=10**9)}
-DEPTH = {"type": number(int, 1, most=100)}
 SEED = {"type": number(int, 0, most=2**63 - 1)}
 SWITCH = {"action": "store_true"}
 TOGGLE = {"action": argparse.BooleanOptionalAction}  # --no-… turns off what a saved run had on
@@ -101,14 +101,14 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("--model", {"choices": list(LAYERS)}, "LSTM", "kind of the recurrent layers", **SHAPE),
         Flag("--emsize", POSITIVE, 400, "size of the word embeddings", **SHAPE),
         Flag("--nhid", POSITIVE, 1150, "hidden units per layer", **SHAPE),
-        Flag("--nlayers", DEPTH, 3, "number of recurrent layers", **SHAPE),
+        Flag("--nlayers", {"type": number(int, 1, most=DEPTH)}, 3, "number of recurrent layers", **SHAPE),
         Flag("--tied", SWITCH, True, "decoder weight = embedding weight", **SHAPE),
         Flag("--untied", {"dest": "tied", "action": "store_false"}, None, "a decoder weight of its own"),
         Flag("--n_experts", COUNT, 0, "softmaxes in the mixture; 0: one softmax without latents", **SHAPE),
         Flag("--nhidlast", COUNT, 0, "hidden units of the last layer; 0: emsize when tied or with --n_experts, "
              "else nhid", **SHAPE),
-        Flag("--rounds", {"type": number(int, 0, most=100)}, 5, "Mogrifier: rounds in which input and state gate "
-             "each other; 0: Melis's LSTM", **SHAPE),
+        Flag("--rounds", {"type": number(int, 0, most=DEPTH)}, 5, "Mogrifier: rounds in which input and state "
+             "gate each other; 0: Melis's LSTM", **SHAPE),
         Flag("--rank", COUNT, 0, "Mogrifier: rank of the matrices in these rounds; 0: full", **SHAPE),
     ],
     "regularisation (dropouts are probabilities in [0, 1))": [

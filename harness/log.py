@@ -34,13 +34,13 @@ def figures(loss: float, prefix: str = "", bpc: bool = True) -> str:
 
 
 def unit_figures(total: float, words: int, characters: int) -> dict[str, float]:
-    """Of the loss of a whole text, in nats: what it comes to per word and per character."""
-    return {"ppl per word": ppl(total / words), "bits per character": total / characters / math.log(2)}
+    """Of the loss of a whole text, in nats: what it comes to per word and per character, as it is logged."""
+    return {"ppl_per_word": ppl(total / words), "bits_per_character": total / characters / math.log(2)}
 
 
-def unit_text(units: dict[str, float], prefix: str) -> str:
+def unit_text(units: dict[str, float], prefix: str = "") -> str:
     """The end of a printed line that tells them; nothing where there are none."""
-    return "".join(f" | {prefix}{name} {value:8.3f}" for name, value in units.items())
+    return "".join(f" | {prefix}{name.replace('_', ' ')} {value:.3f}" for name, value in units.items())
 
 
 @contextlib.contextmanager

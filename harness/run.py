@@ -316,4 +316,5 @@ class Run:
         if metrics.get("step", 0) > self.at.step:
             of = f"of step {metrics['step']}: kept until a better one"
             say(f"| {save} is {of} | {figures(metrics['valid_loss'])}")
-        return None if metrics.get("partial") else metrics["valid_loss"]
+        loss = metrics["valid_loss"]
+        return loss if -torch.inf < loss < torch.inf and not metrics.get("partial") else None

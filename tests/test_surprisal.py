@@ -196,6 +196,15 @@ def corpora(tmp_path_factory) -> dict[str, Path]:
     return {level: base / level for level in ("word", "char", "subword")}
 
 
+def test_white_space_in_an_unknown_token_leaves_the_columns_alone(tmp_path, capsys, corpora):
+    """A tab that is no piece of the vocabulary; `table` counts the cells of each row."""
+    corpus = read_corpus(str(corpora["subword"]))
+    vocab = ["<unk>" if piece == "ĉ" else piece for piece in corpus.vocab]
+    save = model(tmp_path, "LSTM", vocab=vocab, tokenizer=corpus.tokenizer)
+    rows = rows_of(capsys, "tokens", "--save", save, write(tmp_path / "text", ["the\tcat"]))
+    assert "<unk> " in [row[2] for row in rows]
+
+
 PLAIN = ["The cat, it's said, sat.", "", "“the mat” (or zebra!)", "  the  cats 🎉 naïve", "café Ωx on"]
 
 
@@ -342,7 +351,7 @@ def test_the_best_of_a_list_has_the_highest_total(tmp_path, capsys, weight):
         (f"u{rng.randint(0, 4)}", round(rng.uniform(-40, 0), 2), " ".join(rng.choices(WORDS, k=3)[1:]))
         for _ in range(30)
     ]
-    file = write(tmp_path / "lists", [f"{name}\t{own}\t{text}" for name, own, text in lists])
+    file = write(tmp_path / "lists", ["", *(f"{name}\t{own}\t{text}" for name, own, text in lists), ""])
     flags = [] if weight is None else ["--weight", weight]
     head, rows, _ = table(capsys, "--save", save, "--nbest", file, *flags)
     assert head == ["id", "total", "score", "logprob", "text"]
@@ -372,7 +381,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys, monkeypatch):
         "one.tsv": b"w1\tw2\nw1\n", "blank.tsv": b"good\tbad\n\n", "long": b"w1\nw2\nw3\nw4\n",
         "number.jsonl": f'{good}\n{good.replace(chr(34) + "w2" + chr(34), "3")}\n'.encode(),
         "list.tsv": b"a\t1\tw1\na\t2\n", "score.tsv": b"a\t1\tw1\na\tx\tw1\n",
-        "nan.tsv": b"a\t1\tw1\na\tnan\tw1\n",
+        "nan.tsv": b"a\t1\tw1\na\tnan\tw1\n", "space.tsv": b" \n",
     }.items():  # fmt: skip
         (tmp_path / name).write_bytes(data)
     for flags, names in (
@@ -390,6 +399,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys, monkeypatch):
         (["--pairs", "one.tsv"], "line 2"),
         (["--pairs", "blank.tsv"], "no pair"),
         (["--nbest", "list.tsv"], "line 2"),
+        (["--nbest", "space.tsv"], "no text"),
         (["--nbest", "score.tsv"], "line 2"),
         (["--nbest", "nan.tsv"], "line 2"),
         (["binary"], "line 2"),

@@ -156,6 +156,9 @@ def test_a_model_takes_it_along_and_has_figures_of_words_and_characters(folders,
         figures = re.findall(r"(\w+) ppl per word +([\d.]+) \|", capsys.readouterr().out)
         assert [split for split, _ in figures] == ["val", "test"]
         assert float(figures[1][1]) == pytest.approx(test["ppl_per_word"], rel=1e-5)
+        logged = read_log(Path(f"{save}.log.jsonl"))[-1]
+        for unit in ("ppl_per_word", "bits_per_character"):
+            assert logged[unit] == pytest.approx(test[unit], rel=1e-5)
 
 
 def test_a_model_keeps_it_when_it_is_trained_on(folders, tmp_path):
