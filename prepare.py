@@ -168,8 +168,8 @@ class Source:
         order = [document for document in order if sizes[document]]
         if len(order) <= len(shares):
             raise UserError(
-                f"{self.files[0]}: {len(order)} {self.documents} cannot be dealt out to {len(shares) + 1} texts; "
-                "give more, --documents lines, or --valid_file and --test_file"
+                f"{self.files[0]}: too few {self.documents} ({len(order)}) for {len(shares) + 1} texts; give "
+                "more, --documents lines, or --valid_file and --test_file"
             )
         for split, share in shares.items():
             room = share * sum(sizes)
@@ -250,35 +250,34 @@ def write_corpus(source: Source, tokenizer: Any, out: Path) -> list[Counter]:
     return counts
 
 
-def main() -> None:
-    parser = ArgumentParser(__doc__)
-    parser.add_flags("corpus", PREPARE)
-    args = parser.parse_all(PREPARE)
+def make_corpus(args: Namespace, spool: Path) -> None:
+    """Reads the sources, makes the tokenizer, writes both, and prints what there is. `spool`: a folder for stdin.
+
+    Raises:
+        UserError: a source cannot be read or is too small, or the folder cannot be written to.
+    """
     out = Path(args.out)
-    given = {VALID: args.valid_file, TEST: args.test_file}
-    shares = {TEST: args.test, VALID: args.valid}
-    shares = {split: share for split, share in shares.items() if not given[split]}
+    given = {split: Path(path) for split, path in ((VALID, args.valid_file), (TEST, args.test_file)) if path}
+    shares = {split: share for split, share in ((TEST, args.test), (VALID, args.valid)) if split not in given}
     if not all(shares.values()) or sum(shares.values()) >= 1:
         raise UserError(f"--valid {args.valid} --test {args.test}: have to be above 0 and together below 1")
     tokenizer = make_tokenizer(args.level, args.lower)
-    with tempfile.TemporaryDirectory() as spool:
-        files = find_sources(args.sources, Path(spool))
-        given = {split: Path(path) for split, path in given.items() if path}
-        written = {(out / name).resolve() for name in (TOKENIZER, *(f"{split}.txt" for split in SPLITS))}
-        for path in [*files, *given.values()]:
-            if path.resolve() in written:
-                raise UserError(f"--out {out}: {path} would be written over; give another folder")
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {out}: {error.strerror}; give a folder that can be written to") from None
-        check_writable(str(out / TOKENIZER), "--out")
-        source = Source(files, given, args)
-        if shares:
-            source.deal(shares, args.seed)
-        training = (line for split, line in source.read("tokenizer") if split == TRAIN)
-        train_tokenizer(tokenizer, training, args.level, args.vocab_size, args.min_count)
-        counts = write_corpus(source, tokenizer, out)
+    files = find_sources(args.sources, spool)
+    written = {(out / name).resolve() for name in (TOKENIZER, *(f"{split}.txt" for split in SPLITS))}
+    for path in [*files, *given.values()]:
+        if path.resolve() in written:
+            raise UserError(f"--out {out}: {path} would be written over; give another folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}; give a folder that can be written to") from None
+    check_writable(str(out / TOKENIZER), "--out")
+    source = Source(files, given, args)
+    if shares:
+        source.deal(shares, args.seed)
+    training = (line for split, line in source.read("tokenizer") if split == TRAIN)
+    train_tokenizer(tokenizer, training, args.level, args.vocab_size, args.min_count)
+    counts = write_corpus(source, tokenizer, out)
     for split, count in zip(SPLITS, counts, strict=True):
         lines, words, tokens, unknown = (count[name] for name in ("lines", "words", "tokens", "unknown"))
         say(
@@ -286,6 +285,17 @@ def main() -> None:
             f"per word | unknown {unknown / tokens:.2%}"
         )
     say(f"| vocabulary {tokenizer.get_vocab_size() + 1:,} | python main.py --data {out} --save MODEL trains on it")
+
+
+def main() -> None:
+    parser = ArgumentParser(__doc__)
+    parser.add_flags("corpus", PREPARE)
+    args = parser.parse_all(PREPARE)
+    with tempfile.TemporaryDirectory() as spool:
+        try:
+            make_corpus(args, Path(spool))
+        except UserError as error:  # the spool is gone by then
+            raise UserError(str(error).replace(str(Path(spool, "stdin")), "stdin")) from None
 
 
 if __name__ == "__main__":

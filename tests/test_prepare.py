@@ -297,6 +297,14 @@ def test_folders_and_stdin_are_their_text(tmp_path, monkeypatch):
     assert contents(make(tmp_path / "stdin", "-", *EVERY)) == contents(make(tmp_path / "file", source, *EVERY))
 
 
+@pytest.mark.parametrize("text", ["", "one paragraph\n", "\0"])
+def test_what_is_wrong_with_stdin_is_said_of_stdin(tmp_path, text, monkeypatch, capsys):
+    """Not of the file that keeps it, which nobody knows, and which is gone by then."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    assert call(prepare, "-", "--out", tmp_path / "out") == 2
+    assert error_line(capsys).startswith("prepare.py: error: stdin: ")
+
+
 def test_memory_does_not_grow_with_the_text(tmp_path, monkeypatch):
     """Eight times the lines, the same words and documents: hardly more on Python's heap."""
     monkeypatch.setattr(prepare, "LINES", 100)  # at once
