@@ -30,7 +30,7 @@ class MixtureCrossEntropy(torch.autograd.Function):
     place the gradient -r_k · (1[target] - p_k) of the expert's logits; the next block overwrites them.
 
     latents (N, K, E), log_prior (N, K), weight (V, E), bias (V,), targets (N,) -> the sum over `count`, in nats.
-    `dtype`: of the factors of products; softmax and sums are in the weight's.
+    `dtype`: of the factors of products; bias, softmax and sums are in the weight's.
     """
 
     @staticmethod
@@ -38,10 +38,10 @@ class MixtureCrossEntropy(torch.autograd.Function):
         ctx: Any, latents: Tensor, log_prior: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, count: int,
         dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
-        (N, K, _), V, exact = latents.shape, len(weight), weight.dtype
+        (N, K, _), V = latents.shape, len(weight)
         step = max(1, block_rows(V) // K)
         block = latents.new_empty(min(N, step) * K, V, dtype=dtype)
-        factors = latents.to(dtype), weight.to(dtype), bias.to(dtype)
+        factors = latents.to(dtype), weight.to(dtype)
         d_latents, d_prior = torch.empty_like(latents), torch.empty_like(log_prior)
         d_weight, d_bias = torch.empty_like(weight), torch.zeros_like(bias)
         total = latents.new_zeros(())
@@ -50,7 +50,7 @@ class MixtureCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + step)
             x = factors[0][rows].flatten(0, 1)  # (n·K, E)
             target = targets[rows].repeat_interleave(K)[:, None]  # (n·K, 1)
-            logits = product(x, factors[1].T, factors[2], out=block[: len(x)]).to(exact)  # (n·K, V)
+            logits = product(x, factors[1].T, bias, out=block[: len(x)])  # (n·K, V), in the weight's precision
             highest = logits.amax(1, keepdim=True)
             expected = logits.gather(1, target)
             powers = logits.sub_(highest).exp_()

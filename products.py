@@ -69,7 +69,12 @@ def by_onednn(a: Tensor, b: Tensor) -> bool:
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """a·b + bias: (N, K), (K, M), (M,) or None -> (N, M); `out`: memory that may hold it."""
+    """a·b + bias: (N, K), (K, M), (M,) or None -> (N, M); `out`: memory that may hold it.
+
+    A bias in float32 is not rounded with a product in half precision, but added to it: (N, M) in float32.
+    """
+    if bias is not None and bias.dtype != a.dtype:
+        return product(a, b, out=out) + bias
     if by_onednn(a, b):
         return torch.ops.mkldnn._linear_pointwise(a, b.T, bias, "none", [], "")
     return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)

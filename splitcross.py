@@ -45,7 +45,8 @@ class BlockedCrossEntropy(torch.autograd.Function):
     `F.linear` and `F.cross_entropy` hold (N, V) three times over. Here a block of rows becomes its own
     gradient in place, enters the gradients of both factors, and is overwritten by the next. The result is the
     sum over `count`; `train` says whether gradients will be asked for. The factors of the products are of
-    `dtype`, half precision under autocast; softmax and sums are in that of the weight.
+    `dtype`, half precision under autocast; bias, softmax and sums are in that of the weight. (Logits lie near 9,
+    where bfloat16's steps are 1/16: with the bias rounded too, the mean gradient is 1.5 % off, for 0.2 % without.)
     """
 
     @staticmethod
@@ -56,7 +57,7 @@ class BlockedCrossEntropy(torch.autograd.Function):
         N, V, exact = len(hiddens), len(weight), weight.dtype
         rows = min(N, block_rows(V))
         block = hiddens.new_empty(rows, V, dtype=dtype)
-        factors = hiddens.to(dtype), weight.to(dtype), bias.to(dtype)
+        factors = hiddens.to(dtype), weight.to(dtype)
         if train:
             d_hiddens, d_weight = torch.empty_like(hiddens, dtype=exact), torch.empty_like(weight)
             d_bias = torch.zeros_like(bias)
@@ -64,7 +65,7 @@ class BlockedCrossEntropy(torch.autograd.Function):
         for start in range(0, N, rows):
             logits = powers = grad = None  # freed, for oneDNN: it takes memory of its own, not `block`
             x, target = factors[0][start : start + rows], targets[start : start + rows, None]
-            logits = product(x, factors[1].T, factors[2], out=block[: len(x)]).to(exact)  # (rows, V)
+            logits = product(x, factors[1].T, bias, out=block[: len(x)])  # (rows, V), in the weight's precision
             highest = logits.amax(1, keepdim=True)
             expected = logits.gather(1, target)
             powers = logits.sub_(highest).exp_()
@@ -92,7 +93,11 @@ def linear_cross_entropy(
     hiddens: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, count: int | None
 ) -> Tensor:
     """Projection and loss: (N, H), (V, H), (V,), (N,) -> the sum over `count`, in nats; None: (N,), each."""
-    losses = F.cross_entropy(F.linear(hiddens, weight, bias), targets, reduction="none")
+    if bias is None or factor_dtype(weight) == weight.dtype:
+        logits = F.linear(hiddens, weight, bias)  # (N, V)
+    else:
+        logits = F.linear(hiddens, weight) + bias  # in the bias's precision, as in the blocks above
+    losses = F.cross_entropy(logits, targets, reduction="none")
     return losses if count is None else losses.sum() / count
 
 

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import SMALL
 from runner import run_cli
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from model import LAYERS, LSTM
 from mos import MixtureOfSoftmaxes
 from products import has_bf16
-from splitcross import SplitCrossEntropyLoss
+from splitcross import SplitCrossEntropyLoss, linear_cross_entropy
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "QRNN"])
@@ -87,6 +88,25 @@ def test_a_loss_in_bfloat16_is_float64s_to_eight_bits(experts):
     for gradient, wanted in zip(gradients, exact_gradients, strict=True):
         assert gradient.dtype == torch.float32
         assert (gradient - wanted).norm() < 0.02 * wanted.norm()
+
+
+@pytest.mark.parametrize("how", ["blocked", "mixture", "plain"])
+def test_the_bias_is_not_rounded_to_half_precision(how):
+    """It has the largest part of a frequent word's logit; without any other part, loss and gradient are exact."""
+    torch.manual_seed(0)
+    N, H, V = 60, 16, 50
+    criterion = MixtureOfSoftmaxes(H, H, 3) if how == "mixture" else SplitCrossEntropyLoss(H)
+    plain = {"cross_entropy": linear_cross_entropy} if how == "plain" else {}
+    hiddens, weight, bias = torch.randn(N, H), torch.zeros(V, H), (8 + torch.rand(V)).requires_grad_()
+    targets = torch.randint(V, (N,))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = criterion(weight, bias, hiddens, targets, **plain)
+    exact = bias.detach().double().requires_grad_()
+    wanted = F.cross_entropy(exact.expand(N, V), targets)
+    assert math.isclose(loss.item(), wanted.item(), rel_tol=1e-6)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, bias)[0].double(), torch.autograd.grad(wanted, exact)[0], rtol=1e-4, atol=1e-6
+    )
 
 
 @pytest.fixture
