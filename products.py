@@ -74,7 +74,7 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None
     A bias in float32 is not rounded with a product in half precision, but added to it: (N, M) in float32.
     """
     if bias is not None and bias.dtype != a.dtype:
-        return product(a, b, out=out) + bias
+        return product(a, b, out=out).to(bias.dtype).add_(bias)  # adding the two as they are is slower
     if by_onednn(a, b):
         return torch.ops.mkldnn._linear_pointwise(a, b.T, bias, "none", [], "")
     return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
