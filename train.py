@@ -264,18 +264,19 @@ def evaluate_only(saved: dict[str, Any], path: str, corpus: Corpus, bptt: int) -
 
 
 def finish(run: Run, why: str) -> int:
-    """After `fit`: tests the best model if there is time for it; returns the status, the same on all ranks.
+    """After `fit`: tests the best model, unless there is no time for it; returns the exit status.
 
     A test at batch size 1 is a sequence: rank 0 does it alone.
 
     Raises:
         NotWrittenError: the last attempt to write the best model or the state failed.
     """
-    failed = run.ranks.end(bool(run.unwritten))
+    # The others end now, and well: torchrun ends all once one has failed, and rank 0 has still to say what did.
+    run.ranks.end()
     if why in ("SIGINT", *NO_TIME):
         say(f"| stopped ({why}); --resume {run.args.save} goes on")
     if why not in NO_TIME and run.ranks.is_main and os.path.exists(run.args.save):
         test(run.args.save, run.corpus.test, run.args.bptt, run.log)
     for error in run.unwritten.values():
         raise error
-    return 1 if failed else 143 if why == "SIGTERM" else 0
+    return 143 if why == "SIGTERM" else 0

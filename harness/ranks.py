@@ -93,12 +93,11 @@ class Ranks:
             raise UserError(f"WORLD_SIZE {self.size}: {reason}; {hint}") from None
         signal.signal(signal.SIGTERM, handler)
 
-    def end(self, failed: bool = False) -> bool:
-        """Whether any rank has failed: their last word, after which each may take its time. Collective."""
+    def end(self) -> None:
+        """The last word between the ranks: from here on each may take its time. Collective."""
         if self.size > 1:
-            failed = self.sum([failed])[0] > 0
+            self.agree("")
             dist.destroy_process_group()
-        return failed
 
     # What is dealt out.
 
