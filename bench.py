@@ -67,7 +67,7 @@ def begin(make: Callable[..., Work], *args: Any) -> None:
     global step
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends bench.py, and that ends this
     os.environ.pop("THP_MEM_ALLOC_ENABLE", None)  # of bench.py's own `keep_freed_memory`
-    torch.backends.cuda.matmul.allow_tf32 = True  # for all alike: cuDNN's layers have it by torch's default
+    torch.set_float32_matmul_precision("high")  # on a GPU TF32 for all alike, as main.py has it
     step = make(*args)
 
 

@@ -35,7 +35,7 @@ def make_optimizer(
     Raises:
         UserError: it has no momentum for `beta1` to set.
     """
-    fused = parameters[0].device.type == "cpu" or None  # one pass, without temporaries; None: torch decides
+    fused = parameters[0].device.type in ("cpu", "cuda") or None  # one pass, no temporaries; None: torch decides
     how = {"betas": (beta1, 0.999)} if OPTIMIZERS[name].moments else {}
     if not how and beta1 != 0.9:
         raise UserError(f"--beta1 {beta1}: is Adam's; give --optimizer adam, or leave it out")

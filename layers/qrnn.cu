@@ -63,6 +63,14 @@ __device__ inline A tanh_of(A x) { return A(2) * sigmoid(A(2) * x) - A(1); }
   for (i64 lane = (i64)blockIdx.x * blockDim.x + threadIdx.x; lane < (lanes);                 \
        lane += (i64)gridDim.x * blockDim.x)
 
+// Lanes are few (31,000 for the published model, 235 to a processor of an H100) and steps follow each other, so
+// that it takes many loads under way per thread to keep the memory busy. Those of AHEAD steps are therefore asked
+// for before the first of them is looked at; left to itself the compiler waits for each step's.
+#ifndef AHEAD
+#define AHEAD (sizeof(S) > 4 ? 4 : 8)  // in up to 128 registers
+#endif
+#define FOR_EACH_STEP(k) _Pragma("unroll") for (int k = 0; k < int(AHEAD); ++k)
+
 // y (T, B, 3H), z, f, o side by side -> out, c (T, B, H); c0 -> c_last (B, H).
 template <typename S, typename A>
 __device__ inline void forget_mult_forward(const S* y, const A* c0, S* out, S* c, A* c_last,
@@ -71,13 +79,20 @@ __device__ inline void forget_mult_forward(const S* y, const A* c0, S* out, S* c
   FOR_EACH_LANE(lane, lanes) {
     const S* from = y + lane / H * 3 * H + lane % H;  // y_z of this lane at step 0; y_f is H further
     A state = c0 ? c0[lane] : A(0);
-#pragma unroll 4
-    for (i64 t = 0; t < T; ++t) {
-      const i64 i = t * lanes + lane, j = t * 3 * lanes;
-      const A z = tanh_of(load(from[j])), f = sigmoid(load(from[j + H])), o = sigmoid(load(from[j + 2 * H]));
-      state = f * z + (A(1) - f) * state;
-      store(&c[i], state);
-      store(&out[i], o * state);
+    for (i64 start = 0; start < T; start += AHEAD) {
+      S y_z[AHEAD], y_f[AHEAD], y_o[AHEAD];
+      FOR_EACH_STEP(k) {
+        const i64 t = start + k < T ? start + k : T - 1;  // past the end: any, without a branch
+        const S* at = from + t * 3 * lanes;
+        y_z[k] = at[0], y_f[k] = at[H], y_o[k] = at[2 * H];
+      }
+      FOR_EACH_STEP(k) if (start + k < T) {
+        const A z = tanh_of(load(y_z[k])), f = sigmoid(load(y_f[k])), o = sigmoid(load(y_o[k]));
+        const i64 i = (start + k) * lanes + lane;
+        state = f * z + (A(1) - f) * state;
+        store(&c[i], state);
+        store(&out[i], o * state);
+      }
     }
     c_last[lane] = state;
   }
@@ -90,22 +105,30 @@ __device__ inline void forget_mult_backward(const S* g_out, const A* g_last, con
   const i64 lanes = B * H;
   FOR_EACH_LANE(lane, lanes) {
     const i64 first = lane / H * 3 * H + lane % H;
+    const A c_first = c0 ? c0[lane] : A(0);
     A dc = g_last[lane];
     A c_t = load(c[(T - 1) * lanes + lane]);
-    auto step = [&](i64 t, A before) {
-      const i64 i = t * lanes + lane, j = first + t * 3 * lanes;
-      const A z = tanh_of(load(y[j])), f = sigmoid(load(y[j + H])), o = sigmoid(load(y[j + 2 * H]));
-      const A g = load(g_out[i]);
-      dc += g * o;
-      store(&dy[j], dc * f * (A(1) - z * z));
-      store(&dy[j + H], dc * (z - before) * f * (A(1) - f));
-      store(&dy[j + 2 * H], g * c_t * o * (A(1) - o));
-      dc *= A(1) - f;
-      c_t = before;
-    };
-#pragma unroll 4
-    for (i64 t = T - 1; t > 0; --t) step(t, load(c[(t - 1) * lanes + lane]));
-    step(0, c0 ? c0[lane] : A(0));
+    for (i64 start = T - 1; start >= 0; start -= AHEAD) {
+      S y_z[AHEAD], y_f[AHEAD], y_o[AHEAD], g_t[AHEAD], c_before[AHEAD];
+      FOR_EACH_STEP(k) {
+        const i64 t = start > k ? start - k : 0;  // before the beginning: any
+        const S* at = y + first + t * 3 * lanes;
+        y_z[k] = at[0], y_f[k] = at[H], y_o[k] = at[2 * H];
+        g_t[k] = g_out[t * lanes + lane];
+        c_before[k] = c[(t > 0 ? t - 1 : 0) * lanes + lane];
+      }
+      FOR_EACH_STEP(k) if (start >= k) {
+        const A z = tanh_of(load(y_z[k])), f = sigmoid(load(y_f[k])), o = sigmoid(load(y_o[k]));
+        const A g = load(g_t[k]), before = start > k ? load(c_before[k]) : c_first;
+        S* to = dy + first + (start - k) * 3 * lanes;
+        dc += g * o;
+        store(&to[0], dc * f * (A(1) - z * z));
+        store(&to[H], dc * (z - before) * f * (A(1) - f));
+        store(&to[2 * H], g * c_t * o * (A(1) - o));
+        dc *= A(1) - f;
+        c_t = before;
+      }
+    }
     dc0[lane] = dc;
   }
 }

@@ -168,23 +168,10 @@ def test_the_mean_has_to_fit_on_the_disk_too(trained, corpus, tmp_path):
     assert "batches" not in result.out
 
 
-@pytest.mark.parametrize(
-    "device",
-    [
-        "cpu",
-        pytest.param(
-            "cuda",
-            marks=[
-                pytest.mark.cuda,
-                pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
-            ],
-        ),
-    ],
-)
-def test_a_stop_loses_no_loss(corpus, tmp_path, device):
+def test_a_stop_loses_no_loss(corpus, tmp_path):
     """Seven steps at an interval of five: the state holds the two losses since the last line."""
-    flags = ["--data", corpus, *SMALL, "--save", "m.pt", "--max_steps", 7, "--device", device]
-    result = run_cli(*flags, cwd=tmp_path, environment={"CUDA_VISIBLE_DEVICES": "0"})
+    flags = ["--data", corpus, *SMALL, "--save", "m.pt", "--max_steps", 7]
+    result = run_cli(*flags, cwd=tmp_path)
     assert result.status == 0, result
     assert load(tmp_path / "m.pt.state")["at"]["loss_count"] == 2
 

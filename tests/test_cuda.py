@@ -6,6 +6,7 @@ The QRNN's kernels have tests of their own, in test_qrnn_cuda.py.
 """
 
 import contextlib
+import math
 from functools import partial
 
 import pytest
@@ -31,7 +32,7 @@ GPU = "cuda"
 OUTPUTS = {"one softmax": {}, "split": {"splits": (10, 30)}, "mixture": {"n_experts": 3}}
 FLAGS = {  # of the same output layers, and of what else has code of its own on a GPU
     **{"one softmax": [], "split": ["--splits", 10, 30], "mixture": ["--n_experts", 3]},
-    **{"samples": ["--samples", 2], "Adam": ["--optimizer", "adam", "--average", "--lr", 1e-3]},
+    **{"samples": ["--samples", 2], "Adam": ["--optimizer", "adam", "--average", "--lr", 1e-2]},
 }
 # relative errors of losses and gradients; torch multiplies float32 matrices in TF32 inside cuDNN's layers
 PRECISIONS = {"float64": 1e-10, "float32": 1e-2, "bf16": 1e-1, "fp16": 2e-2}
@@ -44,21 +45,21 @@ def flags_of(kind: str) -> list[object]:
 
 
 def learn(kind: str, output: str, samples: int, device: str, precision: str = "float64") -> list[Tensor]:
-    """The loss of two segments, the second going on where the first ends, and all gradients."""
+    """The losses of two segments, the second going on where the first ends, and the sums of their gradients."""
     _, model, criterion = make_model(kind, **OUTPUTS[output])
     amp = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     parts = nn.ModuleDict({"model": model, "criterion": criterion}).train()
     parts.to(device, torch.float64 if precision == "float64" else torch.float32)
     loss = sampled(criterion, samples) if samples > 1 else criterion
     text = make_text(8 * 5).view(5, 8).T.to(device)  # (8, 5)
-    hidden, total = model.init_hidden(5 * samples), 0.0
+    hidden, losses = model.init_hidden(5 * samples), []
     for first, last in ((0, 4), (4, 7)):
         source, target = text[first:last], text[first + 1 : last + 1]
         with torch.autocast(device, dtype=amp, enabled=amp is not None):
             hiddens, hidden = model(source.repeat_interleave(samples, dim=1), detach(hidden))
-            total = total + loss(model.decoder.weight, model.decoder.bias, hiddens, target)
-    total.backward()
-    return [x.detach().cpu().double() for x in (total, *(parameter.grad for parameter in parts.parameters()))]
+            losses.append(loss(model.decoder.weight, model.decoder.bias, hiddens, target))
+        losses[-1].backward()
+    return [x.detach().cpu().double() for x in (*losses, *(parameter.grad for parameter in parts.parameters()))]
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -128,12 +129,11 @@ def numbers(table: str) -> list[float]:
 @pytest.mark.parametrize("flags", FLAGS)
 @pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
 def test_every_setting_trains(flags, amp, corpus, tmp_path, monkeypatch):
-    """The loss of the second epoch lies below that of the first."""
+    """Two epochs, and the model has learnt something: its loss lies below that of 41 words with equal odds."""
     monkeypatch.chdir(tmp_path)
     given = ["--data", corpus, *flags_of("LSTM"), "--lr", 2, *FLAGS[flags], "--amp", amp, "--epochs", 2]
     assert call(main, *given, "--save", "m.pt") == 0
-    first, second = (r["loss"] for r in read_log(tmp_path / "m.pt.log.jsonl") if r["kind"] == "valid")
-    assert second < first
+    assert torch.load("m.pt", weights_only=True)["metrics"]["valid_loss"] < math.log(41) - 0.2
 
 
 @pytest.mark.timeout(300)  # it compiles
@@ -147,3 +147,10 @@ def test_a_compiled_softmax_gives_the_same_losses(amp, corpus, tmp_path, monkeyp
         log = read_log(tmp_path / f"m{len(losses)}.pt.log.jsonl")
         losses.append([record["loss"] for record in log if record["kind"] in ("train", "valid")])
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+
+
+def test_a_stop_loses_no_loss(corpus, tmp_path, monkeypatch):
+    """Seven steps at an interval of five, whose losses are still on the device: the state holds the last two."""
+    monkeypatch.chdir(tmp_path)
+    assert call(main, "--data", corpus, *flags_of("LSTM"), "--save", "m.pt", "--max_steps", 7) == 0
+    assert torch.load("m.pt.state", weights_only=True)["at"]["loss_count"] == 2
