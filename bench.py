@@ -46,7 +46,7 @@ from benchmarks.work import SETTINGS, VARIANTS, Work, others, ours, setting
 from harness import COUNT, ArgumentParser, check_writable, run_script, write
 from harness.texts import find_files
 from products import has_bf16
-from utils import RunError, UserError
+from utils import RunError, UserError, use_tf32
 
 BUDGET_S = 45  # for the rounds of a setting, or of table 2, unless --rounds says how many
 WARM_UP_ROUNDS = 2  # the memory that a process keeps has its final size after the second step
@@ -67,7 +67,7 @@ def begin(make: Callable[..., Work], *args: Any) -> None:
     global step
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends bench.py, and that ends this
     os.environ.pop("THP_MEM_ALLOC_ENABLE", None)  # of bench.py's own `keep_freed_memory`
-    torch.set_float32_matmul_precision("high")  # on a GPU TF32 for all alike, as main.py has it
+    use_tf32()  # all alike, as main.py
     step = make(*args)
 
 
@@ -184,6 +184,7 @@ def machine(device: torch.device) -> str:
 
 def profile(name: str, tiny: bool, device: torch.device) -> str:
     """torch's profile of one step of ours, once its memory has settled."""
+    use_tf32()
     step = ours(name, tiny, device)
     for _ in range(WARM_UP_ROUNDS):
         step()

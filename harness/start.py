@@ -15,7 +15,7 @@ from harness.ranks import ALONE, Ranks, find_ranks
 from harness.run import Run
 from harness.texts import file_digest
 from optim import OPTIMIZERS
-from utils import UserError, pick_device
+from utils import UserError, pick_device, use_tf32
 
 
 class Found(NamedTuple):
@@ -48,8 +48,7 @@ def begin(script: str, given: dict[str, Any]) -> Start:
     began_s, ranks = time.monotonic(), find_ranks()
     device = pick_device(ranks.device_name(given.get("device", "auto")))
     ranks.start(device)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, as torch has it inside cuDNN's layers anyway
+    use_tf32()
     find = find_training if script == "main.py" else find_finetuning
     given, *found = ranks.from_rank_0([given, *find(script, given)] if ranks.is_main else None)
     return Start(script, given, Found(*found), device, ranks, began_s)

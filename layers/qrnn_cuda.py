@@ -56,6 +56,12 @@ def load_module(index: int) -> Any:
 
 
 @functools.cache
+def find_kernel(index: int, name: str) -> Any:
+    """A kernel of that module: CuPy's Function."""
+    return load_module(index).get_function(name)
+
+
+@functools.cache
 def warn_once(text: str) -> None:
     warnings.warn(text, RuntimeWarning, stacklevel=2)
 
@@ -79,7 +85,7 @@ def launch(kernel: str, like: Tensor, lanes: int, *arguments: Tensor | int | Non
     import cupy
 
     index = like.device.index
-    function = load_module(index).get_function(f"{kernel}_{NAMES[like.dtype]}")
+    function = find_kernel(index, f"{kernel}_{NAMES[like.dtype]}")
     # numpy scalars, because CuPy passes them on with their own size: 64 bits, as the kernels declare them
     values = tuple(
         np.int64(x) if isinstance(x, int) else np.uintp(0 if x is None else x.data_ptr()) for x in arguments

@@ -117,7 +117,7 @@ def stand_in(library, monkeypatch) -> StandIn:
 
 
 def forget_caches() -> None:
-    for cached in (qrnn_cuda.load_module, qrnn_cuda.available, qrnn_cuda.warn_once):
+    for cached in (qrnn_cuda.load_module, qrnn_cuda.find_kernel, qrnn_cuda.available, qrnn_cuda.warn_once):
         cached.cache_clear()
 
 
