@@ -2,8 +2,10 @@
 
 import os
 
-# Before torch is imported: to tensors this small a second thread is nothing but a wait.
+# Both before torch is imported. To tensors this small a second thread is nothing but a wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# `torch.cuda.is_available()` then leaves CUDA alone: processes forked from one that began with it cannot use it.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 import json
 from collections.abc import Callable

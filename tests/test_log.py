@@ -187,9 +187,10 @@ print("done")
 
 def test_a_full_disk_costs_the_log_and_nothing_else(tmp_path):
     """TensorBoard is given up with one warning, lines are dropped: no traceback, not from its thread either."""
+    modules = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     end = subprocess.run(
         [sys.executable, "-c", FULL], cwd=tmp_path, capture_output=True, text=True, timeout=60,
-        env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | ENVIRONMENT | {"PYTHONPATH": modules},
     )  # fmt: skip
     assert (end.returncode, end.stdout) == (0, "done\n"), end
     assert end.stderr.splitlines() == [
