@@ -65,10 +65,9 @@ __device__ inline A tanh_of(A x) { return A(2) * sigmoid(A(2) * x) - A(1); }
 
 // Lanes are few (31,000 for the published model, 235 to a processor of an H100) and steps follow each other, so
 // that it takes many loads under way per thread to keep the memory busy. Those of AHEAD steps are therefore asked
-// for before the first of them is looked at; left to itself the compiler waits for each step's.
-#ifndef AHEAD
-#define AHEAD (sizeof(S) > 4 ? 4 : 8)  // in up to 128 registers
-#endif
+// for before the first of them is looked at; left to itself the compiler waits for each step's. (On an H100 the
+// backward pass of that model's layer, 70 x 31,000 lanes of float, takes 35 us for 89; of bfloat16 33 for 98.)
+#define AHEAD (sizeof(S) > 4 ? 4 : 8)  // steps, in up to 168 registers
 #define FOR_EACH_STEP(k) _Pragma("unroll") for (int k = 0; k < int(AHEAD); ++k)
 
 // y (T, B, 3H), z, f, o side by side -> out, c (T, B, H); c0 -> c_last (B, H).

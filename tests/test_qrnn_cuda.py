@@ -296,9 +296,9 @@ def ptxas() -> str:
 
 
 def check_ptx(ptx: bytes, architecture: int, folder: Path) -> None:
-    """All kernels are there, for this architecture; ptxas needs no stack, no spills, at most 128 registers.
+    """All kernels are there, for this architecture; ptxas needs no stack, no spills, at most 168 registers.
 
-    Four blocks of 128 threads then fit a processor; B·H = 31,000 lanes bring two or three to each of 100.
+    Three blocks of 128 threads then fit a processor; B·H = 31,000 lanes bring two or three to each of 100.
     """
     assert f".target sm_{architecture}".encode() in ptx
     (folder / "qrnn.ptx").write_bytes(ptx.rstrip(b"\0"))
@@ -313,7 +313,7 @@ def check_ptx(ptx: bytes, architecture: int, folder: Path) -> None:
     assert sorted(name for name, *_ in entries) == sorted(KERNELS)
     for name, *memory, registers in entries:
         assert memory == ["0", "0", "0"], name
-        assert int(registers) <= 128, name
+        assert int(registers) <= 168, name
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
