@@ -26,6 +26,9 @@ case $name in
           search="--search --search_lrs 1.5e-5 3e-5 4e-5 --search_lambs 2e-3 4e-3 --search_tokens 8000" ;;
     split) flags="$large --splits 2000 --anneal 2" search="--lr 4e-5 --lamb 4e-3" ;;
     split-tuned) flags="--lr ${2:-15} --epochs 3" from=split search="--lr 4e-5 --lamb 4e-3" ;;
+    hour-epyc) flags="$cell --emsize 400 --nhid 400 --dropout 0.4 --dropouth 0.2 --dropouti 0.4 --dropoute 0.02 --dropoutr 0.2
+                      --splits 2000 --anneal 1 --epochs 11" search="--lr 4e-5 --lamb 4e-3" ;;
+    hour-epyc-tuned) flags="--lr ${2:-15} --epochs 3" from=hour-epyc search="--lr 4e-5 --lamb 4e-3" ;;
     ten) flags="$cell --emsize 256 --nhid 256 --dropout 0.2 --dropouth 0.1 --dropouti 0.2 --dropoute 0.02 --dropoutr 0.1
                 --anneal 1 --epochs 4" ;;
     base) flags="$small --nhid 400" ;;
@@ -42,7 +45,7 @@ case $name in
                      --dropouti 0.4 --epochs 550 --seed ${SEED:-9001}" ;;
     char-lstm) flags="$chars --nhid 450 --nlayers 2" data=pennchar evaluate= ;;
     char-qrnn) flags="$chars --model QRNN --nhid 400 --nlayers 4" data=pennchar evaluate= ;;
-    *) echo "results/run.sh: no run is called '$name'; choose hour, split, split-tuned, ten, base, gru, qrnn, shuffle, mos, awd-adam," \
+    *) echo "results/run.sh: no run is called '$name'; choose hour, hour-epyc, hour-epyc-tuned, split, split-tuned, ten, base, gru, qrnn, shuffle, mos, awd-adam," \
             "melis, mogrifier, original, ptb-qrnn, char-lstm or char-qrnn" >&2; exit 2 ;;
 esac
 name=$name${2:+-$2}$again from=${from:+$from$again}

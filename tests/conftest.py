@@ -75,7 +75,7 @@ def _seed() -> None:
 @pytest.fixture(autouse=True)
 def _no_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests without the mark `cuda` run on the CPU, whatever the machine has."""
-    if "cuda" not in request.keywords:
+    if not request.node.get_closest_marker("cuda"):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
