@@ -42,11 +42,11 @@ case $name in
     original) flags="--emsize 200 --nhid 500 --nlayers 2 --batch_size 40 --dropouti 0.3 --dropouth 0.2 --dropout 0.3
                      --wdrop 0.4 --lr ${2:-30} --epochs 3 --seed $seed" evaluate= ;;
     ptb-qrnn) flags="--model QRNN --batch_size 20 --clip 0.2 --wdrop 0.1 --nhid 1550 --nlayers 4 --emsize 400 --dropouth 0.3
-                     --dropouti 0.4 --epochs 550 --seed ${SEED:-9001}" ;;
+                     --dropouti 0.4 --lr ${2:-30} --epochs 550 --seed ${SEED:-9001}" ;;
     char-lstm) flags="$chars --nhid 450 --nlayers 2" data=pennchar evaluate= ;;
     char-qrnn) flags="$chars --model QRNN --nhid 400 --nlayers 4" data=pennchar evaluate= ;;
-    *) echo "results/run.sh: no run is called '$name'; choose hour, hour-epyc, hour-epyc-tuned, split, split-tuned, ten, base, gru, qrnn, shuffle, mos, awd-adam," \
-            "melis, mogrifier, original, ptb-qrnn, char-lstm or char-qrnn" >&2; exit 2 ;;
+    *) echo "results/run.sh: no run is called '$name'; choose hour, hour-epyc, hour-epyc-tuned, split, split-tuned," \
+            "ten, base, gru, qrnn, shuffle, mos, awd-adam, melis, mogrifier, original, ptb-qrnn, char-lstm or char-qrnn" >&2; exit 2 ;;
 esac
 name=$name${2:+-$2}$again from=${from:+$from$again}
 

@@ -123,7 +123,7 @@ def forget_caches() -> None:
 
 @each_dtype
 @pytest.mark.parametrize("with_c0", [False, True])
-@pytest.mark.parametrize("size", [(1, 1, 1), (1, 3, 5), (2, 1, 7), (9, 4, 3), (70, 2, 131)])
+@pytest.mark.parametrize("size", [(1, 1, 1), (1, 3, 5), (2, 1, 7), (9, 4, 3), (16, 2, 5), (70, 2, 131)])
 @pytest.mark.parametrize("geometry", [None, (1, 1), (1, 32), (3, 7), (50, 16)])
 def test_kernels_match_the_reference(stand_in, dtype, with_c0, size, geometry):
     """Outputs and every gradient of the CUDA text, for odd sizes, all dtypes and any grid and block."""

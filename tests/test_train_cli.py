@@ -5,6 +5,7 @@ import math
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,11 @@ import reference
 import torch
 from conftest import SMALL, Trained, read_log, write_corpus
 from runner import run_cli, run_fresh
+from toys import call
 
+import finetune
+import main
+import pointer
 from harness.flags import DEFAULTS
 
 COMMANDS = """
@@ -361,6 +366,21 @@ def test_cuda_flag_and_device_names_are_accepted(corpus, tmp_path):
         small = [flag for flag in SMALL if flag not in ("--device", "cpu")]
         result = run_cli("--data", corpus, *small, "--max_steps", 1, "--save", "m.pt", *flags, cwd=tmp_path)
         assert result.status == 0, result
+
+
+def test_training_multiplies_in_tf32_and_evaluation_does_not(corpus, tmp_path, monkeypatch):
+    """A GPU would; what is set for it can be seen without one."""
+    monkeypatch.chdir(tmp_path)
+    found = []
+    for script, *flags in (
+        (main, "--data", corpus, *SMALL, "--max_steps", 1, "--save", "m.pt"),
+        (finetune, "--save", "m.pt", "--max_steps", 1, "--device", "cpu"),
+        (pointer, "--save", "m.pt", "--device", "cpu"),
+    ):
+        monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=False))
+        assert call(script, *flags) == 0
+        found.append(torch.backends.cuda.matmul.allow_tf32)
+    assert found == [True, True, False]
 
 
 def test_max_seq_len_caps_the_batches(trained):
