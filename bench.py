@@ -43,8 +43,8 @@ import torch
 from benchmarks import timed
 from benchmarks.peers import check_fastai, fits_fastai
 from benchmarks.work import SETTINGS, VARIANTS, Work, others, ours, setting
+from corpus.files import find_files
 from harness import COUNT, ArgumentParser, check_writable, run_script, write
-from harness.texts import find_files
 from products import has_bf16
 from utils import RunError, UserError, use_tf32
 

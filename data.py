@@ -1,10 +1,4 @@
-"""Corpora and batches: text of any size to token ids, and ids to columns of running text.
-
-    ./getdata.sh penn
-    python -c "import data; c = data.read_corpus('data/penn'); print(len(c.vocab), len(c.train))"
-
-A corpus is a folder with train.txt, valid.txt and test.txt: UTF-8, words apart by white space, one `<eos>`
-after each line. The encoded text is kept beside it, and memory-mapped the next time.
+"""Ids to batches: a corpus as `corpus/read.py` reads it, cut into columns of running text.
 
 A text is cut into B columns of equal length, its remainder trimmed; a batch is the next T rows. With the
 alphabet as text and B = 4 (the batch of T = 2 rows at the start has a-g-m-s, b-h-n-t as its source):
@@ -17,65 +11,15 @@ alphabet as text and B = 4 (the batch of T = 2 rows at the start has a-g-m-s, b-
 The batch after it goes on where it ended, so that the hidden state carries over, column by column.
 """
 
-import codecs
-import hashlib
-import itertools
-import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-import harness.texts as texts
-from harness.texts import SPLITS
-from utils import BPTTBatchSampler, LabelEncoder, UserError
+from utils import BPTTBatchSampler, UserError
 
-EOS, UNK = "<eos>", "<unk>"
-BLOCK = 1 << 18  # bytes read at once: few enough that a block's words stay in the CPU's cache
 EVAL_BATCH_SIZE, TEST_BATCH_SIZE = 10, 1  # as published
-
-# ----------------------------------------------------------------------------- text to words
-
-
-def read_words(path: str | Path, bar: tqdm | None = None) -> Iterator[list[str]]:
-    """Yields the words of a UTF-8 file, `<eos>` after each line, a block at a time; `bar` counts bytes.
-
-    A word is what `str.split` makes one; a line ends at a newline. Memory is bounded by the longest word,
-    whatever the length of a line.
-
-    Raises:
-        UserError: the file cannot be read or is not UTF-8.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()  # passes over a byte order mark
-    last, unfinished, line = "\n", "", 1  # `unfinished`: a word that no white space has ended yet
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(BLOCK):
-                text = unfinished + decoder.decode(block)
-                words = text.replace("\n", f" {EOS} ").split()
-                last = text[-1:] or last  # a block inside one character decodes to nothing
-                unfinished = "" if last.isspace() else words.pop()
-                yield words
-                line += block.count(b"\n")
-                if bar is not None:
-                    bar.update(len(block))
-            decoder.decode(b"", final=True)  # raises when the last character is cut short
-    except UnicodeDecodeError as error:
-        line += error.object.count(b"\n", 0, error.start)
-        raise UserError(f"{path}: not UTF-8 in line {line}; convert the file, e.g. with iconv") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    if last != "\n":  # a missing final newline still ends the line
-        yield [unfinished, EOS] if unfinished else [EOS]
-
-
-# ----------------------------------------------------------------------------- words to ids
-
 
 class Corpus(NamedTuple):
     """Three texts as token ids, and the words behind the ids (N tokens per text, `<eos>` counted).
@@ -94,158 +38,7 @@ class Corpus(NamedTuple):
     tokenizer: str | None = None
 
     def to(self, device: torch.device) -> "Corpus":
-        return self._replace(**{split: getattr(self, split).to(device) for split in SPLITS})
-
-
-def read_corpus(data: str, vocab: list[str] | None = None, vocab_size: int = 0, min_count: int = 0) -> Corpus:
-    """Reads the folder `data`, or torchnlp's dataset of that name: `penn_treebank`, `wikitext_2`.
-
-    The vocabulary is the training text's. A word that only valid or test has becomes `<unk>` where the
-    training text knows `<unk>`; otherwise it is appended in order of first appearance. `vocab_size` (so many
-    types at most, `<unk>` and `<eos>` included) and `min_count` (words seen less often go) turn the rest into
-    `<unk>`. What a tokenizer.json beside the texts can make belongs to it, seen or not. With `vocab`, a saved
-    model's, the text is encoded with exactly that.
-
-    Raises:
-        UserError: a text is missing, too short or not UTF-8; a word that `vocab` has neither an id nor an
-            `<unk>` for.
-    """
-    if vocab_size == 1:
-        raise UserError(f"--vocab_size 1: leaves no room for {UNK} and {EOS}; give 2 or more")
-    files = texts.fetch_dataset(data) if data in texts.DATASETS else texts.find_files(data)
-    digests = [texts.file_digest(path) for path in files]
-    digest = hashlib.sha256("".join(digests).encode()).hexdigest()
-    tokenizer, pieces = texts.read_tokenizer(files[0].parent)
-    rule = "\n".join([f"{vocab_size} {min_count}", *(vocab or ()), *([tokenizer] if tokenizer else ())])
-    name = f".cache-{hashlib.sha256(rule.encode()).hexdigest()[:16]}.pt"
-    folder = files[0].parent
-    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "awd-lm")
-    places = (folder, home / hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16])
-    for place in places:
-        # With `vocab` the cache of any rule that led to the same vocabulary will do: that fixes the ids.
-        for path in sorted(place.glob(".cache-*.pt")) if vocab else [place / name]:
-            cached = texts.load_cache(path, digest)
-            if cached and vocab in (None, cached["vocab"]):
-                return Corpus(**cached)
-    corpus = encode_files(data, files, digest, vocab, vocab_size, min_count, pieces)
-    corpus = corpus._replace(tokenizer=tokenizer)
-    problem = None
-    for place in places:
-        try:
-            texts.save_cache(place / name, corpus._asdict())
-            cached = texts.load_cache(place / name, digest)
-            return Corpus(**cached) if cached else corpus
-        except OSError as error:
-            problem = problem or f"{place}: {error.strerror}"
-    print(f"warning: {problem}; no cache was kept, the text is read again next time", file=sys.stderr)
-    return corpus
-
-
-class FirstSeen(dict):
-    """word -> rank of first appearance."""
-
-    def __missing__(self, word: str) -> int:
-        self[word] = rank = len(self)
-        return rank
-
-
-class KnownWords(dict):
-    """word -> id in a given vocabulary, `<unk>`'s for the rest; without `<unk>` an error names the word."""
-
-    def __init__(self, vocab: list[str]) -> None:
-        super().__init__((word, i) for i, word in enumerate(vocab))
-        self.place = "the text given"  # where the words are from, for the error
-
-    def __missing__(self, word: str) -> int:
-        if UNK in self:
-            return self[UNK]
-        raise unknown_word(word, self.place)
-
-
-def unknown_word(word: str, place: str) -> UserError:
-    return UserError(
-        f"{place}: the word {word[:80]!r} is not in the model's vocabulary, which has no {UNK}; "
-        "use the text that it was trained on, or train one with --vocab_size or --min_count"
-    )
-
-
-def encode_files(
-    data: str, files: list[Path], digest: str, vocab: list[str] | None, vocab_size: int, min_count: int,
-    pieces: list[str],
-) -> Corpus:  # fmt: skip
-    """Reads three texts, training first; see `read_corpus`. Some 8 bytes per token are held for a moment."""
-    table = KnownWords(vocab) if vocab else FirstSeen()
-    encoded, types = [], 0
-    with tqdm(
-        total=sum(path.stat().st_size for path in files), unit="B", unit_scale=True,
-        desc=f"reading {data}", delay=2, mininterval=0.5, leave=False,
-    ) as bar:  # fmt: skip
-        for table.place in map(str, files):
-            blocks = [
-                np.fromiter(map(table.__getitem__, words), np.int32, len(words))
-                for words in read_words(table.place, bar)
-            ]
-            encoded.append(blocks)
-            if (length := sum(map(len, blocks))) < 2:
-                problem = "has a single token" if length else "is empty"
-                raise UserError(f"{table.place}: {problem}; every text needs two tokens or more")
-            if vocab is None and len(encoded) == 1:
-                for piece in pieces:
-                    table.setdefault(piece, len(table))
-                types = len(table)  # the training text's, and what else its tokenizer makes
-    if vocab is None:  # by blocks: numpy turns what it counts, or takes as an index, into 8 bytes per token
-        counts = sum(np.bincount(block, minlength=types) for block in encoded[0])
-        vocab, final = by_frequency(list(table), counts, vocab_size, min_count)
-        for block in itertools.chain(*encoded):
-            block[:] = final[block]
-    dtype = np.int16 if len(vocab) <= 1 << 15 else np.int32
-    return Corpus(vocab, *(torch.from_numpy(np.concatenate(blocks, dtype=dtype)) for blocks in encoded), digest)
-
-
-def by_frequency(
-    words: list[str], counts: np.ndarray, vocab_size: int, min_count: int
-) -> tuple[list[str], np.ndarray]:
-    """The vocabulary, and the table from a word's rank of first appearance to its final id.
-
-    words: in order of first appearance; the first `len(counts)` are the training text's, counted.
-    """
-    known = dict(zip(words, counts.tolist(), strict=False))  # in order of first appearance
-    if vocab_size or min_count:
-        frequent = [word for word in sorted(known, key=known.get, reverse=True) if word not in (EOS, UNK)]
-        frequent = [word for word in frequent if known[word] >= min_count]
-        keep = {EOS, UNK, *(frequent[: vocab_size - 2] if vocab_size else frequent)}
-        rest = sum(count for word, count in known.items() if word not in keep)
-        known = {word: count for word, count in known.items() if word in keep}
-        known[UNK] = known.get(UNK, 0) + rest
-    vocab = sorted(known, key=known.get, reverse=True)  # stable: ties stay in order of first appearance
-    if UNK not in known:
-        vocab += words[len(counts) :]
-    index = {word: i for i, word in enumerate(vocab)}
-    return vocab, np.array([index[word] if word in index else index[UNK] for word in words])
-
-
-def make_encoder(vocab: list[str]) -> LabelEncoder:
-    """torchnlp's encoder over exactly this vocabulary; its `unknown_index` is `<unk>`'s id or None."""
-    # All labels reserved: they keep their order, and 267,735 of them take 0.05 s where a sample takes 0.6.
-    unknown = vocab.index(UNK) if UNK in vocab else None
-    return LabelEncoder([], reserved_labels=vocab, unknown_index=unknown)
-
-
-def encode_line(line: str, encoder: LabelEncoder, place: str) -> list[int]:
-    """The ids of a line's words, without `<eos>`; `place` says in an error where the line is from.
-
-    Raises:
-        UserError: a word that the vocabulary lacks, when it has no `<unk>`.
-    """
-    ids = []
-    for word in line.split():
-        ids.append(encoder.token_to_index.get(word, encoder.unknown_index))
-        if ids[-1] is None:
-            raise unknown_word(word, place)
-    return ids
-
-
-# ----------------------------------------------------------------------------- ids to batches
+        return self._replace(train=self.train.to(device), valid=self.valid.to(device), test=self.test.to(device))
 
 
 class VariableLengthSampler(BPTTBatchSampler):

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Corpus, eval_batches, read_corpus
+from corpus.read import read_corpus
+from data import Corpus, eval_batches
 from harness import (
     COUNT,
     DOUBLE_RULE,
@@ -43,10 +44,9 @@ from harness import (
     say,
 )
 from harness.files import STATS_FORMAT, NotWrittenError, Opened, check_parts, load, save
-from harness.log import unit_text, warn
+from harness.log import figures_per_unit, unit_text, warn
 from model import detach
 from pointer import POINTER, mixture_logprob, on_edge, pointer_prob
-from tokenizer import figures_per_unit
 from utils import RunError, UserError
 
 CHUNK = 1 << 16  # weights updated at once: all that an update reads of them fits a core's cache

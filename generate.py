@@ -4,7 +4,7 @@
     python generate.py --save PTB.pt --prompt "the company" --next 10
 
 Every text begins after an `<eos>`, the end of the line before: its first word is predicted from that. Prompt
-and text are plain text where the model has a tokenizer, or characters or bytes for words (see tokenizer.py);
+and text are plain text where the model has a tokenizer, or characters or bytes for words (see corpus/tokenizer.py);
 else words apart by spaces.
 
 Shapes: T time, B batch, V vocabulary.
@@ -16,7 +16,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from data import EOS, encode_line, make_encoder
+from corpus.read import EOS, encode_line, make_encoder
+from corpus.tokenizer import CorpusText, TokenizerText, make_text
 from harness import (
     COUNT,
     POSITIVE,
@@ -31,7 +32,6 @@ from harness import (
     write,
 )
 from model import Criterion, Hidden, RNNModel
-from tokenizer import CorpusText, TokenizerText, make_text
 from utils import LabelEncoder
 
 

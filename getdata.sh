@@ -9,12 +9,12 @@
 #
 # Needs python3 (or python) and, for the downloads, curl or wget. Environment:
 #   AWD_MIRROR=URL    fetch from there alone, under the files' own names: URL/ptb.train.txt,
-#                     URL/wikitext-2-v1.zip, ... (all addresses are in tools/corpora.py)
-#   AWD_CHECKS=FILE   JSON that replaces the known counts and checksums (see tools/corpora.py)
+#                     URL/wikitext-2-v1.zip, ... (all addresses are in corpus/corpora.py)
+#   AWD_CHECKS=FILE   JSON that replaces the known counts and checksums (see corpus/corpora.py)
 set -eu
 
 # What there is and where, how it becomes text, what it should be: the table in corpora.py says it all
-ask() { "$python" "$here/tools/corpora.py" "$@" </dev/null; }
+ask() { "$python" "$here/corpus/corpora.py" "$@" </dev/null; }
 
 say() { echo "getdata.sh: $*" >&2; }
 

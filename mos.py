@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from products import Linear, add_product, linear, product
-from splitcross import SplitCrossEntropyLoss, block_rows, factor_dtype
+from products import Linear, add_product, exact_or_bf16, linear, product
+from splitcross import SplitCrossEntropyLoss, block_rows
 from utils import LockedDropout
 
 
@@ -80,12 +80,6 @@ def mixture_losses(latents: Tensor, log_prior: Tensor, weight: Tensor, bias: Ten
     logprob = F.log_softmax(linear(latents, weight, bias), dim=-1)  # (N, K, V)
     chosen = logprob.gather(2, targets[:, None, None].expand(-1, latents.size(1), 1)).squeeze(2)  # (N, K)
     return -(log_prior + chosen).logsumexp(1)
-
-
-def exact_or_bf16(weight: Tensor) -> torch.dtype:
-    """As `factor_dtype`, but the weight's own for float16: a gradient over `count` would be lost in it."""
-    dtype = factor_dtype(weight)
-    return weight.dtype if dtype == torch.float16 else dtype
 
 
 class MixtureOfSoftmaxes(nn.Module):

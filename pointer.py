@@ -18,7 +18,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from data import eval_batches, read_corpus
+from corpus.read import read_corpus
+from data import eval_batches
 from harness import (
     COUNT,
     DOUBLE_RULE,
@@ -34,10 +35,9 @@ from harness import (
     run_script,
     say,
 )
-from harness.log import unit_text
+from harness.log import figures_per_unit, unit_text
 from model import Criterion, RNNModel
 from products import product
-from tokenizer import figures_per_unit
 from utils import RunError
 
 BLOCK = 128  # positions at once: their scores of a window of 4,000 (2 MB) stay in a core's cache

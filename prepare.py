@@ -25,7 +25,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data import UNK
+from corpus.files import SPLITS, TOKENIZER
+from corpus.read import UNK
+from corpus.tokenizer import SPACE, import_tokenizers
 from harness import (
     COUNT,
     SEED,
@@ -39,8 +41,6 @@ from harness import (
     say,
     write,
 )
-from harness.texts import SPLITS, TOKENIZER
-from tokenizer import SPACE, import_tokenizers
 from utils import UserError, replacing
 
 TRAIN, VALID, TEST = range(3)

@@ -124,3 +124,20 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to calculate in for tensors of `dtype`."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def factor_dtype(weight: Tensor) -> torch.dtype:
+    """That of the factors of products: the one of autocast, else the weight's own."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def exact_or_bf16(weight: Tensor) -> torch.dtype:
+    """As `factor_dtype`, but the weight's own for float16: a gradient over `count` would be lost in it."""
+    dtype = factor_dtype(weight)
+    return weight.dtype if dtype == torch.float16 else dtype

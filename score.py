@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 
-from data import EOS, read_corpus
+from corpus.read import EOS, read_corpus
 from dynamiceval import DYNAMIC, MovingWeights, fill_in, find_statistics, weights_of
 from harness import SWITCH, Flag, number, open_model, parse_evaluation, ppl, read_lines, run_script
 from harness.files import Opened

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from products import add_product, linear, product
+from products import add_product, factor_dtype, linear, product
 
 # Rows of logits at once: enough for a matrix product at its full speed, few enough to stay near a core.
 BLOCK_ROWS, BLOCK_ELEMENTS = 256, 5 * 2**20
@@ -25,12 +25,6 @@ BLOCK_ROWS, BLOCK_ELEMENTS = 256, 5 * 2**20
 def block_rows(V: int) -> int:
     """How many rows of V logits to have at once."""
     return max(BLOCK_ROWS, BLOCK_ELEMENTS // V)
-
-
-def factor_dtype(weight: Tensor) -> torch.dtype:
-    """That of the factors of products: the one of autocast, else the weight's own."""
-    device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 def default_splits(ntoken: int) -> list[int]:

@@ -17,12 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from data import EOS, UNK, encode_line, make_encoder
+from corpus.read import EOS, UNK, encode_line, make_encoder
+from corpus.tokenizer import Token, make_text
 from dynamiceval import MovingWeights, weights_of
 from harness import read_lines
 from harness.files import Opened
 from model import Hidden
-from tokenizer import Token, make_text
 from utils import UserError
 
 LINES, WINDOW = 64, 512  # lines side by side, of so many put in the order of their length

@@ -26,12 +26,11 @@ from data import (
     get_batch,
     rotate_columns,
 )
-from harness.log import DOUBLE_RULE, RULE, EpochBar, RunLog, figures, say, tell, unit_text
+from harness.log import DOUBLE_RULE, RULE, EpochBar, RunLog, figures, figures_per_unit, say, tell, unit_text
 from harness.ranks import ALONE, Ranks, Stop, Stopper
 from harness.run import Run
 from model import Criterion, RNNModel, detach
 from optim import OPTIMIZERS, has_stalled
-from tokenizer import figures_per_unit
 
 EVAL_ROWS = 1024  # positions at once, at least: the matrix products like as many
 NO_TIME = ("SIGTERM", "--max_minutes")  # a run that ends for these neither validates nor tests

@@ -16,10 +16,12 @@ from torch import Tensor
 from benchmarks.floor import make_floor, shapes
 from benchmarks.peers import make_fastai_step
 from benchmarks.plain import PlainModel, make_plain_step
-from data import SPLITS, Corpus, read_corpus
+from corpus.corpora import SPLITS
+from corpus.files import find_files
+from corpus.read import read_corpus
+from data import Corpus
 from harness.flags import resolve_args
 from harness.run import Run
-from harness.texts import find_files
 from pointer import mixture_logprob, pointer_prob
 from splitcross import default_splits
 from train import evaluate, train_step

@@ -4,9 +4,10 @@ flags    the settings, in one table          files    saved models and states on
 script   how a script begins and ends        run      what training changes, and how it is resumed
 position where a run stands                  curves   logs read back, for plot.py
 log      what is printed and logged          start    how a run begins
-texts    the texts of --data on disk         ranks    the processes of torchrun, how a run is told to stop
+ranks    the processes of torchrun, how a run is told to stop
 """
 
+from corpus.files import read_lines as read_lines
 from harness.files import check_writable as check_writable
 from harness.files import open_model as open_model
 from harness.files import write as write
@@ -24,4 +25,3 @@ from harness.log import figures as figures
 from harness.log import ppl as ppl
 from harness.log import say as say
 from harness.script import run_script as run_script
-from harness.texts import read_lines as read_lines

@@ -14,8 +14,10 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
+from corpus.tokenizer import count_units
 from utils import UserError
 
 RULE, DOUBLE_RULE = "-" * 89, "=" * 89
@@ -162,3 +164,9 @@ def summary_writer() -> type:
             "SAVE.log.jsonl has the figures too"
         ) from None
     return SummaryWriter
+
+
+def figures_per_unit(tokenizer: str | None, vocab: list[str], ids: Tensor, loss: float) -> dict[str, float]:
+    """A mean loss over the predicted tokens of `ids`, per word and per character; {} where there are none."""
+    counted = count_units(tokenizer, vocab, ids[1:].cpu().numpy())  # the first one is only read
+    return unit_figures(loss * (len(ids) - 1), *counted) if counted and all(counted) else {}

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import harness.files as files
+from corpus.files import file_digest
 from data import Corpus
 from harness.log import RunLog, figures, ppl, say, warn
 from harness.position import Position
 from harness.ranks import ALONE, Ranks
-from harness.texts import file_digest
 from model import Criterion, Hidden, RNNModel, build, detach
 from mos import sampled
 from optim import Mean, annealed, make_optimizer

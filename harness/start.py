@@ -9,11 +9,12 @@ import torch
 
 import harness.files as files
 import harness.flags as flags
-from data import EVAL_BATCH_SIZE, Corpus, check_length, read_corpus
+from corpus.files import file_digest
+from corpus.read import read_corpus
+from data import EVAL_BATCH_SIZE, Corpus, check_length
 from harness.log import RunLog, say, summary_writer
 from harness.ranks import ALONE, Ranks, find_ranks
 from harness.run import Run
-from harness.texts import file_digest
 from optim import OPTIMIZERS
 from utils import UserError, pick_device, use_tf32
 

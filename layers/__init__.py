@@ -1,1 +1,1 @@
-"""QRNN and Mogrifier; weight drop; the passes over time of model.py's GRU (training) and LSTM (short segments)."""
+"""Every kind of recurrent layer, and what they share: weight drop, and the weights of LSTM and GRU."""

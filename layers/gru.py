@@ -1,4 +1,4 @@
-"""A GRU's training pass on the CPU: the loop over time as one autograd function.
+"""The GRU layer, and its training pass on the CPU: the loop over time as one autograd function.
 
 There torch's own GRU builds some ten graph nodes per step, and at every step adds a gradient of the recurrent
 matrix's size. Here the gradient of a weight is one product over all steps, and the loops are left with a product
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layers.recurrent import Hidden, RecurrentLayer
 from products import product
 
 COLUMNS = 64  # up to so many; with 80 torch's graph is as quick, with 128 quicker by a tenth
@@ -76,3 +77,17 @@ class GRUScan(torch.autograd.Function):
         d_weight_ih = product(rows.T, x.flatten(0, 1))
         d_weight_hh = product(recurrent_rows.T, before.flatten(0, 1))
         return d_x, d_h, d_weight_ih, d_weight_hh, rows.sum(0), recurrent_rows.sum(0)
+
+
+class GRU(RecurrentLayer):
+    """Rows of the weights: reset, update, new gate."""
+
+    gates, cudnn_mode, carried = 3, 3, 1
+
+    @staticmethod
+    def kernel(x: Tensor, hidden: Hidden, weights: list[Tensor], *rest: Any) -> tuple[Tensor, Hidden]:
+        if x.device.type == "cpu" and torch.is_grad_enabled() and x.size(1) <= COLUMNS:
+            out = GRUScan.apply(x, hidden[0][0], *weights)
+            return out, (out[-1:].clone(),)  # a view would keep all of `out` in memory, and in the .state
+        out, h = torch.gru(x, hidden[0], weights, *rest)
+        return out, (h,)

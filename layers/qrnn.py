@@ -20,16 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from products import Linear
+from layers.weight_drop import WeightDropLinear
+from products import Linear, wide
 
 GRAIN = 2**15  # elements below which torch runs an elementwise operation on one thread
 sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input  # g · s · (1 - s), into an existing tensor
 tanh_backward = torch.ops.aten.tanh_backward.grad_input  # g · (1 - z²), likewise
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to calculate in for tensors of `dtype`."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def pick_kernels(x: Tensor) -> ModuleType | None:
@@ -199,3 +195,14 @@ class QRNNLayer(nn.Module):
         bias = self.linear.bias
         c = bias.new_zeros(1, batch_size, self.hidden_size)
         return (c,) if self.window == 1 else (c, bias.new_zeros(1, batch_size, self.input_size))
+
+
+class QRNN(QRNNLayer):
+    """A QRNN layer whose whole linear weight is dropped. The first layer looks at two inputs per step."""
+
+    locked, summed = True, False
+
+    def __init__(self, input_size: int, hidden_size: int, wdrop: float, first: bool) -> None:
+        super().__init__(input_size, hidden_size, window=2 if first else 1)
+        if wdrop:
+            self.linear = WeightDropLinear(self.linear.in_features, self.linear.out_features, wdrop)

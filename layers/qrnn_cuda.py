@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layers.qrnn import wide
+from products import wide
 
 SOURCE = Path(__file__).with_name("qrnn.cu")
 INSTALL = "python -m pip install -r requirements-cuda.txt"

@@ -25,8 +25,10 @@ import pytest
 import torch
 from runner import run_cli
 
-import data
-from data import EOS, SPLITS, UNK, read_corpus, read_words
+import corpus.read as data
+from corpus.corpora import SPLITS
+from corpus.read import EOS, UNK, read_corpus, read_words
+from data import Corpus
 from utils import UserError
 
 TEXTS = {"train": "b a <unk> a\nc b a\n", "valid": "a c d\n", "test": "b b\n"}
@@ -77,11 +79,11 @@ def slow_words(text: str) -> list[str]:
     return [word for line in lines for word in [*line.split(), EOS]]
 
 
-def decoded(corpus: data.Corpus) -> dict[str, list[str]]:
+def decoded(corpus: Corpus) -> dict[str, list[str]]:
     return {split: [corpus.vocab[i] for i in getattr(corpus, split).tolist()] for split in SPLITS}
 
 
-def content(corpus: data.Corpus) -> tuple:
+def content(corpus: Corpus) -> tuple:
     """All that a corpus holds, beside the digest."""
     splits = [getattr(corpus, split) for split in SPLITS]
     return corpus.vocab, [split.tolist() for split in splits], [split.dtype for split in splits]
@@ -364,7 +366,7 @@ def test_a_damaged_cache_is_none(tmp_path, corpus, reads):
         for i in {*inside, whole.index(b"\x80\x02") + 1, *range(0, len(whole), 4)}:  # a protocol torch warns of
             damaged.write_bytes(whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1 :])
             loaded = data.texts.load_cache(damaged, read.digest)
-            assert loaded is None or (i not in inside and content(data.Corpus(**loaded)) == first), i
+            assert loaded is None or (i not in inside and content(Corpus(**loaded)) == first), i
         for size in range(0, len(whole), 4):
             damaged.write_bytes(whole[:size])
             assert data.texts.load_cache(damaged, read.digest) is None
@@ -481,7 +483,7 @@ def test_processes_that_write_at_once_agree(tmp_path, home, reads, monkeypatch):
 
 DIES = """
 import os, signal, sys, torch
-from data import read_corpus
+from corpus.read import read_corpus
 
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)

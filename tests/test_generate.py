@@ -11,8 +11,8 @@ import torch
 from toys import ROOT, WORDS, call, double_model, error_line, make_model, one_by_one, save_model
 
 import generate
+from corpus.tokenizer import CorpusText
 from generate import next_word_prob
-from tokenizer import CorpusText
 
 LOGPROB = torch.randn(40, generator=torch.Generator().manual_seed(3)).mul(2).log_softmax(0)
 CHARACTERS = ["_", "<eos>", "e", "t", "a", "N", "<unk>"]

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.corpora import CORPORA
+from corpus.corpora import CORPORA
 
 SCRIPT = Path(__file__).resolve().parent.parent / "getdata.sh"
 SPLITS = ("train", "valid", "test")
@@ -371,7 +371,7 @@ def test_row_is_complete(name: str) -> None:
 @pytest.mark.parametrize("words", [[], ["make"], ["sources", "pen"], ["fetch", "penn"], ["check", "penn"]])
 def test_corpora_called_wrongly_is_usage(words: list[str]) -> None:
     """Status 2, the commands and the names; no traceback."""
-    script = SCRIPT.parent / "tools/corpora.py"
+    script = SCRIPT.parent / "corpus/corpora.py"
     done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert "NAME is one of: penn " in done.stderr

@@ -8,7 +8,8 @@ import reference
 import torch
 from torch import Tensor
 
-from model import LAYERS, RNNModel, build, detach, drop_weight, embedded_dropout
+from layers.weight_drop import drop_weight
+from model import LAYERS, RNNModel, build, detach, embedded_dropout
 from splitcross import default_splits
 
 V, T, B = 30, 6, 4

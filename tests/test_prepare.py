@@ -14,7 +14,7 @@ from runner import run_fresh
 from toys import call, error_line
 
 import prepare
-from data import read_corpus
+from corpus.read import read_corpus
 
 SPLITS = ("train", "valid", "test")
 LEVELS = ("word", "char", "subword")

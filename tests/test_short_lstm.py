@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import model
-from layers.short_lstm import STEPS, ShortLSTM, outer
+from layers.lstm import STEPS, ShortLSTM, outer
 from model import LSTM
 
 E, H = 3, 5
@@ -28,7 +27,7 @@ def test_all_gradients(T):
 def test_a_layer_is_torchs_own_however_short_the_segment(T, monkeypatch):
     """Outputs, state and the gradient of every weight; the short way is taken up to STEPS steps, and only then."""
     taken = []
-    monkeypatch.setattr(model.ShortLSTM, "apply", lambda *args: taken.append(1) or apply(*args))
+    monkeypatch.setattr(ShortLSTM, "apply", lambda *args: taken.append(1) or apply(*args))
     torch.manual_seed(0)
     layer, hidden = LSTM(E, H, 0.0, True).double(), tuple(torch.randn(2, 1, 1, H, dtype=torch.float64))
     layer.reset_parameters()
@@ -49,7 +48,7 @@ apply = ShortLSTM.apply
 
 
 def test_several_columns_and_evaluation_take_torchs_way(monkeypatch):
-    monkeypatch.setattr(model.ShortLSTM, "apply", lambda *args: pytest.fail("the short way"))
+    monkeypatch.setattr(ShortLSTM, "apply", lambda *args: pytest.fail("the short way"))
     layer = LSTM(E, H, 0.0, True).double()
     layer(draw(5, 2, E), layer.init_hidden(2))
     with torch.no_grad():

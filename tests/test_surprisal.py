@@ -26,8 +26,8 @@ from toys import (
 import prepare
 import score
 import surprisal
-from data import read_corpus
-from tokenizer import make_text as make_reader
+from corpus.read import read_corpus
+from corpus.tokenizer import make_text as make_reader
 
 KINDS = {
     "LSTM": {"rnn_type": "LSTM"},

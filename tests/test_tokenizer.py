@@ -19,10 +19,10 @@ import generate
 import main
 import pointer
 import prepare
-from data import EOS, read_corpus
+from corpus.read import EOS, read_corpus
+from corpus.tokenizer import count_units, make_text
 from harness import files
 from harness.files import load_model
-from tokenizer import count_units, make_text
 from utils import UserError
 
 LEVELS = ("word", "char", "subword")

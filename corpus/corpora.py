@@ -1,10 +1,10 @@
 """The corpora: where they are fetched, how what was fetched becomes text, and what is known of that text.
 
-    python3 tools/corpora.py make NAME OUT [FOLDER]     # OUT/{train,valid,test}.txt from what FOLDER holds
-    python3 tools/corpora.py check NAME FOLDER          # counts and checksums against the known ones
-    python3 tools/corpora.py names                      # these and the next two are what getdata.sh asks:
-    python3 tools/corpora.py sources NAME               # a line of addresses per source
-    python3 tools/corpora.py base NAME                  # the corpus that NAME is made from, if any
+    python3 corpus/corpora.py make NAME OUT [FOLDER]     # OUT/{train,valid,test}.txt from what FOLDER holds
+    python3 corpus/corpora.py check NAME FOLDER          # counts and checksums against the known ones
+    python3 corpus/corpora.py names                      # these and the next two are what getdata.sh asks:
+    python3 corpus/corpora.py sources NAME               # a line of addresses per source
+    python3 corpus/corpora.py base NAME                  # the corpus that NAME is made from, if any
 
 A new corpus is a row of CORPORA, and a converter if it is of a new kind. AWD_CHECKS names a JSON file that
 replaces the known counts and checksums, for a mirror with other text. Needs the standard library alone.

@@ -17,10 +17,8 @@ from bisect import bisect_left
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch import Tensor
 
-from data import EOS, UNK
-from harness.log import unit_figures
+from corpus.read import EOS, UNK
 from utils import UserError
 
 SPACE = "▁"  # the token of a space among characters
@@ -68,12 +66,6 @@ def count_units(tokenizer: str | None, vocab: list[str], ids: np.ndarray) -> tup
         pieces = [special.get(piece, piece) for piece in vocab]
         text = "".join(map(pieces.__getitem__, ids.tolist()))
     return len(text.split()) + text.count("\n"), len(text)
-
-
-def figures_per_unit(tokenizer: str | None, vocab: list[str], ids: Tensor, loss: float) -> dict[str, float]:
-    """A mean loss over the predicted tokens of `ids`, per word and per character; {} where there are none."""
-    counted = count_units(tokenizer, vocab, ids[1:].cpu().numpy())  # the first one is only read
-    return unit_figures(loss * (len(ids) - 1), *counted) if counted and all(counted) else {}
 
 
 class CorpusText:

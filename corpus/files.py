@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tools.corpora import CORPORA, SPLITS
+from corpus.corpora import CORPORA, SPLITS
 from utils import UserError, penn_treebank_dataset, replacing, wikitext_2_dataset
 
 TOKENIZER = "tokenizer.json"  # beside the texts, where prepare.py has made them

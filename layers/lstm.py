@@ -1,4 +1,4 @@
-"""An LSTM over a few steps of a single column: what dynamic evaluation runs, thousands of times.
+"""The LSTM layer, and its pass over a few steps of a single column, for dynamic evaluation.
 
 oneDNN's LSTM packs its weights at each call, which takes longer than five steps of a single column; torch's
 own adds up a gradient as large as the recurrent matrix per step. Here a step is a product of matrix and
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layers.recurrent import Hidden, RecurrentLayer
 from products import outer, product
 
 STEPS = 32  # up to so many; from there on packing pays
@@ -61,3 +62,19 @@ class ShortLSTM(torch.autograd.Function):
             torch.cat(parts, out=d_gates[t])
             d_c, d_h = d_c * f, torch.mv(weight_hh.T, d_gates[t])
         return product(d_gates, weight_ih), d_h, d_c, outer(d_gates, x), outer(d_gates, before), d_gates.sum(0)
+
+
+class LSTM(RecurrentLayer):
+    """Rows of the weights: input, forget, cell, output gate."""
+
+    gates, cudnn_mode, carried = 4, 2, 2
+
+    @staticmethod
+    def kernel(x: Tensor, hidden: Hidden, weights: list[Tensor], *rest: Any) -> tuple[Tensor, Hidden]:
+        (T, B, _), (h, c) = x.shape, hidden
+        if B == 1 and T <= STEPS and x.device.type == "cpu" and torch.is_grad_enabled():
+            weight_ih, weight_hh, bias_ih, bias_hh = weights
+            out, c = ShortLSTM.apply(x[:, 0], h[0, 0], c[0, 0], weight_ih, weight_hh, bias_ih + bias_hh)
+            return out[:, None], (out[None, -1:].clone(), c[None, None])
+        out, h, c = torch.lstm(x, hidden, weights, *rest)
+        return out, (h, c)

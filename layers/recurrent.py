@@ -1,0 +1,98 @@
+"""What an LSTM and a GRU share: their weights, weight drop on the recurrent one, and cuDNN's buffer.
+
+Shapes: T time, B batch, E input features, H hidden, G gates (4 in an LSTM, 3 in a GRU).
+
+Method: Merity, Keskar, Socher, arXiv 1708.02182 ("AWD"), section 2.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layers.weight_drop import drop_weight
+
+# What a layer carries from batch to batch, each tensor (1, B, ·): (h, c) LSTM, (h,) GRU, (c, last input) or
+# (c,) QRNN.
+Hidden = tuple[Tensor, ...]
+
+
+class WriteInto(torch.autograd.Function):
+    """Copies `value` into `slot`, memory that somebody else laid out, and is the identity for gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, slot: Tensor) -> Tensor:
+        ctx.mark_dirty(slot)
+        return slot.copy_(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class RecurrentLayer(nn.Module):
+    """One LSTM or GRU layer with weight drop on its hidden-to-hidden matrix (AWD, section 2).
+
+    torch's kernels (oneDNN, cuDNN) do the work, or those of layers/ on the CPU; the parameters lie in this module
+    so that the recurrent matrix can be handed over dropped, while its raw form is what is trained and saved.
+
+    Parameters: weight_ih_l0 (G·H, E), weight_hh_l0_raw (G·H, H) (weight_hh_l0 when `wdrop` is 0),
+    bias_ih_l0, bias_hh_l0 (G·H,).
+    """
+
+    locked, summed = True, False
+    gates: int
+    carried: int  # tensors from batch to batch
+    cudnn_mode: int  # cuDNN's own number for the kind of layer
+
+    def __init__(self, input_size: int, hidden_size: int, wdrop: float, first: bool) -> None:
+        super().__init__()
+        self.hidden_size, self.wdrop = hidden_size, wdrop
+        rows = self.gates * hidden_size
+        self.weight_ih_l0 = nn.Parameter(torch.empty(rows, input_size))
+        recurrent = nn.Parameter(torch.empty(rows, hidden_size))
+        self.register_parameter("weight_hh_l0_raw" if wdrop else "weight_hh_l0", recurrent)
+        self.bias_ih_l0 = nn.Parameter(torch.empty(rows))
+        self.bias_hh_l0 = nn.Parameter(torch.empty(rows))
+        self.slot: Tensor | None = None  # the recurrent matrix's place in cuDNN's flat buffer
+
+    def reset_parameters(self) -> None:
+        """Uniform ±1/sqrt(H): torch's own default."""
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -(self.hidden_size**-0.5), self.hidden_size**-0.5)
+
+    def flat(self, weight_hh: Tensor) -> Tensor:
+        """The recurrent matrix in its place between the other weights, which then lie in one flat buffer.
+
+        cuDNN takes its weights from one buffer. Scattered ones, as weight drop makes them, torch copies into
+        a new buffer at every call, and warns. So the buffer is laid out once, the parameters are moved into
+        it as `nn.LSTM.flatten_parameters` would, and the dropped matrix is written to its place per batch.
+        """
+        others = [self.weight_ih_l0, self.bias_ih_l0, self.bias_hh_l0]
+        buffers = {p.untyped_storage().data_ptr() for p in others}
+        if self.slot is None or buffers != {self.slot.untyped_storage().data_ptr()}:  # new, or moved by .to()
+            self.slot = torch.empty_like(weight_hh)
+            weights = [self.weight_ih_l0, self.slot, self.bias_ih_l0, self.bias_hh_l0]
+            sizes = self.weight_ih_l0.size(1), self.cudnn_mode, self.hidden_size
+            with torch.no_grad():  # 4 tensors per layer; no projection, 1 layer, time first, one direction
+                torch._cudnn_rnn_flatten_weight(weights, 4, *sizes, 0, 1, False, False)
+        return WriteInto.apply(weight_hh, self.slot.detach())
+
+    def forward(self, x: Tensor, hidden: Hidden) -> tuple[Tensor, Hidden]:
+        """x (T, B, E) and what the batch before left -> out (T, B, H) and what to carry."""
+        raw = self.weight_hh_l0_raw if self.wdrop else self.weight_hh_l0
+        weight_hh = drop_weight(raw, self.wdrop, self.training)
+        if x.device.type == "cuda" and torch.backends.cudnn.is_acceptable(raw):
+            weight_hh = self.flat(weight_hh)
+        weights = [self.weight_ih_l0, weight_hh, self.bias_ih_l0, self.bias_hh_l0]
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if autocast and x.device.type == "cpu":  # few CPUs have a recurrent kernel in half precision
+            autocast, x = False, x.to(raw.dtype)
+        with torch.autocast(x.device.type, enabled=autocast):
+            # biases, 1 layer, no dropout between layers, one direction, time first
+            return self.kernel(x, hidden, weights, True, 1, 0.0, self.training, False, False)
+
+    def init_hidden(self, batch_size: int) -> Hidden:
+        """Zeros, (1, B, H): h of a GRU, h and c of an LSTM."""
+        zeros = self.bias_hh_l0.new_zeros(1, batch_size, self.hidden_size)
+        return tuple(zeros.clone() for _ in range(self.carried))

@@ -1,1 +1,0 @@
-"""What getdata.sh needs beside the network."""
