@@ -44,7 +44,9 @@ from benchmarks import timed
 from benchmarks.peers import check_fastai, fits_fastai
 from benchmarks.work import SETTINGS, VARIANTS, Work, others, ours, setting
 from corpus.files import find_files
-from harness import COUNT, ArgumentParser, check_writable, run_script, write
+from harness.files import check_writable, write
+from harness.flags import COUNT, ArgumentParser
+from harness.script import run_script
 from products import has_bf16
 from utils import RunError, UserError, use_tf32
 

@@ -21,6 +21,7 @@ from utils import BPTTBatchSampler, UserError
 
 EVAL_BATCH_SIZE, TEST_BATCH_SIZE = 10, 1  # as published
 
+
 class Corpus(NamedTuple):
     """Three texts as token ids, and the words behind the ids (N tokens per text, `<eos>` counted).
 

@@ -28,25 +28,13 @@ from tqdm import tqdm
 
 from corpus.read import read_corpus
 from data import Corpus, eval_batches
-from harness import (
-    COUNT,
-    DOUBLE_RULE,
-    POSITIVE,
-    SWITCH,
-    Flag,
-    RunLog,
-    figures,
-    number,
-    open_model,
-    parse_evaluation,
-    ppl,
-    run_script,
-    say,
-)
-from harness.files import STATS_FORMAT, NotWrittenError, Opened, check_parts, load, save
-from harness.log import figures_per_unit, unit_text, warn
+from evaluate import print_best, print_table, report
+from harness.files import STATS_FORMAT, NotWrittenError, Opened, check_parts, load, open_model, save
+from harness.flags import COUNT, POSITIVE, SWITCH, Flag, number, parse_evaluation
+from harness.log import RunLog, ppl, warn
+from harness.script import run_script
 from model import detach
-from pointer import POINTER, mixture_logprob, on_edge, pointer_prob
+from pointer import POINTER, mixture_logprob, pointer_prob
 from utils import RunError, UserError
 
 CHUNK = 1 << 16  # weights updated at once: all that an update reads of them fits a core's cache
@@ -231,23 +219,22 @@ def find_statistics(saved: Opened, path: str, corpus: Corpus, args: Namespace) -
 
 def search(saved: Opened, ms: list[Tensor], ids: Tensor, args: Namespace) -> tuple[float, float]:
     """Prints a table of perplexities over the first tokens of a text; returns the best η and λ."""
-    ids, factor, found = ids[: args.search_tokens + 1], args.bptt / 5, {}
+    ids, factor = ids[: args.search_tokens + 1], args.bptt / 5
     rates, lambs = [lr * factor for lr in args.search_lrs], [lamb * factor for lamb in args.search_lambs]
-    say(f"| {len(ids) - 1} tokens | val ppl, a row per lr, a column per lamb")
-    say(f"| {'lr':>8} |" + "".join(f"{lamb:9.2g}" for lamb in lambs))
-    for lr in rates:
-        for lamb in lambs:
-            moving = MovingWeights(weights_of(saved), ms, lr, lamb, args.epsilon)
-            found[lr, lamb], count = dynamic_loss(
-                saved, moving, ids, args.bptt, title=f"lr {lr:.2g} lamb {lamb:.2g}"
-            )
-            if count < len(ids) - 1:
-                raise KeyboardInterrupt
-        say(f"| {lr:8.2g} |" + "".join(f"{ppl(found[lr, lamb]):9.2f}" for lamb in lambs))
-    lr, lamb = min(found, key=found.get)
-    say(f"| best on val: --lr {lr:g} --lamb {lamb:g}")
-    on_edge("lr", lr, rates)
-    on_edge("lamb", lamb, lambs)
+    losses: dict[tuple[float, float], float] = {}
+
+    def loss_of(lr: float, lamb: float) -> float:
+        moving = MovingWeights(weights_of(saved), ms, lr, lamb, args.epsilon)
+        title = f"lr {lr:.2g} lamb {lamb:.2g}"
+        losses[lr, lamb], count = dynamic_loss(saved, moving, ids, args.bptt, title=title)
+        if count < len(ids) - 1:
+            raise KeyboardInterrupt
+        return losses[lr, lamb]
+
+    table = ([loss_of(lr, lamb) for lamb in lambs] for lr in rates)
+    print_table(f"{len(ids) - 1} tokens", "lr", rates, "lamb", lambs, table)
+    lr, lamb = min(losses, key=losses.__getitem__)
+    print_best({"lr": lr, "lamb": lamb}, {"lr": rates, "lamb": lambs})
     return lr, lamb
 
 
@@ -267,7 +254,10 @@ SEARCH = [
     Flag("--search_lrs", {**FACTOR, "nargs": "+"}, LR, "the values tried, times bptt / 5"),
     Flag("--search_lambs", {**FACTOR, "nargs": "+"}, LAMB, "the values tried, times bptt / 5"),
 ]
-MIXED = [Flag("--pointer", SWITCH, False, "mix the cache pointer in"), *POINTER[:3]]
+MIXED = [
+    Flag("--pointer", SWITCH, False, "mix the cache pointer in"),
+    *(flag for flag in POINTER if flag.name in ("theta", "lambdasm", "window")),
+]
 
 
 def fill_in(args: Namespace, saved: Opened) -> None:
@@ -294,16 +284,12 @@ def main() -> int:
         if loss != loss:
             raise RunError(f"the {split} loss is {loss}: try a lower --lr")
         whole = count == len(ids) - 1
-        what = (
-            "End of dynamic evaluation"
-            if whole
-            else f"Part of dynamic evaluation, {count} of {len(ids) - 1} tokens"
-        )
-        units = figures_per_unit(saved.tokenizer, saved.vocab, ids[: count + 1], loss)
-        told = figures(loss, f"{split} ", bpc=False) + unit_text(units, f"{split} ")
-        say(f"{DOUBLE_RULE}\n| {what} | {told}\n{DOUBLE_RULE}")
-        how = {"lr": args.lr, "lamb": args.lamb, "bptt": args.bptt, "pointer": pointer, "tokens": count}
-        log.write("dynamic evaluation", loss, split=split, partial=not whole, **how, **units)
+        title = "End of dynamic evaluation"
+        if not whole:
+            title = f"Part of dynamic evaluation, {count} of {len(ids) - 1} tokens"
+        units = report(title, f"{split} ", loss, saved, ids[: count + 1])
+        settings = {"lr": args.lr, "lamb": args.lamb, "bptt": args.bptt, "pointer": pointer, "tokens": count}
+        log.write("dynamic evaluation", loss, split=split, partial=not whole, **settings, **units)
         if not whole:
             return 130
     return 0

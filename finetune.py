@@ -5,15 +5,16 @@
     python finetune.py --resume PTB.ft.pt                                 # go on with a stopped run
     python finetune.py --save PTB.pt --resume auto --max_minutes 60       # a cluster's job, each time
 
-The file is replaced only by a better model, whole or not at all. What is not given comes from the file, but for a
-course of its own: the rate (30), --epochs and --nonmono are as by default. Method: Merity, Keskar, Socher, arXiv
+The file is replaced only by a better model, whole or not at all. Flags that are not given are taken from the saved
+model, except --lr (30), --epochs and --nonmono, which have their defaults. Method: Merity, Keskar, Socher, arXiv
 1708.02182, section 5.
 """
 
-import train
-from harness import ArgumentParser, Flag, run_script
-from harness.flags import MODEL, OPTIMISATION, REGULARISATION, RUN
-from harness.start import begin, start_run
+from harness.checkpoint import save_model
+from harness.flags import MODEL, OPTIMISATION, REGULARISATION, RUN, ArgumentParser, Flag
+from harness.script import run_script
+from harness.start import begin
+from train import evaluate_start, finish, fit, start_run
 
 
 def main() -> int:
@@ -21,16 +22,16 @@ def main() -> int:
     output = Flag("--output", {}, None, "write the better model here and leave --save as it is")
     parser.add_flags("finetune.py only", [output])
     given = vars(parser.parse_args())
-    start = begin("finetune.py", given)  # the device, the processes, the settings, what there is to go on with
-    run = start_run(start)  # seed, corpus, model, optimizer
-    if start.found.saved:
-        loss = train.evaluate_start(run, "before fine-tuning")
+    start = begin("finetune.py", given)  # processes, device, settings, a state or model to go on from
+    run = start_run(start)  # corpus, model, optimizer; then the state, if there is one
+    if start.saved:
+        loss = evaluate_start(run, "before fine-tuning")
         if not start.replaces:
-            run.save_model(loss)
+            save_model(run, loss)
         run.start_averaging()
-    del start  # a state is several times the weights
-    why = train.fit(run, on_stall="stop")
-    return train.finish(run, why)
+    del start  # frees the state, which is several times as large as the weights
+    why = fit(run, on_stall="stop")
+    return finish(run, why)
 
 
 if __name__ == "__main__":

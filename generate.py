@@ -4,8 +4,8 @@
     python generate.py --save PTB.pt --prompt "the company" --next 10
 
 Every text begins after an `<eos>`, the end of the line before: its first word is predicted from that. Prompt
-and text are plain text where the model has a tokenizer, or characters or bytes for words (see corpus/tokenizer.py);
-else words apart by spaces.
+and text are plain text if the model has a tokenizer, or has characters or bytes for words; otherwise they are
+words with spaces between them.
 
 Shapes: T time, B batch, V vocabulary.
 """
@@ -18,19 +18,9 @@ from torch import Tensor
 
 from corpus.read import EOS, encode_line, make_encoder
 from corpus.tokenizer import CorpusText, TokenizerText, make_text
-from harness import (
-    COUNT,
-    POSITIVE,
-    SEED,
-    SWITCH,
-    Flag,
-    check_writable,
-    number,
-    open_model,
-    parse_evaluation,
-    run_script,
-    write,
-)
+from harness.files import check_writable, open_model, write
+from harness.flags import COUNT, POSITIVE, SEED, SWITCH, Flag, number, parse_evaluation
+from harness.script import run_script
 from model import Criterion, Hidden, RNNModel
 from utils import LabelEncoder
 

@@ -8,24 +8,24 @@
 Method: Merity, Keskar, Socher, "Regularizing and Optimizing LSTM Language Models", arXiv 1708.02182.
 """
 
-import train
-from harness import ArgumentParser, run_script
-from harness.flags import FLAGS
-from harness.start import begin, load_corpus, start_run
+from evaluate import evaluate_only
+from harness.flags import FLAGS, ArgumentParser
+from harness.script import run_script
+from harness.start import begin, load_corpus
+from train import evaluate_start, finish, fit, start_run
 
 
 def main() -> int:
     given = vars(ArgumentParser(__doc__, *FLAGS).parse_args())
-    start = begin("main.py", given)  # the device, the processes, the settings, what there is to go on with
-    args, _, saved, path = start.found
-    if args.epochs == 0:
-        return train.evaluate_only(saved, path, load_corpus(start), args.bptt) if start.ranks.is_main else 0
-    run = start_run(start)  # seed, corpus, model, optimizer
-    if saved and start.replaces:
-        train.evaluate_start(run, "warm start")
-    del start, saved  # a state is several times the weights
-    why = train.fit(run)
-    return train.finish(run, why)
+    start = begin("main.py", given)  # processes, device, settings, a state or model to go on from
+    if start.args.epochs == 0:
+        return evaluate_only(start.saved, load_corpus(start), start.args.bptt) if start.ranks.is_main else 0
+    run = start_run(start)  # corpus, model, optimizer; then the state, if there is one
+    if start.saved and start.replaces:
+        evaluate_start(run, "warm start")
+    del start  # frees the state, which is several times as large as the weights
+    why = fit(run)
+    return finish(run, why)
 
 
 if __name__ == "__main__":

@@ -22,20 +22,24 @@ from layers.gru import GRU
 from layers.lstm import LSTM
 from layers.mogrifier import Mogrifier
 from layers.qrnn import QRNN
-from layers.recurrent import Hidden
+from layers.recurrent import Hidden, RecurrentLayer
 from layers.weight_drop import Dropout
 from mos import MixtureOfSoftmaxes
 from splitcross import SplitCrossEntropyLoss, default_splits
 from utils import LockedDropout
 
 Criterion = SplitCrossEntropyLoss | MixtureOfSoftmaxes  # an output layer: what `build` makes beside the model
-# Those of every model; then the mixture's, and the Mogrifier's own.
+# The choices of --model.
+LAYERS: dict[str, type[RecurrentLayer]] = {"LSTM": LSTM, "GRU": GRU, "QRNN": QRNN, "Mogrifier": Mogrifier}
+# The settings that are dropout probabilities: dropoutl is the mixture's, dropoutr an option of some layers.
 DROPOUTS = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop", "dropoutl", "dropoutr")
 
-# The choices of --model: Layer(input_size, hidden_size, wdrop, first), which knows its `reset_parameters` and
-# `init_hidden(batch_size)`; called with x (T, B, ·) and its hidden tensors it returns both anew.
-# `LAYERS[kind].locked`: one mask of dropout for all steps; `.summed`: the softmax is given the sum of all layers'.
-LAYERS = {"LSTM": LSTM, "GRU": GRU, "QRNN": QRNN, "Mogrifier": Mogrifier}
+
+def kind_of_layer(name: str) -> type[RecurrentLayer]:
+    """The class of a kind of layer; raises ValueError when there is no such kind."""
+    if name not in LAYERS:
+        raise ValueError(f"--model {name!r}: use one of {', '.join(LAYERS)}")
+    return LAYERS[name]
 
 
 class Decoder(nn.Module):
@@ -83,7 +87,7 @@ class RNNModel(nn.Module):
         tie_weights: the decoder's weight is the embedding's; the last layer is then E wide.
         nhidlast: width of the last layer, for another than that; 0: none.
         mixture: the criterion is a mixture, which takes any width; the decoder's weight is then E wide.
-        options: what the layers of this kind take beside sizes and weight drop.
+        options: what this kind of layer takes beside sizes and weight drop (`RecurrentLayer.options`).
 
     Raises:
         ValueError: there is no such kind of layer, or their widths do not fit each other or a tied weight.
@@ -95,9 +99,7 @@ class RNNModel(nn.Module):
         wdrop: float = 0.5, tie_weights: bool = True, nhidlast: int = 0, mixture: bool = False, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__()
-        if rnn_type not in LAYERS:
-            raise ValueError(f"rnn_type {rnn_type!r}: use one of {', '.join(LAYERS)}")
-        kind, self.dropoute = LAYERS[rnn_type], dropoute
+        kind, self.dropoute = kind_of_layer(rnn_type), dropoute
         drop = LockedDropout if kind.locked else Dropout
         self.locki, self.lockh, self.locko = map(drop, (dropouti, dropouth, dropout))
         self.encoder = nn.Embedding(ntoken, ninp, _weight=torch.empty(ntoken, ninp))
@@ -174,21 +176,22 @@ def build(args: dict[str, Any], ntoken: int) -> tuple[RNNModel, Criterion]:
     Raises:
         ValueError: the settings do not go together, or not with a vocabulary of `ntoken` words.
     """
-    n_experts, splits, nhidlast = args.get("n_experts", 0), args.get("splits"), args.get("nhidlast", 0)
-    *dropouts, dropoutl, dropoutr = (args.get(name, 0.0) for name in DROPOUTS)
-    sizes, options = (args["emsize"], args["nhid"], args["nlayers"]), {}
-    if args["model"] == "Mogrifier":
-        options = {"rounds": args["rounds"], "rank": args["rank"], "dropoutr": dropoutr}
-    elif dropoutr:
+    args = {"n_experts": 0, "nhidlast": 0, "splits": None, **dict.fromkeys(DROPOUTS, 0.0), **args}
+    n_experts, splits, options = args["n_experts"], args["splits"], kind_of_layer(args["model"]).options
+    if args["dropoutr"] and "dropoutr" not in options:
         raise ValueError(
-            f"--dropoutr {dropoutr}: is the Mogrifier's; leave it out, --wdrop drops the others' state"
+            f"--dropoutr {args['dropoutr']}: a layer of --model {args['model']} has no such dropout; leave it out "
+            "(--wdrop drops parts of its recurrent matrix)"
         )
-    how = {"tie_weights": args["tied"], "nhidlast": nhidlast, "mixture": n_experts > 0}
-    model = RNNModel(args["model"], ntoken, *sizes, *dropouts, **how, **options)
+    dropouts = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")
+    model = RNNModel(
+        args["model"], ntoken, args["emsize"], args["nhid"], args["nlayers"], tie_weights=args["tied"],
+        nhidlast=args["nhidlast"], mixture=n_experts > 0, **{name: args[name] for name in (*dropouts, *options)},
+    )  # fmt: skip
     if n_experts:
         if splits:
             raise ValueError(f"--n_experts {n_experts}: goes with one softmax only; leave --splits out")
-        return model, MixtureOfSoftmaxes(model.width, args["emsize"], n_experts, dropoutl)
+        return model, MixtureOfSoftmaxes(model.width, args["emsize"], n_experts, args["dropoutl"])
     splits = default_splits(ntoken) if splits is None else splits
     if splits and splits[-1] >= ntoken:
         raise ValueError(f"--splits {splits}: the last one has to lie below the vocabulary's size, {ntoken}")

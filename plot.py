@@ -15,8 +15,11 @@ import os
 import warnings
 from typing import Any, NamedTuple
 
-from harness import COUNT, SWITCH, ArgumentParser, Flag, check_writable, read_lines, run_script, write
+from corpus.files import read_lines
 from harness.curves import SUFFIX, Curve, Point, read_curves
+from harness.files import check_writable, write
+from harness.flags import COUNT, SWITCH, ArgumentParser, Flag
+from harness.script import run_script
 from utils import UserError
 
 # Okabe and Ito's palette: told apart by colour-blind eyes too.

@@ -20,22 +20,11 @@ from torch import Tensor
 
 from corpus.read import read_corpus
 from data import eval_batches
-from harness import (
-    COUNT,
-    DOUBLE_RULE,
-    POSITIVE,
-    SWITCH,
-    Flag,
-    RunLog,
-    figures,
-    number,
-    open_model,
-    parse_evaluation,
-    ppl,
-    run_script,
-    say,
-)
-from harness.log import figures_per_unit, unit_text
+from evaluate import print_best, print_table, report
+from harness.files import open_model
+from harness.flags import COUNT, POSITIVE, SWITCH, Flag, number, parse_evaluation
+from harness.log import RunLog
+from harness.script import run_script
 from model import Criterion, RNNModel
 from products import product
 from utils import RunError
@@ -149,21 +138,11 @@ def search(
 ) -> tuple[float, float, int]:
     """Prints the grid of losses (S, L, W) as a table of perplexities; returns the best θ, λ and window."""
     for w, window in enumerate(windows):
-        say(f"| window {window} | val ppl, a row per theta, a column per lambdasm")
-        say(f"| {'theta':>8} |" + "".join(f"{lambdasm:9g}" for lambdasm in lambdas))
-        for theta, row in zip(thetas, loss[:, :, w].tolist(), strict=True):
-            say(f"| {theta:8g} |" + "".join(f"{ppl(value):9.2f}" for value in row))
-    best = list(itertools.product(thetas, lambdas, windows))[int(loss.argmin())]
-    say(f"| best on val: --theta {best[0]:g} --lambdasm {best[1]:g} --window {best[2]}")
-    for name, value, tried in zip(("theta", "lambdasm", "window"), best, (thetas, lambdas, windows), strict=True):
-        on_edge(name, value, tried)
-    return best
-
-
-def on_edge(name: str, best: float, tried: Sequence[float]) -> None:
-    """Says so when the best value of a search is the first or last that was tried: a better one may lie beyond."""
-    if len(tried) > 1 and best in (min(tried), max(tried)):
-        say(f"| --{name} {best:g} lies on the edge of what was tried: a better one may lie beyond")
+        print_table(f"window {window}", "theta", thetas, "lambdasm", lambdas, loss[:, :, w].tolist())
+    theta, lambdasm, window = list(itertools.product(thetas, lambdas, windows))[int(loss.argmin())]
+    best = {"theta": theta, "lambdasm": lambdasm, "window": window}
+    print_best(best, {"theta": thetas, "lambdasm": lambdas, "window": windows})
+    return theta, lambdasm, window
 
 
 THETA, SHARE = {"type": number(float, 0, most=1000)}, {"type": number(float, 0, most=1)}
@@ -194,28 +173,25 @@ def main() -> None:
     corpus = read_corpus(args.data or saved.args.data, saved.vocab)
     log = RunLog(f"{args.save}.log.jsonl")
 
-    def evaluate(ids: Tensor, *grid: Sequence[float]) -> Tensor:
+    def losses(ids: Tensor, *grid: Sequence[float]) -> Tensor:
         return pointer_loss(saved.model, saved.criterion, ids.to(saved.device), args.bptt, *grid)
 
-    def report(split: str, ids: Tensor, loss: float) -> None:
+    def finish(split: str, ids: Tensor, loss: float) -> None:
         """Prints and logs the figures of one text."""
         if math.isnan(loss):
             raise RunError(f"the {split} loss is {loss}: the model's weights are not finite; use another model")
-        units = figures_per_unit(saved.tokenizer, saved.vocab, ids, loss)
-        told = figures(loss, f"{split} ", bpc=False) + unit_text(units, f"{split} ")
-        say(f"{DOUBLE_RULE}\n| End of pointer | {told}\n{DOUBLE_RULE}")
-        theta, lambdasm, window = best
+        units = report("End of pointer", f"{split} ", loss, saved, ids)
         log.write("pointer", loss, split=split, theta=theta, lambdasm=lambdasm, window=window, **units)
 
-    best = args.theta, args.lambdasm, args.window
-    grid = [[value] for value in best]
+    theta, lambdasm, window = args.theta, args.lambdasm, args.window
+    thetas, lambdas, windows = [theta], [lambdasm], [window]
     if args.search:
-        grid = args.search_thetas, args.search_lambdas, args.search_windows or [args.window]
-    valid = evaluate(corpus.valid, *grid)
+        thetas, lambdas, windows = args.search_thetas, args.search_lambdas, args.search_windows or windows
+    valid = losses(corpus.valid, thetas, lambdas, windows)
     if args.search:
-        best = search(valid, *grid)
-    report("val", corpus.valid, valid.min().item())
-    report("test", corpus.test, evaluate(corpus.test, *([value] for value in best)).item())
+        theta, lambdasm, window = search(valid, thetas, lambdas, windows)
+    finish("val", corpus.valid, valid.min().item())
+    finish("test", corpus.test, losses(corpus.test, [theta], [lambdasm], [window]).item())
 
 
 if __name__ == "__main__":

@@ -25,22 +25,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from corpus.files import SPLITS, TOKENIZER
+from corpus.files import SPLITS, TOKENIZER, read_lines
 from corpus.read import UNK
 from corpus.tokenizer import SPACE, import_tokenizers
-from harness import (
-    COUNT,
-    SEED,
-    SWITCH,
-    ArgumentParser,
-    Flag,
-    check_writable,
-    number,
-    read_lines,
-    run_script,
-    say,
-    write,
-)
+from harness.files import check_writable, write
+from harness.flags import COUNT, SEED, SWITCH, ArgumentParser, Flag, number
+from harness.log import say
+from harness.script import run_script
 from utils import UserError, replacing
 
 TRAIN, VALID, TEST = range(3)

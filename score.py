@@ -23,11 +23,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 
+from corpus.files import read_lines
 from corpus.read import EOS, read_corpus
 from dynamiceval import DYNAMIC, MovingWeights, fill_in, find_statistics, weights_of
-from harness import SWITCH, Flag, number, open_model, parse_evaluation, ppl, read_lines, run_script
-from harness.files import Opened
-from harness.log import unit_figures, unit_text, warn
+from harness.files import Opened, open_model
+from harness.flags import SWITCH, Flag, number, parse_evaluation
+from harness.log import ppl, unit_figures, unit_text, warn
+from harness.script import run_script
 from surprisal import Line, Reader, Scored, score_adaptively, score_apart, score_carried
 from utils import UserError
 

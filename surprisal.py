@@ -17,10 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from corpus.files import read_lines
 from corpus.read import EOS, UNK, encode_line, make_encoder
 from corpus.tokenizer import Token, make_text
 from dynamiceval import MovingWeights, weights_of
-from harness import read_lines
 from harness.files import Opened
 from model import Hidden
 from utils import UserError

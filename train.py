@@ -1,6 +1,6 @@
-"""Training and evaluation, shared by main.py and finetune.py: the step, the epochs, the test.
+"""A training run: what a step changes, the step, and the epochs. main.py and finetune.py start it.
 
-Losses are nats per token and leave the regularisation out. Shapes: T time, B batch, N = T·B.
+Losses are nats per token, without the regularisation. Shapes: T time, B batch, N = T·B.
 
 Method: Merity, Keskar, Socher, arXiv 1708.02182 ("AWD"): section 3 for NT-ASGD, 4.6 for the regularisation of
 activations (AR, TAR), 5 for batch lengths.
@@ -10,6 +10,7 @@ import contextlib
 import math
 import os
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,31 +18,170 @@ import torch
 from torch import Tensor, nn
 
 import harness.files as files
-from data import (
-    EVAL_BATCH_SIZE,
-    TEST_BATCH_SIZE,
-    Corpus,
-    VariableLengthSampler,
-    eval_batches,
-    get_batch,
-    rotate_columns,
-)
-from harness.log import DOUBLE_RULE, RULE, EpochBar, RunLog, figures, figures_per_unit, say, tell, unit_text
+from data import EVAL_BATCH_SIZE, Corpus, VariableLengthSampler, get_batch, rotate_columns
+from evaluate import evaluate, test
+from harness.checkpoint import Position, begin_or_resume, copy_model, save_model, save_state
+from harness.log import RULE, EpochBar, RunLog, figures, say, say_or_drop, warn
 from harness.ranks import ALONE, Ranks, Stop, Stopper
-from harness.run import Run
-from model import Criterion, RNNModel, detach
-from optim import OPTIMIZERS, has_stalled
+from harness.start import Start, check_files, load_corpus
+from model import Criterion, Hidden, RNNModel, build, detach
+from mos import sampled
+from optim import OPTIMIZERS, Mean, annealed, has_stalled, make_optimizer
+from products import has_bf16
+from utils import UserError, keep_freed_memory
 
-EVAL_ROWS = 1024  # positions at once, at least: the matrix products like as many
-NO_TIME = ("SIGTERM", "--max_minutes")  # a run that ends for these neither validates nor tests
+AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+NO_TIME = ("SIGTERM", "--max_minutes")  # a run that ends for one of these neither validates nor tests
 
 
-def train_batches(run: Run, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+class Run:
+    """What a training step changes, and all that it needs.
+
+    Args:
+        script: main.py or finetune.py; only the same script can resume the run.
+        args: the settings; they are stored in the model.
+        corpus: its texts on the device; its digest tells a resumed run that it is the same text.
+        saved: a model to start from, as `files.load_model` reads it.
+        ranks: the processes that share the work.
+
+    Raises:
+        UserError: the settings do not go together.
+    """
+
+    def __init__(
+        self, script: str, args: Namespace, corpus: Corpus, device: torch.device,
+        saved: dict[str, Any] | None = None, ranks: Ranks = ALONE,
+    ) -> None:  # fmt: skip
+        self.script, self.args, self.corpus, self.device, self.ranks = script, args, corpus, device, ranks
+        # Where the gates of all positions (16 bytes per hidden unit) exceed 32 MB, keeping freed tensors of half
+        # that size gains 1 % of time and costs 8 % of memory (WikiText-2's LSTM).
+        if 16 * args.batch_size * args.bptt * args.nhid > 2**25:
+            keep_freed_memory(2**24)
+        torch.manual_seed(args.seed)
+        try:
+            self.model, self.criterion = build(vars(args), len(corpus.vocab))
+            self.loss_function = self.criterion.compiled() if args.compile else self.criterion
+            if args.samples > 1:
+                self.loss_function = sampled(self.criterion, args.samples, args.compile)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        args.splits = self.criterion.splits
+        self.weights = nn.ModuleDict({"model": self.model, "criterion": self.criterion})  # all that is trained
+        if saved:
+            self.model.load_state_dict(files.fit_names(saved["model"], self.model))
+            self.criterion.load_state_dict(saved["criterion"])
+        self.weights.to(device)
+        self.parameters = list(self.weights.parameters())
+        ranks.broadcast_weights(self.parameters)
+        if not ranks.is_main:
+            ranks.seed(args.seed)  # every rank draws other dropout masks
+
+        self.amp = AMP[args.amp]  # the dtype of autocast in forward pass and loss; None: float32
+        if args.amp == "bf16" and device.type == "cpu" and not has_bf16():
+            warn("--amp bf16: this processor has no bfloat16; it stays with float32")
+            self.amp = None
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp is torch.float16)
+        self.optimizer = make_optimizer(self.parameters, args.optimizer, args.lr, args.wdecay, args.beta1)
+        self.mean: Mean | None = None  # of the weights, once averaging is on
+        self.columns = ranks.columns(args.batch_size)  # this rank's columns of the whole batch
+        self.hidden: list[Hidden] = self.first_hidden()
+        self.offsets: Tensor | None = None  # by which the columns are rotated in this epoch, with --shuffle
+        self.length_generator = torch.Generator().manual_seed(args.seed)  # batch lengths; all ranks draw the same
+        self.at = Position(lr=args.lr)
+        self.grad_norm: Tensor | None = None  # of the last step, before clipping; still on the device
+        self.unread_losses: list[Tensor] = []  # still on the device
+        self.unwritten: dict[str, files.NotWrittenError] = {}  # path -> the error of the last attempt to write it
+        self.log = RunLog(None)
+        self.deadline_s: float | None = None  # of time.monotonic, for --max_minutes
+        self.start_clock()
+
+    def first_hidden(self) -> list[Hidden]:
+        """The hidden state that an epoch begins with, for this rank's columns."""
+        return self.model.init_hidden((self.columns.stop - self.columns.start) * self.args.samples)
+
+    def start_epoch(self) -> None:
+        """Training mode; at the epoch's first row a new hidden state and, with --shuffle, new offsets."""
+        self.model.train()
+        self.criterion.train()
+        self.last_log = time.perf_counter(), self.at.batch, self.at.row
+        if self.at.row == 0:
+            self.hidden, self.offsets, columns = self.first_hidden(), None, self.args.batch_size
+            if self.args.shuffle:
+                rows = len(self.corpus.train) // columns
+                self.offsets = torch.randint(rows, (columns,), generator=self.length_generator)
+
+    def rate(self) -> float:
+        """The learning rate of the next batch, if it has `bptt` rows."""
+        args, at = self.args, self.at
+        last_row = len(self.corpus.train) // args.batch_size - 1
+        return at.lr * annealed(at.epoch - 1 + at.row / last_row, args.anneal, args.epochs)
+
+    def start_averaging(self) -> None:
+        """From the next step on the weights enter a running mean; the descent goes on with the raw ones."""
+        self.mean = Mean(self.weights)
+
+    def best_weights(self) -> tuple[RNNModel, Criterion]:
+        """The weights to evaluate with: the mean once it holds any, else the raw ones."""
+        if self.mean and self.mean.count:
+            return self.mean.weights["model"], self.mean.weights["criterion"]
+        return self.model, self.criterion
+
+    def start_clock(self) -> None:
+        """From here on time counts as the epoch's."""
+        self.counted_until_s = time.perf_counter()
+
+    def count_time(self) -> None:
+        """Adds the time since the last call to the epoch's seconds."""
+        now_s = time.perf_counter()
+        self.at.epoch_s += now_s - self.counted_until_s
+        self.counted_until_s = now_s
+
+    def count_step(self, loss: Tensor, rows: int) -> None:
+        """Moves the position by one step over `rows` rows of text, and keeps its loss."""
+        self.at.row, self.at.batch, self.at.step = self.at.row + rows, self.at.batch + 1, self.at.step + 1
+        self.unread_losses.append(loss)
+        if self.device.type == "cpu":  # elsewhere reading waits for the device: at the log interval only
+            self.read_losses()
+
+    def read_losses(self) -> None:
+        """Adds up the last steps' losses, means over ranks: a synchronisation on CUDA. Collective.
+
+        Raises:
+            RunError: one of them is not finite.
+        """
+        if not self.unread_losses:
+            return
+        at, losses = self.at, self.ranks.sum(torch.stack(self.unread_losses).tolist())
+        for i, loss in enumerate(losses, start=1):
+            loss /= self.ranks.size
+            if not math.isfinite(loss):
+                raise at.not_finite(f"the loss is {loss}", at.step - len(losses) + i)
+            at.loss_sum, at.loss_count = at.loss_sum + loss, at.loss_count + 1
+        self.unread_losses.clear()
+
+    def mean_loss(self) -> float | None:
+        """Since the last log line, as far as losses have been read."""
+        return self.at.loss_sum / self.at.loss_count if self.at.loss_count else None
+
+
+def start_run(start: Start) -> Run:
+    """A run at its first step, or where its state says. Collective."""
+    log = check_files(start)
+    run = Run(start.script, start.args, load_corpus(start), start.device, start.saved, start.ranks)
+    run.log, run.deadline_s = log, start.deadline_s
+    say(f"Args: {vars(run.args)}\nModel total parameters: {sum(p.numel() for p in run.parameters)}")
+    begin_or_resume(run, start.state, start.given)
+    return run
+
+
+def train_batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
     """Source and target, (T, B) each, of this rank's columns, from where the run stands to the epoch's end."""
-    args = run.args
+    args, ids = run.args, run.corpus.train
     if run.offsets is not None:
         ids = rotate_columns(ids, args.batch_size, run.offsets)
-    sampler = VariableLengthSampler(ids, args.bptt, args.batch_size, run.lengths, run.at.row, args.max_seq_len)
+    sampler = VariableLengthSampler(
+        ids, args.bptt, args.batch_size, run.length_generator, run.at.row, args.max_seq_len
+    )
     for slices in sampler:
         yield get_batch(ids, slices[run.columns])
 
@@ -49,19 +189,20 @@ def train_batches(run: Run, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 def train_step(run: Run, source: Tensor, target: Tensor) -> Tensor:
     """One optimizer step over source and target, (T, B) each; returns its loss, still on the device."""
     args = run.args
-    run.optimizer.zero_grad(set_to_none=True)  # now: what the forward pass needs can take their place
+    run.optimizer.zero_grad(set_to_none=True)  # first: the forward pass can use this memory
 
-    # Longer batches take longer steps (AWD, section 5), under every optimizer.
+    # A longer batch takes a longer step (AWD, section 5), under every optimizer.
     for group in run.optimizer.param_groups:
         group["lr"] = run.rate() * len(source) / args.bptt
 
-    if args.drop_state and torch.rand((), generator=run.lengths) < args.drop_state:  # the same on all ranks
+    # All ranks draw from generators in the same state, so they all drop the state at the same steps.
+    if args.drop_state and torch.rand((), generator=run.length_generator) < args.drop_state:
         run.hidden = run.first_hidden()
-    if args.samples > 1:  # masks of dropout are per column
+    if args.samples > 1:  # dropout masks are per column
         source = source.repeat_interleave(args.samples, dim=1)  # (T, B·samples)
     with torch.autocast(source.device.type, dtype=run.amp, enabled=run.amp is not None):
         output, run.hidden, raw, dropped = run.model(source, detach(run.hidden), return_h=True)
-        loss = run.loss(run.model.decoder.weight, run.model.decoder.bias, output, target)
+        loss = run.loss_function(run.model.decoder.weight, run.model.decoder.bias, output, target)
 
     objective = loss
     if args.alpha:  # AR (AWD, section 4.6): small activations
@@ -70,8 +211,7 @@ def train_step(run: Run, source: Tensor, target: Tensor) -> Tensor:
         objective = objective + args.beta * (raw[-1][1:].float() - raw[-1][:-1].float()).pow(2).mean()
 
     del output, raw, dropped  # so that the backward pass frees each layer's as it goes
-    # Without fp16 the scaler is disabled, and hands everything through.
-    run.scaler.scale(objective).backward()
+    run.scaler.scale(objective).backward()  # without fp16 the scaler changes nothing
     run.ranks.average_gradients(run.parameters)
     run.scaler.unscale_(run.optimizer)
     if args.clip:
@@ -80,57 +220,45 @@ def train_step(run: Run, source: Tensor, target: Tensor) -> Tensor:
     scale = run.scaler.get_scale()  # 1 without fp16; with it, a synchronisation on CUDA
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    skipped = run.scaler.get_scale() < scale  # gradients that overflowed
+    skipped = run.scaler.get_scale() < scale  # the gradients overflowed
     if run.mean and not skipped:
         run.mean.update(run.weights)
     return loss.detach()
 
 
-@torch.no_grad()
-def evaluate(
-    model: RNNModel,
-    criterion: Criterion,
-    ids: Tensor,
-    bptt: int,
-    batch_size: int,
-    check_stop: Callable[[], None] = lambda: None,
-    ranks: Ranks = ALONE,
-) -> float:
-    """Mean negative log-likelihood over the predicted tokens, in nats, each counted once.
+def train_epoch(run: Run, check_stop: Callable[[], None]) -> None:
+    """Trains from where the run stands to the epoch's end.
 
-    Nothing is dropped; what layers carry goes on from segment to segment, so their length changes no figure. A
-    text of n rows predicts n - 1 of them: the first one is only read. Columns are dealt out to `ranks`.
+    Raises:
+        Stop: when `check_stop` does; the run stands between two steps then.
     """
-    model.eval()
-    criterion.eval()
-    columns = ranks.columns(batch_size)
-    hidden = model.init_hidden(columns.stop - columns.start)
-    total, count = 0.0, 0
-    for source, target in eval_batches(ids, max(bptt, EVAL_ROWS // batch_size), batch_size):
-        check_stop()
-        source, target = source[:, columns], target[:, columns]
-        if not target.numel():
-            continue  # more ranks than columns
-        output, hidden = model(source, hidden)
-        weight, bias = model.decoder.weight, model.decoder.bias
-        # A synchronisation, but of a whole segment; summed in float64.
-        total += criterion(weight, bias, output, target, reduction="sum").item()
-        count += target.numel()
-    total, count = ranks.sum([total, count])
-    return total / count
+    args, at = run.args, run.at
+    last_row = len(run.corpus.train) // args.batch_size - 1  # the last row is a target only
+    run.start_epoch()
+    with EpochBar(at.epoch, at.row * args.batch_size, last_row * args.batch_size) as bar:
+        for source, target in train_batches(run):
+            loss = train_step(run, source, target)
+            run.count_step(loss, len(source))
+            bar.show(len(source) * args.batch_size, run.mean_loss())
+            if at.batch % args.log_interval == 0:
+                log_training(run)
+            if args.checkpoint_every and at.step % args.checkpoint_every == 0:
+                save_state(run)
+            if at.row < last_row:  # otherwise the epoch is over, and is validated first
+                check_stop()
+    run.read_losses()
 
 
 def fit(run: Run, on_stall: str = "") -> str:
-    """Trains up to the last epoch: after each one validates, saves the best model and the run's state.
+    """Trains up to the last epoch; after each one validates, saves the best model and the run's state.
 
     `on_stall`: what a stalled validation loss does: "stop", or what the optimizer's row says.
 
     Returns:
-        Why it ended: "epochs", "stall", "SIGINT", "SIGTERM" or the flag that said so.
+        Why it ended: "epochs", "SIGINT", "SIGTERM" or the flag that said so.
     """
-    args, at, train = run.args, run.at, run.corpus.train
+    args, at = run.args, run.at
     on_stall = on_stall or ("average" if args.average else OPTIMIZERS[args.optimizer].on_stall)
-    last_row = len(train) // args.batch_size - 1  # a target only
     run.log.write("start", script=run.script, epoch=at.epoch, batch=at.batch, step=at.step)
     run.start_clock()
     with Stopper(run.deadline_s, run.ranks) as stopper:
@@ -139,82 +267,58 @@ def fit(run: Run, on_stall: str = "") -> str:
             stopper.check("--max_steps" if args.max_steps and at.step >= args.max_steps else "")
 
         try:
-            while at.epoch <= args.epochs:
-                if on_stall == "stop" and has_stalled(at.history, args.nonmono):
-                    return "stall"
+            while at.epoch <= args.epochs and not (on_stall == "stop" and has_stalled(at.history, args.nonmono)):
                 check_stop()
-                run.start_epoch()
-                timer = Timer(run)
-                with EpochBar(at.epoch, at.row * args.batch_size, last_row * args.batch_size) as bar:
-                    for source, target in train_batches(run, train):
-                        loss = train_step(run, source, target)
-                        run.count(loss, len(source))
-                        bar.show(len(source) * args.batch_size, run.mean_loss())
-                        if at.batch % args.log_interval == 0:
-                            log_training(run, timer)
-                        if args.checkpoint_every and at.step % args.checkpoint_every == 0:
-                            run.save_state()
-                        if at.row < last_row:  # else the epoch is over, and is validated first
-                            check_stop()
-                run.read_losses()
-
+                train_epoch(run, check_stop)
                 loss = validate(run, stopper.check)
-                if (at.best_loss is None or loss < at.best_loss) and run.save_model(loss):
+                if (at.best_loss is None or loss < at.best_loss) and save_model(run, loss):
                     at.best_loss = loss
                 at.history.append(loss)
                 if on_stall == "average" and not run.mean and has_stalled(at.history, args.nonmono):
-                    tell("| switching to averaging (NT-ASGD)")
+                    say_or_drop("| switching to averaging (NT-ASGD)")
                     run.start_averaging()
                     run.log.write("averaging", loss, epoch=at.epoch, step=at.step)
                 if at.epoch in args.when:
-                    run.copy_model(f"{args.save}.e{at.epoch}")
+                    copy_model(run, f"{args.save}.e{at.epoch}")
                     at.lr /= 10
-                run.next_epoch()
-                run.save_state()
+                at.epoch += 1
+                at.restart_epoch()
+                save_state(run)
         except Stop as stop:
-            run.save_state()
-            # Without a model of its own yet the run ends with the weights it has.
+            save_state(run)
+            # A run that has saved no model yet saves the weights that it has.
             wanted = at.best_loss is None or (stop.reason == "--max_steps" and at.row)
             if wanted and stop.reason not in NO_TIME:
                 with contextlib.suppress(Stop):
                     loss = validate(run, stopper.check_sigterm, partial=True)
                     if at.best_loss is None:
-                        run.save_model(loss, partial=True)
+                        save_model(run, loss, partial=True)
             return "SIGTERM" if stopper.terminated() else stop.reason
         return "SIGTERM" if stopper.terminated() else "epochs"
 
 
-class Timer:
-    """Milliseconds per batch and tokens per second since the last log line of this invocation."""
-
-    def __init__(self, run: Run) -> None:
-        self.run, self.since = run, (time.perf_counter(), run.at.batch, run.at.row)
-
-    def read(self) -> dict[str, float]:
-        (start, batch, row), at = self.since, self.run.at
-        self.since = time.perf_counter(), at.batch, at.row
-        elapsed_s = self.since[0] - start
-        tokens = (at.row - row) * self.run.args.batch_size
-        return {"ms_per_batch": elapsed_s * 1000 / (at.batch - batch), "tokens_per_s": tokens / elapsed_s}
-
-
-def log_training(run: Run, timer: Timer) -> None:
-    """Prints and logs the mean loss since the last line: a synchronisation on CUDA."""
+def log_training(run: Run) -> None:
+    """Prints and logs the mean loss and the speed since the last log line: a synchronisation on CUDA."""
     run.read_losses()
-    at, loss, speed = run.at, run.mean_loss(), timer.read()
-    batches = len(run.corpus.train) // run.args.batch_size // run.args.bptt
+    at, loss, now_s = run.at, run.mean_loss(), time.perf_counter()
+    since_s, batch, row = run.last_log
+    run.last_log = now_s, at.batch, at.row
     at.loss_sum, at.loss_count = 0.0, 0
-    tell(
+    ms_per_batch = (now_s - since_s) * 1000 / (at.batch - batch)
+    tokens_per_s = (at.row - row) * run.args.batch_size / (now_s - since_s)
+    batches = len(run.corpus.train) // run.args.batch_size // run.args.bptt
+    say_or_drop(
         f"| epoch {at.epoch:3d} | {at.batch:5d}/{batches:5d} batches | lr {run.rate():05.5f} "
-        f"| ms/batch {speed['ms_per_batch']:5.2f} | {figures(loss)}"
+        f"| ms/batch {ms_per_batch:5.2f} | {figures(loss)}"
     )
     grad_norm = None if run.grad_norm is None else run.grad_norm.item()
     place = {"epoch": at.epoch, "batch": at.batch, "batches": batches, "step": at.step, "lr": run.rate()}
+    speed = {"ms_per_batch": ms_per_batch, "tokens_per_s": tokens_per_s}
     run.log.write("train", loss, **place, **speed, grad_norm=grad_norm)
 
 
 def validate(run: Run, check_stop: Callable[[], None], partial: bool = False) -> float:
-    """Evaluates the weights that count on the validation text; prints and logs the figures.
+    """Evaluates the weights to evaluate with on the validation text; prints and logs the figures.
 
     `partial`: the epoch is not over.
 
@@ -223,10 +327,10 @@ def validate(run: Run, check_stop: Callable[[], None], partial: bool = False) ->
         RunError: the loss is not finite.
     """
     at, args = run.at, run.args
-    loss = evaluate(*run.evaluated(), run.corpus.valid, args.bptt, EVAL_BATCH_SIZE, check_stop, run.ranks)
+    loss = evaluate(*run.best_weights(), run.corpus.valid, args.bptt, EVAL_BATCH_SIZE, check_stop, run.ranks)
     run.count_time()
     where = f"in epoch {at.epoch:3d}, step {at.step}" if partial else f"end of epoch {at.epoch:3d}"
-    tell(f"{RULE}\n| {where} | time: {at.epoch_s:5.2f}s | {figures(loss, 'valid ')}\n{RULE}")
+    say_or_drop(f"{RULE}\n| {where} | time: {at.epoch_s:5.2f}s | {figures(loss, 'valid ')}\n{RULE}")
     if not math.isfinite(loss):
         raise at.not_finite(f"the validation loss is {loss}", at.step)
     place = {"epoch": at.epoch, "step": at.step, "lr": run.rate(), "epoch_s": at.epoch_s}
@@ -243,39 +347,20 @@ def evaluate_start(run: Run, what: str) -> float:
     return loss
 
 
-def test(path: str, ids: Tensor, bptt: int, log: RunLog) -> float:
-    """Evaluates a saved model on the test text at batch size 1 and prints the last line of a run."""
-    saved = files.to_evaluate(files.load_model(path, "--save"), ids.device)
-    loss = evaluate(saved.model, saved.criterion, ids, bptt, TEST_BATCH_SIZE)
-    units = figures_per_unit(saved.tokenizer, saved.vocab, ids, loss)
-    say(f"{DOUBLE_RULE}\n| End of training | {figures(loss, 'test ')}{unit_text(units, 'test ')}\n{DOUBLE_RULE}")
-    log.write("test", loss, **units)
-    return loss
-
-
-def evaluate_only(saved: dict[str, Any], path: str, corpus: Corpus, bptt: int) -> int:
-    """`main.py --epochs 0`: a saved model's figures on this text; nothing is trained, no file is written."""
-    model, criterion, *_ = files.to_evaluate(saved, corpus.valid.device)
-    loss = evaluate(model, criterion, corpus.valid, bptt, EVAL_BATCH_SIZE)
-    say(f"| End of evaluation | {figures(loss, 'valid ')}")
-    test(path, corpus.test, bptt, RunLog(None))
-    return 0
-
-
 def finish(run: Run, why: str) -> int:
     """After `fit`: tests the best model, unless there is no time for it; returns the exit status.
 
-    A test at batch size 1 is a sequence: rank 0 does it alone.
+    Rank 0 tests alone: at batch size 1 the text is one sequence.
 
     Raises:
         NotWrittenError: the last attempt to write the best model or the state failed.
     """
-    # The others end now, and well: torchrun ends all once one has failed, and rank 0 has still to say what did.
+    # The other ranks end now, with status 0: torchrun stops all as soon as one fails, and rank 0 goes on to test.
     run.ranks.end()
     if why in ("SIGINT", *NO_TIME):
         say(f"| stopped ({why}); --resume {run.args.save} goes on")
     if why not in NO_TIME and run.ranks.is_main and os.path.exists(run.args.save):
-        test(run.args.save, run.corpus.test, run.args.bptt, run.log)
+        test(files.load_model(run.args.save, "--save"), run.corpus.test, run.args.bptt, run.log)
     for error in run.unwritten.values():
         raise error
     return 143 if why == "SIGTERM" else 0

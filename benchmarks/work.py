@@ -20,11 +20,11 @@ from corpus.corpora import SPLITS
 from corpus.files import find_files
 from corpus.read import read_corpus
 from data import Corpus
+from evaluate import evaluate
 from harness.flags import resolve_args
-from harness.run import Run
 from pointer import mixture_logprob, pointer_prob
 from splitcross import default_splits
-from train import evaluate, train_step
+from train import Run, train_step
 from utils import RunError, keep_freed_memory
 
 # The published commands: size of the vocabulary, and what they set beside main.py's defaults.
@@ -84,9 +84,9 @@ def training_batches(ntoken: int, args: Namespace, device: torch.device) -> Iter
 
 
 def make_run(ntoken: int, args: Namespace, device: torch.device) -> Run:
-    """A run as main.py starts it; its texts are empty."""
-    torch.manual_seed(args.seed)
-    corpus = Corpus([f"w{i}" for i in range(ntoken)], *[torch.empty(0, dtype=torch.int32)] * 3, digest="")
+    """A run as main.py starts it; its texts are as short as texts can be."""
+    text = torch.zeros(2 * args.batch_size, dtype=torch.int32)
+    corpus = Corpus([f"w{i}" for i in range(ntoken)], text, text, text, digest="")
     return Run("main.py", args, corpus, device)
 
 

@@ -1,7 +1,5 @@
 """The settings of all scripts, in one table: a flag is added, stored, defaulted and checked by its row.
 
-    python main.py --help
-
 A flag given on the command line wins over what a file says, and that over the default; one that contradicts the
 shape of a saved model is an error.
 """
@@ -54,9 +52,9 @@ class Flag(NamedTuple):
     kind: dict[str, Any]  # what argparse has to know
     default: Any
     help: str
-    shapes: bool = False  # shapes the model: a saved one answers it
-    stored: bool = True  # travels to a resumed run: it says what is computed, not how that is carried out
-    own: bool = False  # not from training to fine-tuning, which starts a course of its own
+    shapes_model: bool = False  # a saved model has its own value, which cannot be changed
+    stored: bool = True  # a resumed run takes it from the file: it says what is computed, not how or for how long
+    inherited: bool = True  # finetune.py takes it from the model that it starts from
 
     @property
     def name(self) -> str:
@@ -78,40 +76,45 @@ class Flag(NamedTuple):
             return False
 
 
-HOW = {"stored": False}
-SHAPE = {"shapes": True}
-OWN = {"own": True}
+NOT_STORED = {"stored": False}
+SHAPES_MODEL = {"shapes_model": True}
+NOT_INHERITED = {"inherited": False}
+RUN = "run"
+MODEL = "model (read from the saved one if there is one)"
+REGULARISATION = "regularisation (dropouts are probabilities in [0, 1))"
+OPTIMISATION = "optimisation"
+MAIN = "main.py only"
 FLAGS: dict[str, list[Flag]] = {
-    "run": [
+    RUN: [
         Flag("--data", {}, "data/penn", "folder with train.txt, valid.txt, test.txt; or penn_treebank, "
              "wikitext_2 (PyTorch-NLP fetches)"),
-        Flag("--device", {}, "auto", "auto, cpu, cuda, cuda:N or mps", **HOW),
+        Flag("--device", {}, "auto", "auto, cpu, cuda, cuda:N or mps", **NOT_STORED),
         Flag("--cuda", {"dest": "device", "action": "store_const", "const": "auto"}, None, "as --device auto"),
         Flag("--amp", {"choices": ["none", "bf16", "fp16"]}, "none", "mixed precision in training alone"),
         Flag("--compile", TOGGLE, False, "torch.compile the loss: slow to start, then faster"),
         Flag("--save", {}, None, "file of the model (finetune.py starts from it); beside it .state (to resume) "
-             "and .log.jsonl", **HOW),
+             "and .log.jsonl", **NOT_STORED),
         Flag("--resume", {}, "", "go on from this model and its .state, or warm-start from the model alone; "
-             "auto: from --save if it is there, else start afresh", **HOW),
+             "auto: from --save if it is there, else start afresh", **NOT_STORED),
         Flag("--log-interval --log_interval", POSITIVE, 200, "batches between two log lines"),
         Flag("--checkpoint_every", COUNT, 0, "also write the .state every N steps; 0: off"),
-        Flag("--tensorboard", {"metavar": "DIR"}, None, "figures for TensorBoard too, in DIR", **HOW),
+        Flag("--tensorboard", {"metavar": "DIR"}, None, "figures for TensorBoard too, in DIR", **NOT_STORED),
     ],
-    "model (read from the saved one if there is one)": [
-        Flag("--model", {"choices": list(LAYERS)}, "LSTM", "kind of the recurrent layers", **SHAPE),
-        Flag("--emsize", POSITIVE, 400, "size of the word embeddings", **SHAPE),
-        Flag("--nhid", POSITIVE, 1150, "hidden units per layer", **SHAPE),
-        Flag("--nlayers", {"type": number(int, 1, most=DEPTH)}, 3, "number of recurrent layers", **SHAPE),
-        Flag("--tied", SWITCH, True, "decoder weight = embedding weight", **SHAPE),
+    MODEL: [
+        Flag("--model", {"choices": list(LAYERS)}, "LSTM", "kind of the recurrent layers", **SHAPES_MODEL),
+        Flag("--emsize", POSITIVE, 400, "size of the word embeddings", **SHAPES_MODEL),
+        Flag("--nhid", POSITIVE, 1150, "hidden units per layer", **SHAPES_MODEL),
+        Flag("--nlayers", {"type": number(int, 1, most=DEPTH)}, 3, "number of recurrent layers", **SHAPES_MODEL),
+        Flag("--tied", SWITCH, True, "decoder weight = embedding weight", **SHAPES_MODEL),
         Flag("--untied", {"dest": "tied", "action": "store_false"}, None, "a decoder weight of its own"),
-        Flag("--n_experts", COUNT, 0, "softmaxes in the mixture; 0: one softmax without latents", **SHAPE),
+        Flag("--n_experts", COUNT, 0, "softmaxes in the mixture; 0: one softmax without latents", **SHAPES_MODEL),
         Flag("--nhidlast", COUNT, 0, "hidden units of the last layer; 0: emsize when tied or with --n_experts, "
-             "else nhid", **SHAPE),
+             "else nhid", **SHAPES_MODEL),
         Flag("--rounds", {"type": number(int, 0, most=DEPTH)}, 5, "Mogrifier: rounds in which input and state "
-             "gate each other; 0: Melis's LSTM", **SHAPE),
-        Flag("--rank", COUNT, 0, "Mogrifier: rank of the matrices in these rounds; 0: full", **SHAPE),
+             "gate each other; 0: Melis's LSTM", **SHAPES_MODEL),
+        Flag("--rank", COUNT, 0, "Mogrifier: rank of the matrices in these rounds; 0: full", **SHAPES_MODEL),
     ],
-    "regularisation (dropouts are probabilities in [0, 1))": [
+    REGULARISATION: [
         Flag("--dropout", PROBABILITY, 0.4, "locked dropout after the last layer"),
         Flag("--dropouth", PROBABILITY, 0.3, "locked dropout between layers"),
         Flag("--dropouti", PROBABILITY, 0.65, "locked dropout on the embeddings"),
@@ -127,42 +130,42 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("--beta", FACTOR, 1.0, "temporal activation regularisation (TAR); 0: none"),
         Flag("--wdecay", FACTOR, 1.2e-6, "weight decay on all weights"),
     ],
-    "optimisation": [
+    OPTIMISATION: [
         Flag("--lr", FACTOR, None, f"rate of a batch of length bptt (default: "
-             f"{', '.join(f'{name} {row.lr:g}' for name, row in OPTIMIZERS.items())})", **OWN),
+             f"{', '.join(f'{name} {row.lr:g}' for name, row in OPTIMIZERS.items())})", **NOT_INHERITED),
         Flag("--clip", FACTOR, 0.25, "clip the gradient to this norm; 0: off"),
-        Flag("--epochs", COUNT, 8000, "train up to this epoch", **OWN),
-        Flag("--max_steps", COUNT, 0, "stop after this many optimizer steps in all; 0: no limit", **HOW),
+        Flag("--epochs", COUNT, 8000, "train up to this epoch", **NOT_INHERITED),
+        Flag("--max_steps", COUNT, 0, "stop after this many optimizer steps in all; 0: no limit", **NOT_STORED),
         Flag("--max_minutes", {"type": number(float, 0)}, 0.0, "write the .state and end with status 0 "
-             "after N minutes; 0: no limit", **HOW),
+             "after N minutes; 0: no limit", **NOT_STORED),
         Flag("--batch_size", POSITIVE, 80, "columns of text side by side, of all processes together"),
         Flag("--bptt", POSITIVE, 70, "base sequence length, in tokens; that of a batch varies around it"),
         Flag("--max_seq_len", COUNT, 0, "longest sequence length, in tokens; 0: no limit"),
         Flag("--shuffle", TOGGLE, False, "rotate every column of the text by an offset of its own in each epoch"),
         Flag("--nonmono", COUNT, 5, "the validation loss has stalled when it is above the best one of more than N "
-             "epochs ago", **OWN),
+             "epochs ago", **NOT_INHERITED),
         Flag("--seed", SEED, 1111, "of all random numbers"),
     ],
-    "main.py only": [
+    MAIN: [
         Flag("--optimizer", {"choices": list(OPTIMIZERS)}, "sgd", "sgd: NT-ASGD, which averages once it stalls",
-             **OWN),
-        Flag("--beta1", PROBABILITY, 0.9, "of Adam: share of the mean gradient that is kept per step", **OWN),
+             **NOT_INHERITED),
+        Flag("--beta1", PROBABILITY, 0.9, "of Adam: share of the mean gradient that is kept per step",
+             **NOT_INHERITED),
         Flag("--average", TOGGLE, False, "under Adam too, average the weights once the validation loss stalls",
-             **OWN),
-        Flag("--when", {"type": int, "nargs": "+"}, [-1], "epochs after which the rate is divided by 10", **OWN),
+             **NOT_INHERITED),
+        Flag("--when", {"type": int, "nargs": "+"}, [-1], "epochs after which the rate is divided by 10",
+             **NOT_INHERITED),
         Flag("--anneal", COUNT, 0, "epoch, 1 or later, after which the rate falls in a straight line, to 0 at "
-             "the end of the last one; 0: it does not", **OWN),
+             "the end of the last one; 0: it does not", **NOT_INHERITED),
         Flag("--splits", {"type": int, "nargs": "*"}, None, "word ids (ranks by frequency) at which the split "
-             "softmax's clusters begin (default: by vocabulary size)", **SHAPE),
+             "softmax's clusters begin (default: by vocabulary size)", **SHAPES_MODEL),
         Flag("--vocab_size", COUNT, 0, "keep the N most frequent words, <unk> and <eos> among them; 0: all",
-             **SHAPE),
-        Flag("--min_count", COUNT, 0, "keep words seen N times or more", **SHAPE),
+             **SHAPES_MODEL),
+        Flag("--min_count", COUNT, 0, "keep words seen N times or more", **SHAPES_MODEL),
     ],
 }  # fmt: skip
-RUN, MODEL, REGULARISATION, OPTIMISATION, MAIN = FLAGS
 BY_NAME = {flag.name: flag for group in FLAGS.values() for flag in group if "dest" not in flag.kind}
 DEFAULTS = {name: flag.default for name, flag in BY_NAME.items()}
-DEFAULTS_OF = {"Mogrifier": {"wdrop": 0.0, "dropoute": 0.0, "drop_state": 0.01}}  # by --model, where others
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -182,7 +185,7 @@ class ArgumentParser(argparse.ArgumentParser):
         group = self.add_argument_group(title)
         for flag in flags:
             untold = flag.default in (None, "", [-1]) or isinstance(flag.default, bool)
-            untold = untold or (saved and flag.stored and not flag.own)
+            untold = untold or (saved and flag.stored and flag.inherited)
             default = "" if untold else f" (default: {flag.default})"
             group.add_argument(*flag.names.split(), help=(flag.help + default).replace("%", "%%"), **flag.kind)
 
@@ -195,28 +198,28 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def parse_evaluation(doc: str, *groups: tuple[str, Collection[Flag]]) -> Namespace:
-    """All settings of a script that opens a saved model, groups of its own among them.
+    """The settings of a script that opens a saved model: those of `groups`, --save, --data and --device.
 
-    What shapes the model is there only where it was given.
+    A setting that shapes the model is there only if it was given.
     """
     saved = [
         Flag("--save --checkpoint", {"required": True, "dest": "save"}, None, "the saved model"),
         Flag("--data", {}, None, "the text, where the script reads one (default: the model's own)"),
-        *FLAGS[RUN][1:3],  # --device, --cuda
+        *(flag for flag in FLAGS[RUN] if flag.name == "device"),  # --device, --cuda
     ]
     parser = ArgumentParser(doc)
     for title, flags in [("saved model", saved), *groups]:
         parser.add_flags(title, flags)
     parser.add_flags(MODEL, FLAGS[MODEL], saved=True)
-    own = [flag for _, flags in groups for flag in flags]
-    return parser.parse_all(own, data=None, device="auto")
+    flags = [flag for _, group in groups for flag in group]
+    return parser.parse_all(flags, data=None, device="auto")
 
 
 def resolve_args(given: dict[str, Any], stored: dict[str, Any]) -> Namespace:
-    """All settings of a run: given over stored over default; a fresh name and the optimizer's own rate."""
+    """All settings of a run: given over stored over default; a fresh name for --save, the optimizer's --lr."""
     stored = {name: value for name, value in stored.items() if name in BY_NAME and BY_NAME[name].stored}
-    kind = given.get("model", stored.get("model"))
-    args = Namespace(**{**DEFAULTS, **DEFAULTS_OF.get(kind, {}), **stored, **given})
+    kind = LAYERS[given.get("model", stored.get("model", DEFAULTS["model"]))]
+    args = Namespace(**{**DEFAULTS, **kind.defaults, **stored, **given})
     changed = "optimizer" in given and given["optimizer"] != stored.get("optimizer")
     if args.lr is None or (changed and "lr" not in given):
         args.lr = OPTIMIZERS[args.optimizer].lr
@@ -225,6 +228,11 @@ def resolve_args(given: dict[str, Any], stored: dict[str, Any]) -> Namespace:
     if args.save is None:
         args.save = args.resume or f"{time.time_ns() // 1_000_000}.pt"
     return args
+
+
+def inherited_args(stored: dict[str, Any]) -> dict[str, Any]:
+    """The settings that finetune.py takes from the model that it starts from."""
+    return {name: value for name, value in stored.items() if name not in BY_NAME or BY_NAME[name].inherited}
 
 
 def check_stored(stored: dict[str, Any], place: str) -> None:
@@ -238,7 +246,7 @@ def check_shape(given: dict[str, Any], stored: dict[str, Any], path: str) -> Non
     """Raises UserError when a flag contradicts what the file says about the model's shape."""
     stored = {**DEFAULTS, **stored}  # a setting that is newer than the file has its default
     for name, value in given.items():
-        if name in BY_NAME and BY_NAME[name].shapes and value != stored[name]:
+        if name in BY_NAME and BY_NAME[name].shapes_model and value != stored[name]:
             flag = f"--{name} {value}" if name != "tied" else "--tied" if value else "--untied"
             raise UserError(
                 f"{flag}: contradicts {path}, which has {stored[name]}; leave the flag out, or train a new model"

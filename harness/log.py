@@ -62,8 +62,8 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def tell(text: str) -> None:
-    """The same of a run that is worth more than its lines: those that a full disk does not take are dropped."""
+def say_or_drop(text: str) -> None:
+    """Like `say`, but when the disk is full the line is dropped and the run goes on."""
     try:
         say(text)
     except BrokenPipeError:  # nobody reads on

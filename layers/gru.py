@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layers.recurrent import Hidden, RecurrentLayer
+from layers.recurrent import GatedLayer, Hidden
 from products import product
 
 COLUMNS = 64  # up to so many; with 80 torch's graph is as quick, with 128 quicker by a tenth
@@ -79,10 +79,10 @@ class GRUScan(torch.autograd.Function):
         return d_x, d_h, d_weight_ih, d_weight_hh, rows.sum(0), recurrent_rows.sum(0)
 
 
-class GRU(RecurrentLayer):
+class GRU(GatedLayer):
     """Rows of the weights: reset, update, new gate."""
 
-    gates, cudnn_mode, carried = 3, 3, 1
+    gates, state_tensors, cudnn_mode = 3, 1, 3
 
     @staticmethod
     def kernel(x: Tensor, hidden: Hidden, weights: list[Tensor], *rest: Any) -> tuple[Tensor, Hidden]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layers.recurrent import Hidden, RecurrentLayer
+from layers.recurrent import GatedLayer, Hidden
 from products import outer, product
 
 STEPS = 32  # up to so many; from there on packing pays
@@ -64,10 +64,10 @@ class ShortLSTM(torch.autograd.Function):
         return product(d_gates, weight_ih), d_h, d_c, outer(d_gates, x), outer(d_gates, before), d_gates.sum(0)
 
 
-class LSTM(RecurrentLayer):
+class LSTM(GatedLayer):
     """Rows of the weights: input, forget, cell, output gate."""
 
-    gates, cudnn_mode, carried = 4, 2, 2
+    gates, state_tensors, cudnn_mode = 4, 2, 2
 
     @staticmethod
     def kernel(x: Tensor, hidden: Hidden, weights: list[Tensor], *rest: Any) -> tuple[Tensor, Hidden]:

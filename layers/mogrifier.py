@@ -16,11 +16,12 @@ all steps.
 """
 
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from layers.recurrent import Hidden, RecurrentLayer
 from products import add_product, product
 
 
@@ -179,7 +180,7 @@ def truncated_normal_(tensor: Tensor, std: float) -> None:
     nn.init.trunc_normal_(tensor, std=std, a=-2 * std, b=2 * std)
 
 
-class Mogrifier(nn.Module):
+class Mogrifier(RecurrentLayer):
     """One layer.
 
     Args:
@@ -193,8 +194,9 @@ class Mogrifier(nn.Module):
         ValueError: with weight drop, which this cell does not have.
     """
 
-    locked = False  # the dropouts around the layers are drawn afresh at each step
-    summed = True  # the layers' outputs are summed, for the softmax
+    locked, summed = False, True
+    options = ("rounds", "rank", "dropoutr")
+    defaults: ClassVar = {"wdrop": 0.0, "dropoute": 0.0, "drop_state": 0.01}
 
     def __init__(
         self, input_size: int, hidden_size: int, wdrop: float, first: bool,
@@ -223,13 +225,11 @@ class Mogrifier(nn.Module):
         for round in self.rounds:
             round.reset_parameters()
 
-    def init_hidden(self, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Zeros, (1, B, H): h and c."""
-        zeros = self.bias.new_zeros(1, batch_size, self.hidden_size)
-        return zeros, zeros.clone()
+    def init_hidden(self, batch_size: int) -> Hidden:
+        size = (1, batch_size, self.hidden_size)
+        return self.bias.new_zeros(size), self.bias.new_zeros(size)
 
-    def forward(self, x: Tensor, hidden: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """x (T, B, E) and what the batch before left -> out (T, B, H) and what to carry."""
+    def forward(self, x: Tensor, hidden: Hidden) -> tuple[Tensor, Hidden]:
         mask = None
         if self.training and self.dropoutr:
             mask = torch.empty_like(hidden[0][0]).bernoulli_(1 - self.dropoutr).div_(1 - self.dropoutr)  # (B, H)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layers.recurrent import Hidden, RecurrentLayer
 from layers.weight_drop import WeightDropLinear
 from products import Linear, wide
 
@@ -155,23 +156,21 @@ def forget_mult(y: Tensor, c0: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return out, c_last.to(c0.dtype)
 
 
-class QRNNLayer(nn.Module):
-    """One QRNN layer: `linear.weight` (3H, window · E), rows z, f, o and columns x_t then x_{t-1}, and
-    `linear.bias` (3H,).
+class QRNN(RecurrentLayer):
+    """A QRNN layer whose whole linear weight is dropped (AWD, section 2). The first layer has window 2.
 
-    It carries (c (1, B, H),), with window 2 (c, last input (1, B, E)): what a batch needs of the one before
-    it travels beside it, and the module remembers nothing.
+    Parameters: `linear.weight_raw` (3H, window · E) (`linear.weight` when `wdrop` is 0), rows z, f, o, columns x_t
+    then x_{t-1}, and `linear.bias` (3H,).
 
-    Raises:
-        ValueError: the window is neither 1 nor 2.
+    It carries (c (1, B, H),), with window 2 (c, last input (1, B, E)); the module itself remembers nothing.
     """
 
-    def __init__(self, input_size: int, hidden_size: int, window: int = 1) -> None:
+    def __init__(self, input_size: int, hidden_size: int, wdrop: float = 0.0, first: bool = False) -> None:
         super().__init__()
-        if window not in (1, 2):
-            raise ValueError(f"window {window}: a QRNN layer looks at 1 or 2 inputs per step")
-        self.input_size, self.hidden_size, self.window = input_size, hidden_size, window
-        self.linear = Linear(window * input_size, 3 * hidden_size)
+        self.input_size, self.hidden_size, self.window = input_size, hidden_size, 2 if first else 1
+        self.linear: nn.Linear = Linear(self.window * input_size, 3 * hidden_size)
+        if wdrop:  # in its place, after it: both draw weights, so the seed of an older run gives the same ones
+            self.linear = WeightDropLinear(self.window * input_size, 3 * hidden_size, wdrop)
 
     def reset_parameters(self) -> None:
         """Uniform ±1/sqrt(inputs), as torch's own linear layer."""
@@ -179,8 +178,7 @@ class QRNNLayer(nn.Module):
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
 
-    def forward(self, x: Tensor, hidden: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """x (T, B, E) and what the batch before left -> out (T, B, H) and what to carry."""
+    def forward(self, x: Tensor, hidden: Hidden) -> tuple[Tensor, Hidden]:
         if self.window == 1:
             (c,) = hidden
             out, c = forget_mult(self.linear(x), c[0])
@@ -190,19 +188,7 @@ class QRNNLayer(nn.Module):
         out, c = forget_mult(self.linear(torch.cat([x, before], dim=-1)), c[0])
         return out, (c.unsqueeze(0), x[-1:].clone())  # a clone: what is saved must not drag x along
 
-    def init_hidden(self, batch_size: int) -> tuple[Tensor, ...]:
-        """Zeros, of the parameters' dtype and device."""
+    def init_hidden(self, batch_size: int) -> Hidden:
         bias = self.linear.bias
         c = bias.new_zeros(1, batch_size, self.hidden_size)
         return (c,) if self.window == 1 else (c, bias.new_zeros(1, batch_size, self.input_size))
-
-
-class QRNN(QRNNLayer):
-    """A QRNN layer whose whole linear weight is dropped. The first layer looks at two inputs per step."""
-
-    locked, summed = True, False
-
-    def __init__(self, input_size: int, hidden_size: int, wdrop: float, first: bool) -> None:
-        super().__init__(input_size, hidden_size, window=2 if first else 1)
-        if wdrop:
-            self.linear = WeightDropLinear(self.linear.in_features, self.linear.out_features, wdrop)

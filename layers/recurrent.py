@@ -1,20 +1,51 @@
-"""What an LSTM and a GRU share: their weights, weight drop on the recurrent one, and cuDNN's buffer.
+"""What every kind of recurrent layer offers, and what LSTM and GRU share.
 
 Shapes: T time, B batch, E input features, H hidden, G gates (4 in an LSTM, 3 in a GRU).
 
 Method: Merity, Keskar, Socher, arXiv 1708.02182 ("AWD"), section 2.
 """
 
-from typing import Any
+from abc import abstractmethod
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from layers.weight_drop import drop_weight
 
-# What a layer carries from batch to batch, each tensor (1, B, ·): (h, c) LSTM, (h,) GRU, (c, last input) or
-# (c,) QRNN.
+# What a layer carries from one batch to the next, each tensor (1, B, ·): LSTM and Mogrifier (h, c), GRU (h,),
+# QRNN (c,), its first layer (c, last input).
 Hidden = tuple[Tensor, ...]
+
+
+class RecurrentLayer(nn.Module):
+    """The interface of a layer. A new kind is a subclass, and a row of `LAYERS` in model.py.
+
+    Args:
+        input_size, hidden_size: E and H.
+        wdrop: the probability of weight drop.
+        first: whether it is the first layer, the one above the embedding.
+        options: the settings that `options` names.
+    """
+
+    locked: ClassVar[bool] = True  # whether one dropout mask serves all time steps of a batch
+    summed: ClassVar[bool] = False  # whether the softmax is given the sum of all layers' outputs, not the last one
+    options: ClassVar[tuple[str, ...]] = ()  # names of further settings that its constructor takes
+    defaults: ClassVar[dict[str, float]] = {}  # settings of main.py whose defaults differ for this kind
+
+    hidden_size: int
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Draws the initial weights."""
+
+    @abstractmethod
+    def init_hidden(self, batch_size: int) -> Hidden:
+        """The state before a text's first word: zeros, (1, B, ·) each, with the parameters' dtype and device."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, hidden: Hidden) -> tuple[Tensor, Hidden]:
+        """x (T, B, E) and the state after the batch before -> out (T, B, H) and the state after this one."""
 
 
 class WriteInto(torch.autograd.Function):
@@ -30,20 +61,19 @@ class WriteInto(torch.autograd.Function):
         return grad, None
 
 
-class RecurrentLayer(nn.Module):
-    """One LSTM or GRU layer with weight drop on its hidden-to-hidden matrix (AWD, section 2).
+class GatedLayer(RecurrentLayer):
+    """An LSTM or GRU layer with weight drop on its hidden-to-hidden matrix (AWD, section 2).
 
-    torch's kernels (oneDNN, cuDNN) do the work, or those of layers/ on the CPU; the parameters lie in this module
-    so that the recurrent matrix can be handed over dropped, while its raw form is what is trained and saved.
+    `kernel` computes the recurrence: torch's (oneDNN, cuDNN), or on the CPU one of this folder. The parameters
+    lie in this module, so that the kernel is given the dropped matrix while the raw one is trained and saved.
 
     Parameters: weight_ih_l0 (G·H, E), weight_hh_l0_raw (G·H, H) (weight_hh_l0 when `wdrop` is 0),
     bias_ih_l0, bias_hh_l0 (G·H,).
     """
 
-    locked, summed = True, False
-    gates: int
-    carried: int  # tensors from batch to batch
-    cudnn_mode: int  # cuDNN's own number for the kind of layer
+    gates: ClassVar[int]  # G
+    state_tensors: ClassVar[int]  # tensors carried from batch to batch
+    cudnn_mode: ClassVar[int]  # cuDNN's number for this kind of layer
 
     def __init__(self, input_size: int, hidden_size: int, wdrop: float, first: bool) -> None:
         super().__init__()
@@ -60,6 +90,11 @@ class RecurrentLayer(nn.Module):
         """Uniform ±1/sqrt(H): torch's own default."""
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -(self.hidden_size**-0.5), self.hidden_size**-0.5)
+
+    @staticmethod
+    @abstractmethod
+    def kernel(x: Tensor, hidden: Hidden, weights: list[Tensor], *rest: Any) -> tuple[Tensor, Hidden]:
+        """As `forward`; weights: input, recurrent, and their biases; rest: what else torch's functions take."""
 
     def flat(self, weight_hh: Tensor) -> Tensor:
         """The recurrent matrix in its place between the other weights, which then lie in one flat buffer.
@@ -79,7 +114,6 @@ class RecurrentLayer(nn.Module):
         return WriteInto.apply(weight_hh, self.slot.detach())
 
     def forward(self, x: Tensor, hidden: Hidden) -> tuple[Tensor, Hidden]:
-        """x (T, B, E) and what the batch before left -> out (T, B, H) and what to carry."""
         raw = self.weight_hh_l0_raw if self.wdrop else self.weight_hh_l0
         weight_hh = drop_weight(raw, self.wdrop, self.training)
         if x.device.type == "cuda" and torch.backends.cudnn.is_acceptable(raw):
@@ -93,6 +127,5 @@ class RecurrentLayer(nn.Module):
             return self.kernel(x, hidden, weights, True, 1, 0.0, self.training, False, False)
 
     def init_hidden(self, batch_size: int) -> Hidden:
-        """Zeros, (1, B, H): h of a GRU, h and c of an LSTM."""
-        zeros = self.bias_hh_l0.new_zeros(1, batch_size, self.hidden_size)
-        return tuple(zeros.clone() for _ in range(self.carried))
+        size = (1, batch_size, self.hidden_size)
+        return tuple(self.bias_hh_l0.new_zeros(size) for _ in range(self.state_tensors))

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toys import WORDS, call, error_line, make_model, make_text, save_model, write_corpus
 
 import pointer
-import train
+from evaluate import evaluate
 from pointer import mixture_logprob, pointer_loss, pointer_prob
 
 TEXT = make_text(2100)  # three segments of the shortest length that evaluation uses
@@ -126,7 +126,7 @@ def test_without_the_pointer_it_is_the_plain_loss():
     model, criterion = double_model("LSTM")
     none = pointer_loss(model, criterion, TEXT, 70, [1.0], [0.0], [500]).item()
     assert none == pointer_loss(model, criterion, TEXT, 70, [1.0], [0.4], [0]).item()
-    assert none == pytest.approx(train.evaluate(model, criterion, TEXT, 70, 1), rel=1e-13)
+    assert none == pytest.approx(evaluate(model, criterion, TEXT, 70, 1), rel=1e-13)
     log_vocab = torch.randn(50, dtype=torch.float64)
     prob, zero = torch.rand(50, dtype=torch.float64).round(), torch.zeros((), dtype=torch.float64)
     assert torch.equal(mixture_logprob(prob, log_vocab, zero), log_vocab)
@@ -135,7 +135,7 @@ def test_without_the_pointer_it_is_the_plain_loss():
 def test_the_first_position_is_not_scaled_by_the_share():
     """With no pair yet p_vocab stands alone: a text of one prediction has the plain loss for every λ."""
     model, criterion = double_model("LSTM")
-    plain = train.evaluate(model, criterion, TEXT[:2], 70, 1)
+    plain = evaluate(model, criterion, TEXT[:2], 70, 1)
     for lambdasm in (0.5, 1.0):
         loss = pointer_loss(model, criterion, TEXT[:2], 70, [1.0], [lambdasm], [10]).item()
         assert loss == pytest.approx(plain, rel=1e-13)

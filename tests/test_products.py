@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import products
-from layers.qrnn import QRNNLayer
+from layers.qrnn import QRNN
 from model import LAYERS
 from products import add_product, by_onednn, linear, outer, product
 from splitcross import SplitCrossEntropyLoss
@@ -120,7 +120,7 @@ def test_a_layer_and_its_gradients_are_those_of_float64(library, kind, columns):
 def test_a_qrnn_and_a_loss_are_the_same_by_both(monkeypatch):
     """Losses and gradients of a layer and an output layer agree to rounding."""
     torch.manual_seed(0)
-    layer, criterion = QRNNLayer(K, 12, window=2), SplitCrossEntropyLoss(12, [4, 9])
+    layer, criterion = QRNN(K, 12, first=True), SplitCrossEntropyLoss(12, [4, 9])
     decoder, x, targets = torch.randn(20, 12), torch.randn(6, 5, K), torch.randint(20, (30,))
     decoder.requires_grad_()
     found = []

@@ -106,7 +106,7 @@ def test_the_graph_does_not_grow_with_time():
 def test_autocast_keeps_the_recurrence_in_float32():
     """Under bfloat16 autocast a slow c moves, and is right; in bfloat16 itself it would stand still."""
     T, slow = 2000, -7.0  # σ(-7) = 0.0009: each step is below bfloat16's resolution once c passes 0.25
-    layer = qrnn.QRNNLayer(2, 1)
+    layer = qrnn.QRNN(2, 1)
     with torch.no_grad():
         layer.linear.weight.zero_()
         layer.linear.bias.copy_(torch.tensor([20.0, slow, 20.0]))
@@ -122,7 +122,7 @@ def test_autocast_keeps_the_recurrence_in_float32():
 def test_layer_matches_its_formula(window):
     """W · [x_t, x_{t-1}] + b, rows z, f, o, through the gates; the input before the first is carried."""
     torch.manual_seed(0)
-    layer = qrnn.QRNNLayer(3, 4, window).double()
+    layer = qrnn.QRNN(3, 4, first=window == 2).double()
     x, c, x_last = torch.randn(6, 2, 3).double(), torch.randn(1, 2, 4).double(), torch.randn(1, 2, 3).double()
     out, hidden = layer(x, (c, x_last) if window == 2 else (c,))
     rows = []
@@ -142,7 +142,7 @@ def test_layer_matches_its_formula(window):
 def test_two_halves_are_one_whole(window):
     """A sequence cut anywhere, its hidden tensors carried, gives the outputs of the sequence in one piece."""
     torch.manual_seed(0)
-    layer = qrnn.QRNNLayer(3, 4, window)
+    layer = qrnn.QRNN(3, 4, first=window == 2)
     x = torch.randn(7, 2, 3)
     whole, end = layer(x, layer.init_hidden(2))
     for cut in range(1, 7):
@@ -155,7 +155,7 @@ def test_two_halves_are_one_whole(window):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layer_parameters_and_what_it_carries(dtype):
     """The names that a saved model promises; carried tensors of the parameters' dtype that own their memory."""
-    layer = qrnn.QRNNLayer(3, 4, 2).to(dtype)
+    layer = qrnn.QRNN(3, 4, first=True).to(dtype)
     assert {name: tuple(p.shape) for name, p in layer.named_parameters()} == {
         "linear.weight": (12, 6),
         "linear.bias": (12,),
@@ -165,7 +165,7 @@ def test_layer_parameters_and_what_it_carries(dtype):
         assert x.dtype == dtype
         assert x.shape == shape
         assert x.untyped_storage().nbytes() == x.numel() * x.element_size()
-    (c,) = qrnn.QRNNLayer(3, 4).init_hidden(5)
+    (c,) = qrnn.QRNN(3, 4).init_hidden(5)
     assert c.shape == (1, 5, 4)
     assert not c.any()
 
@@ -177,7 +177,7 @@ def test_layer_calls_its_linear_module():
         def forward(self, x):
             return 2 * super().forward(x)
 
-    layer = qrnn.QRNNLayer(3, 4)
+    layer = qrnn.QRNN(3, 4)
     x, hidden = torch.randn(5, 2, 3), layer.init_hidden(2)
     plain = layer(x, hidden)[0]
     weights = layer.linear.state_dict()
@@ -193,7 +193,6 @@ def test_layer_calls_its_linear_module():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: qrnn.QRNNLayer(3, 4, window=3), "window 3"),
         (lambda: forget_mult(torch.rand(3, 2, 4)), r"\(3, 2, 4\)"),
         (lambda: forget_mult(torch.rand(3, 6)), r"\(3, 6\)"),
         (lambda: forget_mult(torch.rand(0, 2, 6)), r"\(0, 2, 6\)"),
@@ -215,7 +214,7 @@ def test_the_cpu_loads_nothing_of_cuda():
 import sys, torch
 before = set(sys.modules)
 from layers import qrnn
-layer = qrnn.QRNNLayer(3, 4, 2)
+layer = qrnn.QRNN(3, 4, first=True)
 layer(torch.randn(5, 2, 3), layer.init_hidden(2))[0].sum().backward()
 unwanted = {"qrnn_cuda", "cupy", "pynvrtc", "cuda"}
 print([name for name in set(sys.modules) - before if unwanted & set(name.split("."))])

@@ -404,7 +404,7 @@ def test_on_a_gpu_autocast_and_deepcopy(dtype):
     """Half precision in memory, c float32, gradients finite; a deep copy gives the same."""
     require_kernels()
     torch.manual_seed(0)
-    layer = qrnn.QRNNLayer(32, 48, 2).cuda()
+    layer = qrnn.QRNN(32, 48, first=True).cuda()
     x = torch.randn(70, 4, 32, device="cuda")
     exact = layer(x, layer.init_hidden(4))[0]
     with torch.autocast("cuda", dtype):
@@ -448,7 +448,7 @@ def test_on_a_gpu_the_time_of_lstm_and_qrnn_steps(capsys, monkeypatch):
     lstm = [nn.LSTM(a, b).cuda() for a, b in itertools.pairwise(sizes)]
     sizes = [400, 1550, 1550, 1550, 400]
     layers = enumerate(itertools.pairwise(sizes))
-    layers = [qrnn.QRNNLayer(a, b, 2 if i == 0 else 1).cuda() for i, (a, b) in layers]
+    layers = [qrnn.QRNN(a, b, first=i == 0).cuda() for i, (a, b) in layers]
     hidden = [layer.init_hidden(B) for layer in layers]
     times = {"LSTM (cuDNN) 1150 x 3": milliseconds(stack(lstm, [None] * 3))}
     times["QRNN (kernels) 1550 x 4"] = milliseconds(stack(layers, hidden))

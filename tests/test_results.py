@@ -8,8 +8,7 @@ import subprocess
 import pytest
 from runner import ROOT
 
-from harness import ArgumentParser
-from harness.flags import FLAGS, MODEL, OPTIMISATION, REGULARISATION, RUN
+from harness.flags import FLAGS, MODEL, OPTIMISATION, REGULARISATION, RUN, ArgumentParser
 
 RESULTS = ROOT / "results"
 ROWS = re.findall(r"^ +([a-z-]+)\) flags=", (RESULTS / "run.sh").read_text(), re.MULTILINE)

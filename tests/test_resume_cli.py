@@ -18,7 +18,7 @@ from runner import Result, run_cli, run_fresh, start
 
 import main
 import train
-from harness.run import Run
+from train import Run
 
 # Four epochs of some twenty steps, the last one or two of SGD averaging: each kind of layer, optimizer, loss.
 SHORT = [*SMALL, "--bptt", 20, "--save", "m.pt"]

@@ -11,7 +11,7 @@ from toys import WORDS, call, double_model, one_by_one, save_model
 
 import score
 import surprisal
-import train
+from evaluate import evaluate
 
 SENTENCES = ["w1 w2 w3", "", "w4 nobody knows w5 <unk>", *[f"w{i} w{2 * i} " * i for i in range(1, 20)]]
 TOTAL = r"\| total \| lines (\d+) \| tokens (\d+) \| unknown (\d+) \| logprob (-?[\d.]+) \| ppl ([\d.]+)\n"
@@ -61,7 +61,7 @@ def test_carried_scores_are_the_test_loss(tmp_path, capsys):
     file.write_text(text)
     _, total = scored(capsys, "--save", save, file, "--carry")
     stream = [0, *(WORDS.index(word) for word in text.replace("\n", " <eos> ").split())]
-    loss = train.evaluate(*double_model(), torch.tensor(stream), 70, 1)
+    loss = evaluate(*double_model(), torch.tensor(stream), 70, 1)
     assert total[4] == pytest.approx(math.exp(loss), rel=1e-4)
 
 

@@ -18,12 +18,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import train
 from data import Corpus, VariableLengthSampler, get_batch, rotate_columns
 from harness import files
+from harness.checkpoint import save_model, save_state
 from harness.flags import resolve_args
 from harness.ranks import Stop, Stopper
-from harness.run import Run
 from model import RNNModel, build, detach
 from splitcross import SplitCrossEntropyLoss
-from train import evaluate, train_step
+from train import Run, evaluate, train_step
 
 V, BPTT, LR = 30, 12, 3.0
 NO_DROPOUT = {"dropout": 0, "dropouth": 0, "dropouti": 0, "dropoute": 0, "wdrop": 0}
@@ -181,7 +181,7 @@ def test_averaging_is_the_mean_of_the_weights_after_each_step(make_run, kind, sp
         assert_same(run, by_hand)
         if number >= 3:
             after.append({name: w.double() for name, w in weights(run).items()})
-    assert [*run.evaluated()] == [*run.mean.weights.values()]
+    assert [*run.best_weights()] == [*run.mean.weights.values()]
     means = {name: p.detach() for name, p in run.mean.weights.named_parameters()}
     assert set(means) == set(after[0])
     for name, mean in means.items():
@@ -236,8 +236,8 @@ def test_saved_model_is_the_mean(make_run):
     run.start_averaging()
     for batch in draw(4):
         train_step(run, *batch)
-    run.save_model(1.0)
-    model, criterion = run.evaluated()
+    save_model(run, 1.0)
+    model, criterion = run.best_weights()
     saved = torch.load(run.args.save, weights_only=True)
     for part, module in (("model", model), ("criterion", criterion)):
         for name, tensor in module.state_dict().items():
@@ -312,8 +312,8 @@ def full(*_: object) -> NoReturn:
 def test_a_file_that_cannot_be_written_is_said_once_and_tried_again(make_run, monkeypatch, capsys):
     """One warning for as many attempts, the file before stays; a run that ends then says so, until one works."""
     run = make_run()
-    assert run.save_model(2.0)
-    run.save_state()
+    assert save_model(run, 2.0)
+    save_state(run)
     model, state = Path(run.args.save), Path(f"{run.args.save}.state")
     before = model.read_bytes(), state.read_bytes()
     assert not run.unwritten
@@ -321,8 +321,8 @@ def test_a_file_that_cannot_be_written_is_said_once_and_tried_again(make_run, mo
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         for _ in range(3):
-            assert not run.save_model(1.0)
-            run.save_state()
+            assert not save_model(run, 1.0)
+            save_state(run)
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 2
     for path, line in zip((model, state), warnings, strict=True):
@@ -335,8 +335,8 @@ def test_a_file_that_cannot_be_written_is_said_once_and_tried_again(make_run, mo
             files.NotWrittenError, match=rf"{failing}: cannot be written .No space left on device."
         ):
             train.finish(run, "SIGTERM")
-        assert run.save_model(1.0)
-    run.save_state()
+        assert save_model(run, 1.0)
+    save_state(run)
     assert train.finish(run, "SIGTERM") == 143
     assert torch.load(model, weights_only=True)["metrics"]["valid_loss"] == 1.0
     assert not capsys.readouterr().err
@@ -345,7 +345,7 @@ def test_a_file_that_cannot_be_written_is_said_once_and_tried_again(make_run, mo
 def test_a_device_that_fails_while_a_file_is_written_is_no_full_disk(make_run, monkeypatch, capsys):
     """Its error is raised as it is, and the file before stays."""
     run = make_run()
-    run.save_model(2.0)
+    save_model(run, 2.0)
     before = Path(run.args.save).read_bytes()
 
     def fail(contents: object, file: object) -> NoReturn:
@@ -353,7 +353,7 @@ def test_a_device_that_fails_while_a_file_is_written_is_no_full_disk(make_run, m
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(torch, "save", fail)
-    for attempt in (lambda: run.save_model(1.0), run.save_state):
+    for attempt in (lambda: save_model(run, 1.0), lambda: save_state(run)):
         with pytest.raises(torch.AcceleratorError):
             attempt()
     assert not run.unwritten
@@ -393,10 +393,10 @@ def test_sigterm_outweighs_whatever_comes_after_it(signals, reason):
 
 def test_a_processor_without_bfloat16_stays_in_float32_and_says_so(make_run, monkeypatch, capsys):
     """One warning, and no autocast."""
-    monkeypatch.setattr("harness.run.has_bf16", lambda: False)
+    monkeypatch.setattr("train.has_bf16", lambda: False)
     assert make_run(amp="bf16").amp is None
     assert capsys.readouterr().err.count("has no bfloat16; it stays with float32") == 1
-    monkeypatch.setattr("harness.run.has_bf16", lambda: True)
+    monkeypatch.setattr("train.has_bf16", lambda: True)
     assert make_run(amp="bf16").amp is torch.bfloat16
     assert not capsys.readouterr().err
 
@@ -406,11 +406,12 @@ def test_shuffled_epochs_begin_each_column_where_its_own_new_draw_says(make_run)
     for _ in range(2):
         run.start_epoch()
         drawn.append(run.offsets)
-        text = torch.cat([source for source, _ in train.train_batches(run, run.corpus.train)])
+        text = torch.cat([source for source, _ in train.train_batches(run)])
         rotated = rotate_columns(run.corpus.train, 4, run.offsets).view(4, -1).T
         assert torch.equal(text, rotated[: len(text)])
         assert len(text) == len(rotated) - 1
-        run.next_epoch()
+        run.at.epoch += 1
+        run.at.restart_epoch()
     assert not torch.equal(*drawn)
     assert all(len(set(offsets.tolist())) > 1 for offsets in drawn)
 

@@ -1,0 +1,105 @@
+"""Evaluation: the loss of a model on a text, the test of a saved model, and the lines that are printed of it.
+
+Losses are nats per token. Shapes: T time, B batch, N = T·B.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data import EVAL_BATCH_SIZE, TEST_BATCH_SIZE, Corpus, eval_batches
+from harness.files import Opened, to_evaluate
+from harness.log import DOUBLE_RULE, RunLog, figures, figures_per_unit, ppl, say, unit_text
+from harness.ranks import ALONE, Ranks
+from model import Criterion, RNNModel
+
+EVAL_ROWS = 1024  # positions at once, at least: matrix products reach their full speed with that many
+
+
+@torch.no_grad()
+def evaluate(
+    model: RNNModel,
+    criterion: Criterion,
+    ids: Tensor,
+    bptt: int,
+    batch_size: int,
+    check_stop: Callable[[], None] = lambda: None,
+    ranks: Ranks = ALONE,
+) -> float:
+    """Mean negative log-likelihood over the predicted tokens, in nats, each counted once.
+
+    Nothing is dropped. The hidden state goes on from segment to segment, so `bptt` changes no figure. Of a text of
+    n rows n - 1 are predicted: the first one is only read. Columns are dealt out to `ranks`.
+    """
+    model.eval()
+    criterion.eval()
+    columns = ranks.columns(batch_size)
+    hidden = model.init_hidden(columns.stop - columns.start)
+    total, count = 0.0, 0
+    for source, target in eval_batches(ids, max(bptt, EVAL_ROWS // batch_size), batch_size):
+        check_stop()
+        source, target = source[:, columns], target[:, columns]
+        if not target.numel():
+            continue  # more ranks than columns
+        output, hidden = model(source, hidden)
+        weight, bias = model.decoder.weight, model.decoder.bias
+        # A synchronisation, once per segment; the sum is in float64.
+        total += criterion(weight, bias, output, target, reduction="sum").item()
+        count += target.numel()
+    total, count = ranks.sum([total, count])
+    return total / count
+
+
+def test(saved: dict[str, Any], ids: Tensor, bptt: int, log: RunLog) -> None:
+    """Evaluates a saved model on the test text at batch size 1 and prints the last line of a run."""
+    opened = to_evaluate(saved, ids.device)
+    loss = evaluate(opened.model, opened.criterion, ids, bptt, TEST_BATCH_SIZE)
+    units = report("End of training", "test ", loss, opened, ids, bpc=True)
+    log.write("test", loss, **units)
+
+
+def evaluate_only(saved: dict[str, Any], corpus: Corpus, bptt: int) -> int:
+    """`main.py --epochs 0`: prints a saved model's figures on this text; trains nothing and writes no file."""
+    opened = to_evaluate(saved, corpus.valid.device)
+    loss = evaluate(opened.model, opened.criterion, corpus.valid, bptt, EVAL_BATCH_SIZE)
+    say(f"| End of evaluation | {figures(loss, 'valid ')}")
+    test(saved, corpus.test, bptt, RunLog(None))
+    return 0
+
+
+def report(
+    title: str, prefix: str, loss: float, saved: Opened, ids: Tensor, bpc: bool = False
+) -> dict[str, float]:
+    """Prints the figures of a text between two double rules.
+
+    Returns:
+        The figures per word and per character where the model has a tokenizer, for the log.
+    """
+    units = figures_per_unit(saved.tokenizer, saved.vocab, ids, loss)
+    text = figures(loss, prefix, bpc) + unit_text(units, prefix)
+    say(f"{DOUBLE_RULE}\n| {title} | {text}\n{DOUBLE_RULE}")
+    return units
+
+
+def print_table(
+    title: str, row: str, rows: Sequence[float], column: str, columns: Sequence[float],
+    losses: Iterable[Sequence[float]],
+) -> None:  # fmt: skip
+    """Prints the perplexities of a search on the validation text: a row per value of the setting called `row`.
+
+    `losses`: nats, row by row; each row is printed as soon as it is there.
+    """
+    say(f"| {title} | val ppl, a row per {row}, a column per {column}")
+    say(f"| {row:>8} |" + "".join(f"{value:9g}" for value in columns))
+    for value, row_losses in zip(rows, losses, strict=True):
+        say(f"| {value:8g} |" + "".join(f"{ppl(loss):9.2f}" for loss in row_losses))
+
+
+def print_best(best: dict[str, float], tried: dict[str, Sequence[float]]) -> None:
+    """Prints the settings that a search has found, as flags, and a line for each on the edge of its range."""
+    say("| best on val: " + " ".join(f"--{name} {value:g}" for name, value in best.items()))
+    for name, value in best.items():
+        if len(tried[name]) > 1 and value in (min(tried[name]), max(tried[name])):
+            say(f"| --{name} {value:g} lies on the edge of what was tried: a better one may lie beyond")
