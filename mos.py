@@ -136,10 +136,6 @@ class MixtureOfSoftmaxes(nn.Module):
             losses = torch.cat([mixture_losses(x, prior, weight, bias, target) for x, prior, target in blocks])
         return {"mean": losses.mean, "sum": losses.sum, "none": lambda: losses}[reduction]()
 
-    def compiled(self) -> "MixtureOfSoftmaxes":
-        """Raises ValueError: there is nothing here that a compiler would make quicker."""
-        raise ValueError("--compile: does nothing for --n_experts; leave it out")
-
     def logprob(self, weight: Tensor, bias: Tensor | None, hiddens: Tensor) -> Tensor:
         """Log-probabilities of every word: (N, H) -> (N, V), in nats."""
         latents, log_prior = self.experts(hiddens, 1)
@@ -148,7 +144,7 @@ class MixtureOfSoftmaxes(nn.Module):
 
 
 def sampled(
-    criterion: SplitCrossEntropyLoss | MixtureOfSoftmaxes, samples: int, compiled: bool = False
+    criterion: SplitCrossEntropyLoss | MixtureOfSoftmaxes, samples: int
 ) -> Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]:
     """A loss for batches whose columns come `samples` times, each time with other masks of dropout.
 
@@ -157,12 +153,7 @@ def sampled(
 
     Returns:
         loss(weight, bias, hiddens (T·B·samples, H), targets (T, B)) -> the mean over positions, in nats.
-
-    Raises:
-        ValueError: it is to be compiled.
     """
-    if compiled:
-        raise ValueError(f"--compile: does nothing for --samples {samples}; leave it out")
 
     def loss(weight: Tensor, bias: Tensor | None, hiddens: Tensor, targets: Tensor) -> Tensor:
         targets, columns, splits = targets.reshape(-1), targets.size(1) * samples, criterion.splits

@@ -7,8 +7,6 @@ The words are sorted by frequency. With splits `s_1 < ... < s_K` the head is a s
     log p(w) = log p(tombstone_k) + log p(w | k)                       (Scales, section 3.2)
 """
 
-from collections.abc import Callable
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -142,7 +140,6 @@ class SplitCrossEntropyLoss(nn.Module):
         hiddens: Tensor,
         targets: Tensor,
         reduction: str = "mean",
-        cross_entropy: Callable[..., Tensor] = blocked_cross_entropy,
     ) -> Tensor:
         """The loss of `targets` in nats: a scalar, or (N,) without a reduction.
 
@@ -151,25 +148,24 @@ class SplitCrossEntropyLoss(nn.Module):
             hiddens: (N, H), or (T, B, H).
             targets: (N,), or (T, B), of integers in [0, V).
             reduction: "mean" over the N positions, "sum", or "none": one loss per position.
-            cross_entropy: `blocked_cross_entropy`, or a compiled `linear_cross_entropy`.
         """
         hiddens, targets = hiddens.flatten(0, -2), targets.reshape(-1)  # (N, H), (N,)
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction {reduction!r}: use 'mean', 'sum' or 'none'")
         count = {"mean": targets.numel(), "sum": 1, "none": None}[reduction]
         if not self.splits:
-            return cross_entropy(hiddens, weight, bias, targets, count)
+            return blocked_cross_entropy(hiddens, weight, bias, targets, count)
 
         weights, biases = self.clusters(weight, bias)
         edges = torch.tensor(self.splits, device=targets.device)
         cluster = torch.bucketize(targets, edges, right=True)  # (N,): 0 in the head, else 1 .. K
         # In the head a word of cluster k is its tombstone, entry s_1 + k - 1.
         head_targets = torch.where(cluster == 0, targets, self.splits[0] + cluster - 1)
-        total = cross_entropy(hiddens, *self.head(weights[0], biases[0]), head_targets, count)
+        total = blocked_cross_entropy(hiddens, *self.head(weights[0], biases[0]), head_targets, count)
         for k, first in enumerate(self.splits, start=1):
             hit = (cluster == k).nonzero().squeeze(1)  # a synchronisation on CUDA: the sizes decide the work
             if hit.numel():
-                loss = cross_entropy(hiddens[hit], weights[k], biases[k], targets[hit] - first, count)
+                loss = blocked_cross_entropy(hiddens[hit], weights[k], biases[k], targets[hit] - first, count)
                 total = total.index_add(0, hit, loss) if count is None else total + loss
         return total
 
@@ -185,10 +181,6 @@ class SplitCrossEntropyLoss(nn.Module):
             for k, (w, b) in enumerate(zip(weights[1:], biases[1:], strict=True))
         ]
         return torch.cat([words, *tails], dim=-1)  # (N, V)
-
-    def compiled(self) -> Callable[..., Tensor]:
-        """`forward` with the projection and its softmax compiled."""
-        return partial(self, cross_entropy=torch.compile(linear_cross_entropy, dynamic=True))
 
     def clusters(self, weight: Tensor, bias: Tensor | None) -> tuple[tuple[Tensor, ...], tuple]:
         """The decoder's rows by cluster, the head's words first: views, K + 1 of them.

@@ -60,11 +60,9 @@ class Run:
         torch.manual_seed(args.seed)
         try:
             self.model, self.criterion = build(vars(args), len(corpus.vocab))
-            self.loss_function = self.criterion.compiled() if args.compile else self.criterion
-            if args.samples > 1:
-                self.loss_function = sampled(self.criterion, args.samples, args.compile)
         except ValueError as error:
             raise UserError(str(error)) from None
+        self.loss_function = sampled(self.criterion, args.samples) if args.samples > 1 else self.criterion
         args.splits = self.criterion.splits
         self.weights = nn.ModuleDict({"model": self.model, "criterion": self.criterion})  # all that is trained
         if saved:

@@ -91,7 +91,6 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("--device", {}, "auto", "auto, cpu, cuda, cuda:N or mps", **NOT_STORED),
         Flag("--cuda", {"dest": "device", "action": "store_const", "const": "auto"}, None, "as --device auto"),
         Flag("--amp", {"choices": ["none", "bf16", "fp16"]}, "none", "mixed precision in training alone"),
-        Flag("--compile", TOGGLE, False, "torch.compile the loss: slow to start, then faster"),
         Flag("--save", {}, None, "file of the model (finetune.py starts from it); beside it .state (to resume) "
              "and .log.jsonl", **NOT_STORED),
         Flag("--resume", {}, "", "go on from this model and its .state, or warm-start from the model alone; "

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-TIMEOUT = 100  # seconds until a run counts as hung; compiling takes 25 on two quiet cores, 60 on a busy one
+TIMEOUT = 100  # seconds until a run counts as hung; a run takes seconds on two quiet cores
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["pytest", "torch", "torch._dynamo", "utils"])  # what torch.optim imports

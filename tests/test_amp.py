@@ -1,4 +1,4 @@
-"""Mixed precision, torch.compile, and the flat buffer of weights that cuDNN wants: as far as a CPU goes."""
+"""Mixed precision, and the flat buffer of weights that cuDNN wants: as far as a CPU goes."""
 
 import copy
 import math
@@ -30,15 +30,11 @@ def test_mixed_precision_learns_what_float32_learns(trained, kind, amp):
     assert (mixed != exact) is (amp == "fp16" or has_bf16())
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        *(("--model", kind, "--amp", amp) for kind in ("LSTM", "GRU", "QRNN") for amp in ("bf16", "fp16")),
-        pytest.param(("--compile",), marks=pytest.mark.timeout(300)),  # compiles up to three times
-    ],
-)
-def test_mixed_precision_and_compiled_runs_resume_bit_for_bit(trained, corpus, tmp_path, flags):
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "QRNN"])
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_runs_in_mixed_precision_resume_bit_for_bit(trained, corpus, tmp_path, kind, amp):
     """Stopped after five steps and resumed, weights and loss scale end where the whole run ends."""
+    flags = ("--model", kind, "--amp", amp)
     whole = trained("--epochs", 1, *flags)
     first = ("--data", corpus, *SMALL, "--save", "m.pt", "--epochs", 1, *flags)
     assert run_cli(*first, "--max_steps", 5, cwd=tmp_path).status == 0
@@ -58,13 +54,6 @@ def test_a_state_in_half_precision_goes_on_in_float32(trained, tmp_path, kind):
     shutil.copy(run.path, tmp_path)
     torch.save(state, tmp_path / "m.pt.state")
     assert run_cli("--resume", "m.pt", "--max_steps", 0, cwd=tmp_path).status == 0
-
-
-def test_a_compiled_loss_is_the_loss(trained):
-    """--compile changes the speed, not the figures."""
-    plain = trained("--epochs", 1).saved["metrics"]["valid_loss"]
-    compiled = trained("--epochs", 1, "--compile").saved["metrics"]["valid_loss"]
-    assert math.isclose(plain, compiled, rel_tol=1e-4)
 
 
 @pytest.mark.parametrize("experts", [0, 3])
@@ -96,11 +85,13 @@ def test_the_bias_is_not_rounded_to_half_precision(how):
     torch.manual_seed(0)
     N, H, V = 60, 16, 50
     criterion = MixtureOfSoftmaxes(H, H, 3) if how == "mixture" else SplitCrossEntropyLoss(H)
-    plain = {"cross_entropy": linear_cross_entropy} if how == "plain" else {}
     hiddens, weight, bias = torch.randn(N, H), torch.zeros(V, H), (8 + torch.rand(V)).requires_grad_()
     targets = torch.randint(V, (N,))
     with torch.autocast("cpu", torch.bfloat16):
-        loss = criterion(weight, bias, hiddens, targets, **plain)
+        if how == "plain":  # as on a GPU
+            loss = linear_cross_entropy(hiddens, weight, bias, targets, N)
+        else:
+            loss = criterion(weight, bias, hiddens, targets)
     exact = bias.detach().double().requires_grad_()
     wanted = F.cross_entropy(exact.expand(N, V), targets)
     assert math.isclose(loss.item(), wanted.item(), rel_tol=1e-6)

@@ -136,19 +136,6 @@ def test_every_setting_trains(flags, amp, corpus, tmp_path, monkeypatch):
     assert torch.load("m.pt", weights_only=True)["metrics"]["valid_loss"] < math.log(41) - 0.2
 
 
-@pytest.mark.timeout(300)  # it compiles
-@pytest.mark.parametrize("amp", ["none", "bf16"])
-def test_a_compiled_softmax_gives_the_same_losses(amp, corpus, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    losses = []
-    for flags in ([], ["--compile"]):
-        given = ["--data", corpus, *flags_of("LSTM"), "--amp", amp, "--max_steps", 10, *flags]
-        assert call(main, *given, "--save", f"m{len(losses)}.pt") == 0
-        log = read_log(tmp_path / f"m{len(losses)}.pt.log.jsonl")
-        losses.append([record["loss"] for record in log if record["kind"] in ("train", "valid")])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
-
-
 def test_a_stop_loses_no_loss(corpus, tmp_path, monkeypatch):
     """Seven steps at an interval of five, whose losses are still on the device: the state holds the last two."""
     monkeypatch.chdir(tmp_path)

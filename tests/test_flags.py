@@ -89,7 +89,7 @@ def test_spellings_and_abbreviations(groups):
 
 
 def test_a_switch_that_a_saved_run_had_on_can_be_turned_off():
-    for name in ("compile", "shuffle", "average"):
+    for name in ("shuffle", "average"):
         assert vars(resolve_args({}, {name: True}))[name] is True
         assert vars(resolve_args(parse(f"--no-{name}"), {name: True}))[name] is False
 

@@ -195,7 +195,6 @@ def test_defaults_of_the_kind(trained):
         ([*MELIS, "--nhidlast", 4, "--n_experts", 2], "--nhid 8"),
         (["--dropoutr", 0.1], "--dropoutr 0.1"),
         (["--beta1", 0.5], "--beta1 0.5"),
-        (["--samples", 2, "--compile"], "--compile"),
     ],
 )
 def test_what_makes_no_sense_is_one_line(corpus, tmp_path, capsys, flags, named):
