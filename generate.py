@@ -10,6 +10,7 @@ words with spaces between them.
 Shapes: T time, B batch, V vocabulary.
 """
 
+import itertools
 import sys
 from collections.abc import Iterator
 
@@ -18,31 +19,11 @@ from torch import Tensor
 
 from corpus.read import EOS, encode_line, make_encoder
 from corpus.tokenizer import CorpusText, TokenizerText, make_text
-from harness.files import check_writable, open_model, write
+from harness.files import open_model
 from harness.flags import COUNT, POSITIVE, SEED, SWITCH, Flag, number, parse_evaluation
 from harness.script import run_script
 from model import Criterion, Hidden, RNNModel
 from utils import LabelEncoder
-
-
-class Output:
-    """Standard output, flushed as it goes, and a copy for `--outf`, written whole when all of it is there."""
-
-    def __init__(self, path: str | None) -> None:
-        self.path, self.pieces = path, []
-        sys.stdout.reconfigure(errors="replace")  # a terminal may lack some of the model's characters
-        if path:
-            check_writable(path, "--outf")
-
-    def write(self, piece: str) -> None:
-        print(piece, end="", flush=True)
-        if self.path:
-            self.pieces.append(piece)
-
-    def close(self) -> None:
-        """Raises NotWrittenError when the disk does not take the copy."""
-        if self.path:
-            write(self.path, lambda file: file.write("".join(self.pieces).encode("utf-8", "replace")))
 
 
 def next_word_prob(logprob: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
@@ -123,30 +104,30 @@ GENERATION = [
     Flag("--seed", SEED, 1111, "of the draws"),
     Flag("--next", {**POSITIVE, "metavar": "K"}, None, "instead print the K most probable words after the prompt, "
          "with the model's own probabilities"),
-    Flag("--outf", {}, None, "also write all that is printed to this file"),
 ]  # fmt: skip
 
 
 def main() -> None:
     args = parse_evaluation(__doc__, ("generation", GENERATION))
-    model, criterion, vocab, _, _, tokenizer = open_model(args)
-    text = make_text(tokenizer, vocab, f"--save {args.save}")
-    encoder, output = make_encoder(vocab), Output(args.outf)
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack some of the model's characters
+    saved = open_model(args)
+    model, criterion, vocab = saved.model, saved.criterion, saved.vocab
+    text, encoder = make_text(saved.tokenizer, vocab, f"--save {args.save}"), make_encoder(vocab)
     prompt = encode_prompt(args.prompt, encoder, text)
     if args.next:
         logprob, _ = next_logprob(model, criterion, prompt, model.init_hidden(1))
         best = logprob.double().exp().topk(min(args.next, len(vocab)))
         for prob, word in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            output.write(f"{prob:.6f}\t{text.shown(vocab[word])}\n")
+            print(f"{prob:.6f}\t{text.shown(vocab[word])}")
     else:
         generator = torch.Generator().manual_seed(args.seed)
         never = encoder.unknown_index if args.no_unk else None
-        how = args.words, args.temperature, args.top_k, args.top_p
-        output.write("".join(text.piece(vocab[word]) for word in prompt[1:]))
-        for word in generate(model, criterion, prompt, *how, generator, never):
-            output.write(text.piece(vocab[word]))
-        output.write(text.end())
-    output.close()
+        words = generate(
+            model, criterion, prompt, args.words, args.temperature, args.top_k, args.top_p, generator, never
+        )
+        for word in itertools.chain(prompt[1:], words):
+            print(text.piece(vocab[word]), end="", flush=True)
+        print(text.end(), end="", flush=True)
 
 
 if __name__ == "__main__":

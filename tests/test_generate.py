@@ -152,14 +152,13 @@ def text_of(capsys, *argv) -> str:
 
 
 def test_the_script_writes_the_prompt_and_goes_on(tmp_path, capsys):
-    """The prompt as the model reads it, then --words words; the same for a seed; --outf has a copy of it."""
-    save, outf = save_model(tmp_path / "toy.pt"), tmp_path / "out.txt"
+    """The prompt as the model reads it, then --words words; the same for a seed."""
+    save = save_model(tmp_path / "toy.pt")
     argv = ["--checkpoint", save, "--prompt", "w1 nobody\nw2", "--words", 30, "--model", "LSTM", "--cuda"]
-    text = text_of(capsys, *argv, "--seed", 5, "--outf", outf)
+    text = text_of(capsys, *argv, "--seed", 5)
     assert text.startswith("w1 <unk>\nw2")
     assert text.endswith("\n")
     assert "<eos>" not in text
-    assert outf.read_text() == text
     assert text_of(capsys, *argv, "--seed", 5) == text
     assert text_of(capsys, *argv, "--seed", 6) != text
     words = len(text.removeprefix("w1 <unk>\nw2").replace("\n", " \n ").split())
@@ -177,19 +176,12 @@ def test_character_and_byte_models_read_and_write_plain_text(tmp_path, capsys):
     assert text.startswith("né\nà")
 
 
-def test_every_piece_is_flushed(monkeypatch):
-    """Nothing that was written waits in a buffer."""
-
-    class Screen(io.TextIOWrapper):
-        seen = property(lambda self: self.buffer.getvalue())
-
-    screen = Screen(io.BytesIO(), encoding="ascii")
+def test_a_character_that_the_screen_lacks_is_a_question_mark(tmp_path, monkeypatch):
+    save = save_model(tmp_path / "toy.pt", vocab=[*WORDS, "caf\N{LATIN SMALL LETTER E WITH ACUTE}"])
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", screen)
-    output = generate.Output(None)
-    output.write("caf")
-    assert screen.seen == b"caf"
-    output.write("\N{LATIN SMALL LETTER E WITH ACUTE}")  # a character that the screen lacks
-    assert screen.seen == b"caf?"
+    assert call(generate, "--save", save, "--prompt", "caf\N{LATIN SMALL LETTER E WITH ACUTE}", "--words", 1) == 0
+    assert screen.buffer.getvalue().startswith(b"caf?")
 
 
 def test_text_streams_and_a_reader_may_leave(tmp_path):
@@ -205,14 +197,13 @@ def test_text_streams_and_a_reader_may_leave(tmp_path):
 
 
 def test_bad_input_is_one_line_and_status_2(tmp_path, capsys):
-    """Models, prompts and flags that cannot be worked with; a file at --outf stays as it was."""
-    save, outf = save_model(tmp_path / "toy.pt"), tmp_path / "out.txt"
+    """Models, prompts and flags that cannot be worked with."""
+    save = save_model(tmp_path / "toy.pt")
     no_unk = save_model(tmp_path / "no_unk.pt", vocab=["<eos>", "w1", "w2"])
     no_eos = save_model(tmp_path / "no_eos.pt", vocab=["w1", "w2"])
     cut, text = tmp_path / "cut.pt", tmp_path / "text.txt"
     cut.write_bytes(save.read_bytes()[:900])
     text.write_text("w1 w2\n")
-    outf.write_text("what was there")
     for flags, names in (
         (["--save", tmp_path / "none.pt"], "none.pt"),
         (["--save", cut], "cut.pt"),
@@ -226,9 +217,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys):
         (["--save", save, "--next", 0], "--next"),
         (["--save", save, "--device", "cuda:99"], "cuda:99"),
         (["--save", no_unk, "--prompt", "w1 zebra lion"], "'zebra'"),
-        (["--save", save, "--outf", tmp_path / "nowhere" / "out.txt"], "nowhere"),
         ([], "--save"),
     ):
-        assert call(generate, "--outf", outf, *flags) == 2
+        assert call(generate, *flags) == 2
         assert names in error_line(capsys)
-    assert outf.read_text() == "what was there"
