@@ -97,25 +97,18 @@ def is_figure(entry: dict[str, Any]) -> bool:
 def split_runs(entries: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """The runs that wrote a log, one after the other, each as if it had never been interrupted.
 
-    A run that goes on from an older state repeats a stretch: the later lines win. A "start" line says where
-    an invocation goes on; a log from before there was one shows it by a step that is smaller than the last.
+    A "start" line begins a run (at step 0), or goes on with the last one from its step: what was logged past that
+    step is logged again, and the later lines win.
     """
     runs: list[list[dict[str, Any]]] = [[]]
-    steps: list[int] = []  # of the figures of the last run: they only grow
     for entry in entries:
-        is_start, step = entry["kind"] == "start", entry.get("step")
-        if steps and step is not None and (is_start or step < steps[-1]):
-            if step == 0 if is_start else step <= steps[0]:
+        if entry["kind"] == "start":
+            step = entry.get("step", 0)
+            if step == 0:
                 runs.append([])
-                steps = []
             else:
-                last = step if is_start else step - 1
-                drop_past(last, runs[-1])
-                while steps and steps[-1] > last:
-                    steps.pop()
+                drop_past(step, runs[-1])
         runs[-1].append(entry)
-        if is_figure(entry):
-            steps.append(step)
     return [run for run in runs if any(is_figure(entry) for entry in run)]
 
 

@@ -43,17 +43,6 @@ def test_later_lines_win_where_a_resumed_run_repeats_a_stretch():
     assert run[-1]["loss"] == 3.0
 
 
-def test_a_log_without_start_lines():
-    """A smaller step is a resumed run; one no larger than the first is another run."""
-    log = [train(5), train(10), train(15, 2), train(10, loss=3.0), train(15, 2)]
-    (run,) = split_runs(log)
-    assert steps(run) == [5, 10, 15]
-    assert run[1]["loss"] == 3.0
-    first, second = split_runs([*log, train(5), train(10)])
-    assert steps(first) == [5, 10, 15]
-    assert steps(second) == [5, 10]
-
-
 def test_a_new_run_in_the_same_log_is_another_curve():
     """A start at step 0 begins one; an invocation that logged nothing is none."""
     runs = split_runs([begin(0), train(5), begin(0), begin(0), train(5), train(10)])
