@@ -1,13 +1,7 @@
 """The corpora: where they are fetched, how what was fetched becomes text, and what is known of that text.
 
-    python3 corpus/corpora.py make NAME OUT [FOLDER]     # OUT/{train,valid,test}.txt from what FOLDER holds
-    python3 corpus/corpora.py check NAME FOLDER          # counts and checksums against the known ones
-    python3 corpus/corpora.py names                      # these and the next two are what getdata.sh asks:
-    python3 corpus/corpora.py sources NAME               # a line of addresses per source
-    python3 corpus/corpora.py base NAME                  # the corpus that NAME is made from, if any
-
-A new corpus is a row of CORPORA, and a converter if it is of a new kind. AWD_CHECKS names a JSON file that
-replaces the known counts and checksums, for a mirror with other text. Needs the standard library alone.
+A new corpus is a row of `CORPORA`, and a converter if it is of a new kind. corpus/fetch.py does the rest. Needs
+nothing but the standard library.
 """
 
 import ast
@@ -15,22 +9,18 @@ import contextlib
 import hashlib
 import importlib
 import inspect
-import json
-import os
 import re
 import shutil
 import sys
 import sysconfig
 import tarfile
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 SPLITS = ("train", "valid", "test")
-DAMAGED = (OSError, EOFError, KeyError, ValueError, tarfile.TarError, zipfile.BadZipFile, zlib.error)
 
 
 class Row(NamedTuple):
@@ -201,76 +191,3 @@ CORPORA = {
     ),
     "pydocs": Row(pydocs, [], {}),  # what a Python carries is not the same in any two releases
 }
-
-
-def check(name: str, folder: Path) -> bool:
-    """Prints a corpus's counts beside the known ones, and how its checksums compare; False if any is wrong.
-
-    The first time it leaves SHA256SUMS in the folder, which later checks hold the files against.
-    """
-    known = CORPORA[name].checks
-    if os.environ.get("AWD_CHECKS"):
-        known = json.loads(Path(os.environ["AWD_CHECKS"]).read_text()).get(name, {})
-    sums = folder / "SHA256SUMS"
-    recorded = dict(reversed(line.split()) for line in sums.read_text().splitlines()) if sums.exists() else {}
-    sound, types, found = True, {"<eos>"}, {}
-    print(f"{name:12} {'tokens':>12} {'expected':>12}  sha256")
-    for split in SPLITS:
-        tokens, digest = count(folder / f"{split}.txt", types, not CORPORA[name].bytewise)
-        found[f"{split}.txt"] = digest
-        expected, known_digest = known.get(split, (None, None))
-        known_digest = known_digest or recorded.get(f"{split}.txt")
-        right = expected in (None, tokens) and known_digest in (None, digest)
-        verdict = f"WRONG: {digest}" if not right else "ok" if known_digest else "not known"
-        print(f"  {split:10} {tokens:12,} {f'{expected:,}' if expected else '-':>12}  {verdict}")
-        sound &= right
-    expected = known.get("types")
-    sound &= expected in (None, len(types))
-    print(f"  {'types':10} {len(types):12,} {f'{expected:,}' if expected else '-':>12}")
-    if sound and not recorded:
-        sums.write_text("".join(f"{digest}  {file}\n" for file, digest in found.items()))
-    return sound
-
-
-def count(path: Path, types: set[str], ends_last_line: bool) -> tuple[int, str]:
-    """Tokens of a file, one per line for its end, and its sha256; adds its words to `types`."""
-    tokens, digest = 0, hashlib.sha256()
-    with open(path, "rb") as file:
-        for line in file:
-            words = line.decode().split()
-            types.update(words)
-            digest.update(line)
-            tokens += len(words) + (ends_last_line or line.endswith(b"\n"))
-    return tokens, digest.hexdigest()
-
-
-def main(argv: list[str]) -> int:
-    """Obeys one of the commands above; returns 0, 1 with one line on stderr, or 2 for what is not one of them."""
-    try:
-        match argv:
-            case ["names"]:
-                print(*CORPORA)
-            case ["sources", name] if name in CORPORA:
-                for addresses in CORPORA[name].sources:
-                    print(*addresses)
-            case ["base", name] if name in CORPORA:
-                print(CORPORA[name].base or "")
-            case ["make", name, out, *folder] if name in CORPORA:
-                Path(out).mkdir(parents=True, exist_ok=True)
-                CORPORA[name].convert(Path(out), *map(Path, folder))
-                return 0 if check(name, Path(out)) else 1
-            case ["check", name, folder] if name in CORPORA:
-                return 0 if check(name, Path(folder)) else 1
-            case _:
-                print(__doc__, "\nNAME is one of:", *CORPORA, file=sys.stderr)
-                return 2
-        return 0
-    except DAMAGED as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,239 @@
+"""Fetches the corpora: `./getdata.sh` runs this.
+
+    ./getdata.sh                      Penn Treebank and WikiText-2
+    ./getdata.sh pydocs               English out of Python's own documentation: no network needed
+    ./getdata.sh all                  every corpus: CORPORA
+    ./getdata.sh --check [NAME...]    compare what is there with the known counts and checksums
+
+A corpus NAME comes to ./data/NAME/{train,valid,test}.txt, all of it or nothing; one that is there is left alone.
+When a download breaks off, the same command goes on where it stopped.
+
+Environment:
+    AWD_MIRROR=URL    fetch from there alone, under the files' own names: URL/ptb.train.txt,
+                      URL/wikitext-2-v1.zip, ... (all addresses are in corpus/corpora.py)
+    AWD_CHECKS=FILE   JSON that replaces the known counts and checksums, for a mirror with other text
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+import tarfile
+import time
+import zipfile
+import zlib
+from http.client import HTTPException
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+from corpus.corpora import CORPORA, SPLITS
+
+DAMAGED = (OSError, EOFError, KeyError, ValueError, tarfile.TarError, zipfile.BadZipFile, zlib.error)
+BROKEN = (OSError, HTTPException)  # how a download ends too early
+TRIES = 9
+
+
+def tell(text: str) -> None:
+    print(f"getdata.sh: {text}", file=sys.stderr, flush=True)
+
+
+def download(url: str, part: Path) -> None:
+    """Brings the rest of a file, from where `part` ends.
+
+    Raises:
+        OSError, HTTPException: the connection broke, or there is no such file.
+    """
+    done = part.stat().st_size if part.exists() else 0
+    headers = {"User-Agent": "getdata.sh", **({"Range": f"bytes={done}-"} if done else {})}
+    with urlopen(Request(url, headers=headers), timeout=60) as response:
+        mode, done = ("ab", done) if response.status == 206 else ("wb", 0)  # 200: it sends the whole file again
+        with open(part, mode) as file:
+            while block := response.read(1 << 18):
+                file.write(block)
+                done += len(block)
+                if sys.stderr.isatty():
+                    print(f"\r{done / 1e6:10.1f} MB", end="", file=sys.stderr)
+        if response.length:  # read() ends without an error when the server hangs up
+            raise ConnectionError(f"{response.length} bytes are missing")
+
+
+def fetch(url: str, folder: Path) -> bool:
+    """Brings a file into `folder`, whole; goes on after a break, and starts again where a server refuses that."""
+    name, mirror = url.rpartition("/")[2], os.environ.get("AWD_MIRROR")
+    file, part = folder / name, folder / f"{name}.part"
+    if file.exists():
+        return True
+    url = f"{mirror.rstrip('/')}/{name}" if mirror else url
+    folder.mkdir(parents=True, exist_ok=True)
+    tell(f"fetching {url}")
+    for number in range(1, TRIES + 1):
+        before = part.stat().st_size if part.exists() else 0
+        try:
+            download(url, part)
+            part.rename(file)
+            return True
+        except BROKEN as error:
+            now = part.stat().st_size if part.exists() else 0
+            if isinstance(error, HTTPError) and error.code == 416 and before:  # nothing comes after this byte
+                part.unlink()
+            elif now > before:
+                tell(f"the connection broke after {now} bytes; going on from there (try {number} of {TRIES})")
+                time.sleep(1)
+            else:
+                tell(f"{url}: {getattr(error, 'reason', None) or error}")
+                return False
+    return False
+
+
+def make(name: str, out: Path, *folder: Path) -> bool:
+    """Makes a corpus of what was fetched, or of its base; whether its counts and checksums are right."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    try:
+        CORPORA[name].convert(out, *folder)
+        return check(name, out)
+    except DAMAGED as error:
+        tell(f"{name}: {error}")
+        return False
+
+
+def make_from_sources(name: str, out: Path, work: Path) -> bool:
+    """Tries one source after the other, until what it sends is the corpus."""
+    for number, addresses in enumerate(CORPORA[name].sources, start=1):
+        folder = work / str(number)
+        if not all(fetch(url, folder) for url in addresses):
+            continue
+        if make(name, out, folder):
+            return True
+        source = os.environ.get("AWD_MIRROR") or addresses[0].rpartition("/")[0]
+        tell(f"{name}: what came from {source} is damaged or not the corpus; thrown away")
+        shutil.rmtree(folder)
+    tell(
+        f"{name}: no source gave it; run ./getdata.sh {name} again later (what has come is kept), "
+        f"set AWD_MIRROR, or put train.txt, valid.txt, test.txt into data/{name}"
+    )
+    return False
+
+
+def is_there(name: str) -> bool:
+    return all(Path("data", name, f"{split}.txt").is_file() for split in SPLITS)
+
+
+def get(name: str) -> bool:
+    """Fetches, makes and checks a corpus in data/.fetch/NAME; only then it appears in data/NAME."""
+    row, target, work = CORPORA[name], Path("data", name), Path("data", ".fetch", name)
+    if is_there(name):
+        print(f"{name}: {target} is there")
+        return True
+    if row.base and not get(row.base):
+        return False
+    out = work / "out"
+    if row.sources:
+        made = make_from_sources(name, out, work)
+    else:
+        made = make(name, out, *([Path("data", row.base)] if row.base else []))
+    if not made:
+        return False
+    target.mkdir(parents=True, exist_ok=True)  # other files may lie there: they stay
+    for file in ("SHA256SUMS", "test.txt", "valid.txt", "train.txt"):  # with the last one the corpus is complete
+        os.replace(out / file, target / file)
+    shutil.rmtree(work)
+    with contextlib.suppress(OSError):
+        work.parent.rmdir()
+    print(f"{name}: {target} is complete", flush=True)
+    return True
+
+
+def check(name: str, folder: Path) -> bool:
+    """Prints a corpus's counts beside the known ones, and how its checksums compare; False if any is wrong.
+
+    The first time it leaves SHA256SUMS in the folder, which later checks hold the files against.
+    """
+    known = CORPORA[name].checks
+    if os.environ.get("AWD_CHECKS"):
+        known = json.loads(Path(os.environ["AWD_CHECKS"]).read_text()).get(name, {})
+    sums = folder / "SHA256SUMS"
+    recorded = dict(reversed(line.split()) for line in sums.read_text().splitlines()) if sums.exists() else {}
+    sound, types, found = True, {"<eos>"}, {}
+    print(f"{name:12} {'tokens':>12} {'expected':>12}  sha256")
+    for split in SPLITS:
+        tokens, digest = count(folder / f"{split}.txt", types, not CORPORA[name].bytewise)
+        found[f"{split}.txt"] = digest
+        expected, known_digest = known.get(split, (None, None))
+        known_digest = known_digest or recorded.get(f"{split}.txt")
+        right = expected in (None, tokens) and known_digest in (None, digest)
+        verdict = f"WRONG: {digest}" if not right else "ok" if known_digest else "not known"
+        print(f"  {split:10} {tokens:12,} {f'{expected:,}' if expected else '-':>12}  {verdict}")
+        sound &= right
+    expected = known.get("types")
+    sound &= expected in (None, len(types))
+    print(f"  {'types':10} {len(types):12,} {f'{expected:,}' if expected else '-':>12}")
+    if sound and not recorded:
+        sums.write_text("".join(f"{digest}  {file}\n" for file, digest in found.items()))
+    return sound
+
+
+def count(path: Path, types: set[str], ends_last_line: bool) -> tuple[int, str]:
+    """Tokens of a file, one per line for its end, and its sha256; adds its words to `types`."""
+    tokens, digest = 0, hashlib.sha256()
+    with open(path, "rb") as file:
+        for line in file:
+            words = line.decode().split()
+            types.update(words)
+            digest.update(line)
+            tokens += len(words) + (ends_last_line or line.endswith(b"\n"))
+    return tokens, digest.hexdigest()
+
+
+def check_all(names: list[str]) -> bool:
+    """Checks these corpora, or all that are there; says of each wrong one what to do."""
+    names = names or [name for name in CORPORA if is_there(name)]
+    if not names:
+        tell("no corpus is in ./data; run ./getdata.sh")
+    sound = bool(names)
+    for name in names:
+        if not is_there(name):
+            tell(f"{name}: not complete in data/{name}; run ./getdata.sh {name}")
+            sound = False
+        elif not check(name, Path("data", name)):
+            tell(f"{name}: data/{name} is not what it should be; remove it and run ./getdata.sh {name}")
+            sound = False
+    return sound
+
+
+def stopped(*_: object) -> None:
+    """At SIGTERM."""
+    tell("stopped; the same command goes on from here")
+    sys.exit(143)
+
+
+def main(arguments: list[str]) -> int:
+    if {"-h", "--help"} & set(arguments):
+        print((__doc__ or "").partition("\n\n")[2].replace("CORPORA", " ".join(CORPORA)).strip("\n"))
+        return 0
+    names = [argument for argument in arguments if argument != "--check"]
+    for name in names:
+        if name not in (*CORPORA, "all"):
+            tell(f"{name}: no such corpus; there are: {' '.join(CORPORA)}, all")
+            return 2
+    names = list(CORPORA) if "all" in names else names
+    signal.signal(signal.SIGTERM, stopped)
+    try:
+        if "--check" in arguments:
+            return 0 if check_all(names) else 1
+        results = [get(name) for name in names or ["penn", "wikitext-2"]]
+        return 0 if all(results) else 1
+    except KeyboardInterrupt:
+        tell("interrupted; the same command goes on from here")
+        return 130
+    except OSError as error:
+        tell(f"{error.filename or 'data'}: {error.strerror or error}")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
