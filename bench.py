@@ -1,23 +1,23 @@
-"""Speed and memory of a training step, beside the same step on torch's own modules and beside its floor.
+"""Speed and memory of a training step, compared with the same step on torch's modules and with its floor.
 
     python bench.py                                  # both tables; about half an hour on two cores
     python bench.py --settings small ptb-lstm --tables 1 --rounds 5
     python bench.py --device cuda --json bench.json  # also all raw times
     python bench.py --peers                          # also fastai's AWD_LSTM, see benchmarks/peers.py
-    python bench.py --profile ptb-qrnn               # where one step of ours spends its time
+    python bench.py --profile ptb-qrnn               # the profile of one step of ours
 
 ours: `train.train_step` on a run as main.py starts it, with the published command's dropouts, regularisation,
-    clipping and optimizer, on text drawn from Zipf's law, in batches of just bptt rows; bf16: with --amp bf16,
-    where the processor has bfloat16.
+    clipping and optimizer, on text drawn from Zipf's law, in batches of exactly bptt rows; bf16: with --amp bf16,
+    if the processor has bfloat16.
 plain: the same on torch's `nn.LSTM`, `nn.GRU`, `F.dropout`, `F.linear`, `F.cross_entropy`; a QRNN and a Mogrifier
     as a loop over time.
 floor: the step's matrix products alone, over all bptt x batch rows at once, each by the fastest library. An
     LSTM cannot reach it: its recurrent products have to wait for each other.
 
-Each is a process of its own, started afresh. They take turns, a step each, round after round, so that a machine
-that slows down slows all of them. The first rounds warm up and are discarded; times are medians over the others
-(lowest-highest). Peak memory is a process's high-water mark: on the CPU resident memory, interpreter and
-libraries included; on a CUDA device `torch.cuda.max_memory_allocated`. wt103-qrnn takes 17 GB in all.
+Each of them runs in a new process. They take turns, one step each, round after round, so that a machine that slows
+down slows all of them. The first rounds warm up and are discarded. Times are medians over the other rounds (lowest-
+highest). Peak memory is the most that a process has had: on the CPU resident memory, with interpreter and libraries;
+on a CUDA device `torch.cuda.max_memory_allocated`. wt103-qrnn takes 17 GB in all.
 """
 
 import contextlib
@@ -50,14 +50,14 @@ from harness.script import run_script
 from products import has_bf16
 from utils import RunError, UserError, use_tf32
 
-BUDGET_S = 45  # for the rounds of a setting, or of table 2, unless --rounds says how many
+BUDGET_S = 45  # for the rounds of a setting, or of table 2, without --rounds
 WARM_UP_ROUNDS = 2  # the memory that a process keeps has its final size after the second step
-CONTEXT = multiprocessing.get_context("spawn")  # a fresh interpreter, whose peak memory is its own
-Row = dict[str, str]  # of a table, by column
+CONTEXT = multiprocessing.get_context("spawn")  # a new interpreter each, for a peak memory without other work
+Row = dict[str, str]  # of a table: column -> cell
 
 
 def call(pool: ProcessPoolExecutor, function: Callable[..., Any], *args: Any) -> Any:
-    """What a function returns in the process of a variant."""
+    """Calls a function in the process of a variant, and returns its result."""
     try:
         return pool.submit(function, *args).result()
     except BrokenProcessPool:
@@ -65,19 +65,19 @@ def call(pool: ProcessPoolExecutor, function: Callable[..., Any], *args: Any) ->
 
 
 def begin(make: Callable[..., Work], *args: Any) -> None:
-    """In that process, once; then `step_ms` again and again, and `peak_bytes` at the end."""
+    """Called once in the process of a variant, before any number of `step_ms` and one `peak_bytes`."""
     global step
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends bench.py, and that ends this
-    os.environ.pop("THP_MEM_ALLOC_ENABLE", None)  # of bench.py's own `keep_freed_memory`
-    use_tf32()  # all alike, as main.py
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends bench.py, which ends this process
+    os.environ.pop("THP_MEM_ALLOC_ENABLE", None)  # set in bench.py's process by `keep_freed_memory`
+    use_tf32()  # for all variants, as in main.py
     step = make(*args)
 
 
 def step_ms(device: torch.device) -> float:
-    """How long a step takes.
+    """The time of one step.
 
     Raises:
-        RunError: its loss is not finite: its time would not be that of training.
+        RunError: its loss is not finite, so that its time is not that of training.
     """
     ms, loss = timed(step, device)
     if loss is not None and not math.isfinite(loss):
@@ -86,7 +86,7 @@ def step_ms(device: torch.device) -> float:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory that this process has had so far."""
+    """The most memory that this process has had."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     try:
@@ -97,27 +97,27 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def alternate(title: str, works: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """All works in turn, round after round, first to warm up: milliseconds, a value per round.
+    """Calls all works in turn, round after round, after warm-up rounds; returns milliseconds, one value per round.
 
     `rounds` 0: as many as the budget allows, 2 to 15.
     """
 
     def one_round(label: str) -> dict[str, float]:
-        found = {}
+        ms = {}
         for name, work in works.items():
-            found[name] = work()
-            print(f"{title}: {label}: {name} {found[name]:,.1f} ms", file=sys.stderr, flush=True)
-        return found
+            ms[name] = work()
+            print(f"{title}: {label}: {name} {ms[name]:,.1f} ms", file=sys.stderr, flush=True)
+        return ms
 
     for _ in range(WARM_UP_ROUNDS):
         round_ms = sum(one_round("warm-up").values())
     rounds = rounds or min(15, max(2, round(1000 * BUDGET_S / round_ms)))
-    found = [one_round(f"round {i} of {rounds}") for i in range(1, rounds + 1)]
-    return {name: [times[name] for times in found] for name in works}
+    results = [one_round(f"round {i} of {rounds}") for i in range(1, rounds + 1)]
+    return {name: [ms[name] for ms in results] for name in works}
 
 
 def bench_steps(args: Namespace, device: torch.device) -> Iterator[tuple[Row, dict[str, Any]]]:
-    """Table 1: a row per setting, and what it is made from."""
+    """Table 1: a row per setting, and its raw figures."""
     kinds = [kind for kind in VARIANTS if args.peers or kind != "fastai"]
     if not has_bf16() and device.type == "cpu":
         kinds.remove("ours bf16")
@@ -147,17 +147,17 @@ def bench_steps(args: Namespace, device: torch.device) -> Iterator[tuple[Row, di
 
 
 def bench_others(args: Namespace, device: torch.device) -> Iterator[tuple[Row, dict[str, Any]]]:
-    """Table 2: the rest of what takes time, in this process."""
+    """Table 2: evaluation, pointer, reading a corpus and start-up, in this process."""
     with tempfile.TemporaryDirectory() as folder:
         rows = list(others(args.data, args.tiny, Path(folder), device))
-        works = {what: lambda work=work: timed(work, device)[0] for what, _, work in rows}
-        found = alternate("others", works, args.rounds)
-    for what, tokens, _ in rows:
-        ms = found[what]
-        row = {"what": what, "ms": spread(ms), "tokens": "", "tokens/s": ""}
+        works = {name: lambda work=work: timed(work, device)[0] for name, _, work in rows}
+        results = alternate("others", works, args.rounds)
+    for name, tokens, _ in rows:
+        ms = results[name]
+        row = {"what": name, "ms": spread(ms), "tokens": "", "tokens/s": ""}
         if tokens:
             row |= {"tokens": f"{tokens:,}", "tokens/s": f"{tokens / median(ms) * 1000:,.0f}"}
-        yield row, {"what": what, "tokens": tokens, "ms": ms}
+        yield row, {"what": name, "tokens": tokens, "ms": ms}
 
 
 def spread(values: list[float]) -> str:
@@ -166,7 +166,7 @@ def spread(values: list[float]) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown, its columns aligned: the first to the left, figures to the right."""
+    """A Markdown table with aligned columns: the first one to the left, figures to the right."""
     lines = [list(rows[0]), *(list(row.values()) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
@@ -175,7 +175,7 @@ def table(rows: list[Row]) -> str:
 
 
 def machine(device: torch.device) -> str:
-    """What the figures depend on."""
+    """The machine, for the line above each table."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -185,7 +185,7 @@ def machine(device: torch.device) -> str:
 
 
 def profile(name: str, tiny: bool, device: torch.device) -> str:
-    """torch's profile of one step of ours, once its memory has settled."""
+    """torch's profile of one step of ours, after the warm-up rounds."""
     use_tf32()
     step = ours(name, tiny, device)
     for _ in range(WARM_UP_ROUNDS):

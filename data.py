@@ -17,18 +17,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from utils import BPTTBatchSampler, UserError
+from utils import BPTTBatchSampler, UserError, not_a_command
 
 EVAL_BATCH_SIZE, TEST_BATCH_SIZE = 10, 1  # as published
 
 
 class Corpus(NamedTuple):
-    """Three texts as token ids, and the words behind the ids (N tokens per text, `<eos>` counted).
+    """Three texts as token ids, and their vocabulary (N tokens per text, `<eos>` counted).
 
     vocab: id -> word, sorted by frequency in the training text, ties in order of first appearance.
-    train, valid, test: (N,) int16 where the ids fit, else int32; memory-mapped from the cache.
-    digest: names the three texts' bytes.
-    tokenizer: the folder's tokenizer.json, or None.
+    train, valid, test: (N,) int16 if the ids fit, else int32; memory-mapped from the cache.
+    digest: the sha256 of the three texts.
+    tokenizer: the contents of the folder's tokenizer.json, or None.
     """
 
     vocab: list[str]
@@ -46,15 +46,15 @@ class VariableLengthSampler(BPTTBatchSampler):
     """Slices of a variable length, the same for all columns: PyTorch-NLP's sampler with drawn lengths.
 
     A batch's length (AWD, section 5): `bptt` with probability 0.95, else `bptt / 2`; then a normal draw of
-    deviation 5 around it, cut to an integer, at least 5; at most `max_length` when that is given.
+    deviation 5 around it, cut to an integer, at least 5; at most `max_length` if that is given.
 
     Args:
-        data: the text, 1-D; only its length is looked at.
-        generator: where the lengths are drawn from; its state is part of a resumable run.
+        data: the text, 1-D; only its length is used.
+        generator: draws the lengths; its state is stored with a run.
         start: the row to begin at, for a run that goes on in the middle of an epoch.
     """
 
-    __len__ = None  # nobody knows how many batches the draws will make
+    __len__ = None  # the number of batches depends on the draws
 
     def __init__(
         self, data: Tensor, bptt: int, batch_size: int, generator: torch.Generator,
@@ -85,16 +85,16 @@ def rotate_columns(ids: Tensor, batch_size: int, offsets: Tensor) -> Tensor:
 
 
 def get_batch(ids: Tensor, slices: list[slice]) -> tuple[Tensor, Tensor]:
-    """Source and target of one draw of slices, a slice per column: (T, B) and (T, B), int64.
+    """Source and target of one draw of slices, one slice per column: (T, B) and (T, B), int64.
 
-    Both are views of the same T + 1 rows, so no target can belong to another draw than its source.
+    Both are views of the same T + 1 rows.
     """
     rows = torch.stack([ids[s.start : s.stop + 1] for s in slices], dim=1).long()  # (T + 1, B)
     return rows[:-1], rows[1:]
 
 
 def eval_batches(ids: Tensor, bptt: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """All of the text in batches of `bptt` rows and `batch_size` columns: source and target, (T, B) each."""
+    """The whole text in batches of `bptt` rows and `batch_size` columns: source and target, (T, B) each."""
     sampler = BPTTBatchSampler(ids, bptt, batch_size, drop_last=True)
     return (get_batch(ids, slices) for slices in sampler)
 
@@ -106,3 +106,7 @@ def check_length(ids: Tensor, batch_size: int, name: str) -> None:
             f"{name}: {len(ids)} tokens are too few for a batch of {batch_size} columns, which takes "
             f"{2 * batch_size}; use a smaller --batch_size or more text"
         )
+
+
+if __name__ == "__main__":
+    not_a_command(__file__)

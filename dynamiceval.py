@@ -1,18 +1,18 @@
-"""Evaluate a saved model while it goes on learning from the text: each word is scored before it is learnt from.
+"""Evaluate a saved model while it goes on learning from the text: it scores each word before it learns from it.
 
     python dynamiceval.py --data data/penn --save PTB.pt
     python dynamiceval.py --data data/penn --save PTB.pt --search                  # find --lr and --lamb first
     python dynamiceval.py --data data/penn --save PTB.pt --pointer --lambdasm 0.1  # with the cache pointer too
 
-The file is never changed; the statistics of its gradients over the training text are kept beside it (SAVE.stats).
+The model's file is never changed. The statistics of its gradients over the training text are kept in SAVE.stats.
 
-Method: Krause, Kahembwe, Murray, Renals, "Dynamic Evaluation of Neural Sequence Models", arXiv 1709.07432: a
-gradient step per segment, scaled by the root mean square of each weight's gradient over the training text (MS),
-and a decay towards the saved weights in proportion to it:
+Method: Krause, Kahembwe, Murray, Renals, "Dynamic Evaluation of Neural Sequence Models", arXiv 1709.07432: per segment
+a gradient step, divided by the root mean square of each weight's gradient over the training text (MS), and a decay
+towards the saved weights in proportion to MS:
 
     w ← w + λ·D·(w_0 − w) − η·g / (MS + ε)        D = min(MS / M, 1/λ), M the mean of MS over tensors
 
-Shapes: T time, B batch, H hidden, P pairs that the pointer has seen before.
+Shapes: T time, B batch, H hidden, P pairs in the pointer's cache from the text before.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ from model import detach
 from pointer import POINTER, mixture_logprob, pointer_prob
 from utils import RunError, UserError
 
-CHUNK = 1 << 16  # weights updated at once: all that an update reads of them fits a core's cache
+CHUNK = 1 << 16  # weights updated at once: everything that their update reads fits the CPU's cache
 LR = [3e-5, 4e-5, 5e-5, 6e-5, 7e-5, 1e-4]  # searched, for segments of 5 tokens
 LAMB = [1e-3, 2e-3, 3e-3, 5e-3]
 PUBLISHED = {"QRNN": {"lr": 1.2e-4, "lamb": 0.02, "bptt": 20}}  # others: as in the paper's released code
@@ -52,18 +52,18 @@ def weights_of(saved: Opened) -> list[Tensor]:
 def segment_gradients(
     saved: Opened, batches: Iterable[tuple[Tensor, Tensor]], columns: int, each: bool = False
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, list[Tensor | None]]]:
-    """For segment after segment the gradients of its mean loss, in training mode with nothing dropped.
+    """Segment after segment, the gradients of its mean loss, in training mode but without dropout.
 
-    What layers carry goes on from segment to segment, detached.
+    The hidden state goes on from segment to segment, detached.
 
     Args:
-        batches: source and target, (T, B) each; the weights may change between them.
-        each: whether the loss of every position is wanted, or only the mean.
+        batches: source and target, (T, B) each; the weights may change between segments.
+        each: yield the loss of every position instead of the mean.
 
     Yields:
         losses: (N,), or the mean (), in nats, on the device.
         states: (T, B, H), the last layer's raw output; target: (T, B).
-        gradients: one per weight, None where the segment does not touch it.
+        gradients: one per weight; None if the segment does not use it.
     """
     model, criterion, weights = saved.model.train(), saved.criterion.train(), weights_of(saved)
     hidden = model.init_hidden(columns)
@@ -78,10 +78,10 @@ def segment_gradients(
 def gradient_statistics(saved: Opened, ids: Tensor, batch_size: int, bptt: int, max_batches: int) -> list[Tensor]:
     """MS, one tensor per weight: the root of the mean of g² over the segments of a text.
 
-    Segments of `bptt` rows and `batch_size` columns; `max_batches`: stop after so many; 0: all of them.
+    Segments have `bptt` rows and `batch_size` columns; `max_batches`: take only so many segments; 0: all.
     """
     squares = [torch.zeros_like(weight) for weight in weights_of(saved)]
-    segments = max(1, (len(ids) // batch_size - 1) // bptt)  # whole ones, but for a text of less than one
+    segments = max(1, (len(ids) // batch_size - 1) // bptt)  # whole ones, except in a text shorter than one
     segments = min(segments, max_batches) if max_batches else segments
     batches, count = islice(eval_batches(ids, bptt, batch_size), segments), 0
     bar = tqdm(
@@ -97,7 +97,7 @@ def gradient_statistics(saved: Opened, ids: Tensor, batch_size: int, bptt: int, 
 
 
 class MovingWeights:
-    """The weights as they learn, and the way back to the saved ones.
+    """The weights while they learn, and a copy of the saved ones.
 
     Args:
         weights: they move in place.
@@ -114,17 +114,15 @@ class MovingWeights:
 
     @torch.no_grad()
     def update(self, gradients: list[Tensor | None]) -> None:
-        """One step of all weights, a chunk of them after the other."""
+        """One step of all weights, chunk after chunk."""
         for *parts, gradient in zip(self.weights, self.saved, self.decay, self.rate, gradients, strict=True):
-            # Views made anew each time: cuDNN's layers may have moved a weight to other memory since.
+            # New views each time: cuDNN's layers can have moved a weight to other memory.
             chunks = zip(*(part.view(-1).split(self.chunk) for part in parts), strict=True)
             if gradient is None:
                 for weight, saved, decay, _ in chunks:
                     weight.lerp_(saved, decay)
                 continue
-            for (weight, saved, decay, rate), g in zip(
-                chunks, gradient.reshape(-1).split(self.chunk), strict=True
-            ):
+            for (weight, saved, decay, rate), g in zip(chunks, gradient.reshape(-1).split(self.chunk), strict=True):
                 weight.lerp_(saved, decay).addcmul_(g, rate, value=-1)
 
     @torch.no_grad()
@@ -142,20 +140,20 @@ def dynamic_loss(
     pointer: tuple[float, float, int] | None = None,
     title: str = "",
 ) -> tuple[float, int]:
-    """Mean negative log-likelihood of the predicted tokens, each scored before it is learnt from, in nats.
+    """Mean negative log-likelihood of the predicted tokens, in nats; the model scores a token before it learns from it.
 
     The weights move, and are put back at the end. Ctrl-C ends it early, with the figures so far.
 
     Args:
         ids: (n,), the text; its first token is only read.
-        bptt: tokens per segment: the weights move after each.
-        pointer: θ, λ and window of the cache pointer, to mix its probabilities in; None: without it.
+        bptt: tokens per segment: the weights move after each segment.
+        pointer: θ, λ and window of the cache pointer, whose probabilities are mixed in; None: no pointer.
 
     Returns:
         The loss, and how many of the n - 1 tokens have been scored.
     """
     total, count = 0.0, 0
-    states, words = torch.empty(0), torch.empty(0, dtype=torch.long)  # the pairs that the pointer sees
+    states, words = torch.empty(0), torch.empty(0, dtype=torch.long)  # the pairs in the pointer's cache
     bar = tqdm(total=len(ids) - 1, desc=title, unit=" tokens", leave=False, disable=not sys.stderr.isatty())
     try:
         for losses, new_states, target, gradients in segment_gradients(
@@ -166,9 +164,7 @@ def dynamic_loss(
             else:
                 theta, lambdasm, window = pointer
                 past = min(len(states), window)
-                states = torch.cat(
-                    [states.to(new_states)[len(states) - past :], new_states.squeeze(1)]
-                )  # (P + T, H)
+                states = torch.cat([states.to(new_states)[len(states) - past :], new_states.squeeze(1)])  # (P + T, H)
                 words = torch.cat([words.to(target)[len(words) - past :], target.squeeze(1)])
                 prob = pointer_prob(states, words, past, [theta], [window]).cpu().double()  # (1, 1, T)
                 share = torch.tensor(lambdasm, dtype=torch.float64)
@@ -187,31 +183,29 @@ def dynamic_loss(
 
 
 def find_statistics(saved: Opened, path: str, corpus: Corpus, args: Namespace) -> list[Tensor]:
-    """The statistics beside the model, if they are of these weights, text and settings; else new ones.
+    """The statistics in the file `path` if they belong to these weights, text and settings; otherwise new ones.
 
     Raises:
-        UserError: the training text is too short for them.
+        UserError: the training text is too short.
     """
     if len(corpus.train) < 2 * args.batch_size:
-        raise UserError(
-            f"--batch_size {args.batch_size}: the training text has {len(corpus.train)} tokens; give less"
-        )
+        raise UserError(f"--batch_size {args.batch_size}: the training text has {len(corpus.train)} tokens; give less")
     weights = weights_of(saved)
     digest = hashlib.sha256("\n".join(saved.vocab).encode())
     for weight in weights:
         digest.update(weight.detach().cpu().numpy())
-    how = {"batch_size": args.batch_size, "bptt": args.bptt, "max_batches": args.max_batches}
-    how |= {"text": corpus.digest, "weights": digest.hexdigest()}
-    with contextlib.suppress(UserError):  # there are none, or they are damaged
-        found = load(path, "--save", STATS_FORMAT)
-        check_parts(found, {"how": dict, "ms": list}, path)
-        shapes = [getattr(tensor, "shape", None) for tensor in found["ms"]]
-        # As text: what a damaged file has there need not compare to a truth value.
-        if str(found["how"]) == str(how) and shapes == [weight.shape for weight in weights]:
-            return [tensor.to(saved.device) for tensor in found["ms"]]
+    settings = {"batch_size": args.batch_size, "bptt": args.bptt, "max_batches": args.max_batches}
+    settings |= {"text": corpus.digest, "weights": digest.hexdigest()}
+    with contextlib.suppress(UserError):  # the file is missing or damaged
+        stats = load(path, "--save", STATS_FORMAT)
+        check_parts(stats, {"how": dict, "ms": list}, path)
+        shapes = [getattr(tensor, "shape", None) for tensor in stats["ms"]]
+        # Compared as text: in a damaged file there can be values that cannot be compared.
+        if str(stats["how"]) == str(settings) and shapes == [weight.shape for weight in weights]:
+            return [tensor.to(saved.device) for tensor in stats["ms"]]
     ms = gradient_statistics(saved, corpus.train.to(saved.device), args.batch_size, args.bptt, args.max_batches)
     try:
-        save(path, {"format": STATS_FORMAT, "how": how, "ms": [tensor.cpu() for tensor in ms]})
+        save(path, {"format": STATS_FORMAT, "how": settings, "ms": [tensor.cpu() for tensor in ms]})
     except NotWrittenError as error:
         warn(f"{path}: cannot be written ({error.reason}); the statistics are taken again next time")
     return ms
@@ -239,18 +233,18 @@ def search(saved: Opened, ms: list[Tensor], ids: Tensor, args: Namespace) -> tup
 
 
 FACTOR = {"type": number(float, 0, most=1e3)}
-ABOVE_0 = {"type": number(float, 1e-12, most=1e3)}  # with 0 the rate of a weight that never moved is infinite
+ABOVE_0 = {"type": number(float, 1e-12, most=1e3)}  # 0 would make the rate infinite for a weight with MS = 0
 DYNAMIC = [
     Flag("--lr", FACTOR, None, "rate η (default: 5e-5, QRNN 1.2e-4)"),
     Flag("--lamb", FACTOR, None, "decay towards the saved weights, λ (default: 0.002, QRNN 0.02)"),
-    Flag("--epsilon", ABOVE_0, 2e-5, "stabilises the rate of weights that hardly ever move, ε"),
+    Flag("--epsilon", ABOVE_0, 2e-5, "limits the rate of weights whose gradients were small, ε"),
     Flag("--bptt", POSITIVE, None, "tokens per segment: the weights move after each (default: 5, QRNN 20)"),
-    Flag("--batch_size", POSITIVE, 100, "columns of training text that the statistics are taken over"),
-    Flag("--max_batches", COUNT, 0, "segments that the statistics are taken over; 0: all of the training text"),
+    Flag("--batch_size", POSITIVE, 100, "columns of training text for the statistics"),
+    Flag("--max_batches", COUNT, 0, "segments of training text for the statistics; 0: all of it"),
 ]
 SEARCH = [
     Flag("--search", SWITCH, False, "find lr and lamb on the validation text"),
-    Flag("--search_tokens", POSITIVE, 30_000, "so many tokens of it"),
+    Flag("--search_tokens", POSITIVE, 30_000, "tokens of the validation text that the search uses"),
     Flag("--search_lrs", {**FACTOR, "nargs": "+"}, LR, "the values tried, times bptt / 5"),
     Flag("--search_lambs", {**FACTOR, "nargs": "+"}, LAMB, "the values tried, times bptt / 5"),
 ]
@@ -261,7 +255,7 @@ MIXED = [
 
 
 def fill_in(args: Namespace, saved: Opened) -> None:
-    """Gives the settings that were not given their published values for this kind of model."""
+    """Sets --lr, --lamb and --bptt to their published values for this kind of model where they were not given."""
     for name, value in (DEFAULT | PUBLISHED.get(saved.args.model, {})).items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -14,6 +14,7 @@ from harness.files import Opened, to_evaluate
 from harness.log import DOUBLE_RULE, RunLog, figures, figures_per_unit, ppl, say, unit_text
 from harness.ranks import ALONE, Ranks
 from model import Criterion, RNNModel
+from utils import not_a_command
 
 EVAL_ROWS = 1024  # positions at once, at least: matrix products reach their full speed with that many
 
@@ -69,9 +70,7 @@ def evaluate_only(saved: dict[str, Any], corpus: Corpus, bptt: int) -> int:
     return 0
 
 
-def report(
-    title: str, prefix: str, loss: float, saved: Opened, ids: Tensor, bpc: bool = False
-) -> dict[str, float]:
+def report(title: str, prefix: str, loss: float, saved: Opened, ids: Tensor, bpc: bool = False) -> dict[str, float]:
     """Prints the figures of a text between two double rules.
 
     Returns:
@@ -103,3 +102,7 @@ def print_best(best: dict[str, float], tried: dict[str, Sequence[float]]) -> Non
     for name, value in best.items():
         if len(tried[name]) > 1 and value in (min(tried[name]), max(tried[name])):
             say(f"| --{name} {value:g} lies on the edge of what was tried: a better one may lie beyond")
+
+
+if __name__ == "__main__":
+    not_a_command(__file__)

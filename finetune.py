@@ -1,9 +1,9 @@
 """Fine-tune a saved model: averaged SGD from the first step, until the validation loss stops falling.
 
     python finetune.py --batch_size 20 --data data/penn --dropouti 0.4 --dropouth 0.25 --save PTB.pt
-    python finetune.py --data data/penn --save PTB.pt --output PTB.ft.pt  # leave PTB.pt as it is
-    python finetune.py --resume PTB.ft.pt                                 # go on with a stopped run
-    python finetune.py --save PTB.pt --resume auto --max_minutes 60       # a cluster's job, each time
+    python finetune.py --data data/penn --save PTB.pt --output PTB.ft.pt  # do not change PTB.pt
+    python finetune.py --resume PTB.ft.pt                                 # go on with a run that was stopped
+    python finetune.py --save PTB.pt --resume auto --max_minutes 60       # a cluster's job, submitted again and again
 
 The file is replaced only by a better model, whole or not at all. Flags that are not given are taken from the saved
 model, except --lr (30), --epochs and --nonmono, which have their defaults. Method: Merity, Keskar, Socher, arXiv
@@ -19,7 +19,7 @@ from train import evaluate_start, finish, fit, start_run
 
 def main() -> int:
     parser = ArgumentParser(__doc__, RUN, MODEL, REGULARISATION, OPTIMISATION, saved=True)
-    output = Flag("--output", {}, None, "write the better model here and leave --save as it is")
+    output = Flag("--output", {}, None, "write the better model to this file and do not change --save")
     parser.add_flags("finetune.py only", [output])
     given = vars(parser.parse_args())
     start = begin("finetune.py", given)  # processes, device, settings, a state or model to go on from

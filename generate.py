@@ -3,9 +3,8 @@
     python generate.py --save PTB.pt --prompt "the company said" --words 200 --temperature 0.8 --top_k 50
     python generate.py --save PTB.pt --prompt "the company" --next 10
 
-Every text begins after an `<eos>`, the end of the line before: its first word is predicted from that. Prompt
-and text are plain text if the model has a tokenizer, or has characters or bytes for words; otherwise they are
-words with spaces between them.
+Every text begins after an `<eos>`, the end of the line before it. Prompt and text are plain text if the model has a
+tokenizer, or if its words are characters or bytes; otherwise they are words with spaces between them.
 
 Shapes: T time, B batch, V vocabulary.
 """
@@ -17,8 +16,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from corpus.codec import Codec, make_codec
 from corpus.read import EOS, encode_line, make_encoder
-from corpus.tokenizer import CorpusText, TokenizerText, make_text
 from harness.files import open_model
 from harness.flags import COUNT, POSITIVE, SEED, SWITCH, Flag, number, parse_evaluation
 from harness.script import run_script
@@ -31,10 +30,10 @@ def next_word_prob(logprob: Tensor, temperature: float, top_k: int, top_p: float
 
     Args:
         logprob: (V,), the model's log-probabilities.
-        temperature: they are divided by it: below 1 sharpens, above 1 flattens.
-        top_k: only the k most probable words stay; 0: all.
-        top_p: of those, the fewest most probable ones that hold this share of the probability (Holtzman et
-            al., arXiv 1904.09751, section 3.1), one at least; 1: all.
+        temperature: divides the log-probabilities: below 1 sharpens, above 1 flattens.
+        top_k: keeps only the k most probable words; 0: all.
+        top_p: of those, keeps the most probable words that together have this share of the probability, at least
+            one (Holtzman et al., arXiv 1904.09751, section 3.1); 1: all.
 
     Returns:
         (V,), summing to 1.
@@ -56,7 +55,7 @@ def next_word_prob(logprob: Tensor, temperature: float, top_k: int, top_p: float
 def next_logprob(
     model: RNNModel, criterion: Criterion, words: list[int], hidden: list[Hidden]
 ) -> tuple[Tensor, list[Hidden]]:
-    """Reads `words` on from `hidden`; the log-probabilities of the word after them, (V,) on the CPU."""
+    """Reads `words` from the state `hidden` on; returns the log-probabilities of the next word, (V,) on the CPU."""
     source = torch.tensor(words, device=model.encoder.weight.device)[:, None]  # (T, 1)
     output, hidden = model(source, hidden)
     logprob = criterion.logprob(model.decoder.weight, model.decoder.bias, output[-1:])  # (1, V)
@@ -74,7 +73,7 @@ def generate(
     generator: torch.Generator,
     never: int | None = None,
 ) -> Iterator[int]:
-    """Draws `n` words, one after the other, that go on from `prompt`; the word `never` is not drawn."""
+    """Draws `n` words after `prompt`, one by one; the word `never` is not drawn."""
     words, hidden = prompt, model.init_hidden(1)
     for _ in range(n):
         logprob, hidden = next_logprob(model, criterion, words, hidden)
@@ -85,11 +84,11 @@ def generate(
         yield words[0]
 
 
-def encode_prompt(prompt: str, encoder: LabelEncoder, text: CorpusText | TokenizerText) -> list[int]:
-    """The ids of a prompt, after the `<eos>` that every text begins with; newlines are `<eos>`, too."""
+def encode_prompt(prompt: str, encoder: LabelEncoder, codec: Codec) -> list[int]:
+    """The ids of a prompt, after the `<eos>` that every text begins with; each newline is an `<eos>` too."""
     ids = []
     for line in prompt.split("\n"):
-        ids += [encoder.token_to_index[EOS], *encode_line(text.encode(line), encoder, f"--prompt {prompt!r}")]
+        ids += [encoder.token_to_index[EOS], *encode_line(codec.encode(line), encoder, f"--prompt {prompt!r}")]
     return ids
 
 
@@ -100,7 +99,7 @@ GENERATION = [
     Flag("--top_k", COUNT, 0, "draw from the K most probable; 0: all"),
     Flag("--top_p", {"type": number(float, 0, most=1)}, 1.0, "draw from the most probable that hold P; 1: all"),
     Flag("--no_unk", SWITCH, True, "never draw <unk> (the default)"),
-    Flag("--unk", {"dest": "no_unk", "action": "store_false"}, True, "draw <unk>, too"),
+    Flag("--unk", {"dest": "no_unk", "action": "store_false"}, True, "draw <unk> too"),
     Flag("--seed", SEED, 1111, "of the draws"),
     Flag("--next", {**POSITIVE, "metavar": "K"}, None, "instead print the K most probable words after the prompt, "
          "with the model's own probabilities"),
@@ -112,13 +111,13 @@ def main() -> None:
     sys.stdout.reconfigure(errors="replace")  # a terminal may lack some of the model's characters
     saved = open_model(args)
     model, criterion, vocab = saved.model, saved.criterion, saved.vocab
-    text, encoder = make_text(saved.tokenizer, vocab, f"--save {args.save}"), make_encoder(vocab)
-    prompt = encode_prompt(args.prompt, encoder, text)
+    codec, encoder = make_codec(saved.tokenizer, vocab, f"--save {args.save}"), make_encoder(vocab)
+    prompt = encode_prompt(args.prompt, encoder, codec)
     if args.next:
         logprob, _ = next_logprob(model, criterion, prompt, model.init_hidden(1))
         best = logprob.double().exp().topk(min(args.next, len(vocab)))
         for prob, word in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            print(f"{prob:.6f}\t{text.shown(vocab[word])}")
+            print(f"{prob:.6f}\t{codec.shown(vocab[word])}")
     else:
         generator = torch.Generator().manual_seed(args.seed)
         never = encoder.unknown_index if args.no_unk else None
@@ -126,8 +125,8 @@ def main() -> None:
             model, criterion, prompt, args.words, args.temperature, args.top_k, args.top_p, generator, never
         )
         for word in itertools.chain(prompt[1:], words):
-            print(text.piece(vocab[word]), end="", flush=True)
-        print(text.end(), end="", flush=True)
+            print(codec.piece(vocab[word]), end="", flush=True)
+        print(codec.end(), end="", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python main.py --data data/penn --batch_size 20 --dropouti 0.4 --dropouth 0.25 --epochs 500 --save PTB.pt
     python main.py --resume PTB.pt                               # go on with that run
     python main.py --resume auto --save PTB.pt --max_minutes 60  # a cluster's job, submitted again and again
-    python main.py --resume PTB.pt --epochs 0 --data data/other  # evaluate on other text, change nothing
+    python main.py --resume PTB.pt --epochs 0 --data data/other  # only evaluate, on another text
 
 Method: Merity, Keskar, Socher, "Regularizing and Optimizing LSTM Language Models", arXiv 1708.02182.
 """

@@ -1,4 +1,4 @@
-"""The language model: the kinds of layers, the decoder, word-type dropout, the whole, and its criterion.
+"""The language model: word-type dropout, the recurrent layers, the decoder, and the criterion beside them.
 
 Shapes: T time, B batch, E embedding (`emsize`), H hidden (`nhid`), V vocabulary (`ntoken`), N = T·B. Time comes
 first: a batch of words is (T, B), and column b goes on where column b of the batch before it ended.
@@ -6,8 +6,8 @@ first: a batch of words is (T, B), and column b goes on where column b of the ba
     words (T, B) -> embedding, word-type dropout, locked dropout        (T, B, E)
                  -> layer 1, locked dropout -> ... -> layer L           (T, B, E when tied, else H)
                  -> locked dropout -> output                            (N, E)
-    the decoder's weight (tied to the embedding) and bias belong to the model, but it is the criterion that
-    multiplies by them: a split softmax never needs all of the logits.
+    The decoder's weight (tied to the embedding) and bias belong to the model. The criterion multiplies by them,
+    because a split softmax never needs all of the logits.
 
 Method: Merity, Keskar, Socher, arXiv 1708.02182 ("AWD"), section 4 for the dropouts.
 """
@@ -26,12 +26,12 @@ from layers.recurrent import Hidden, RecurrentLayer
 from layers.weight_drop import Dropout
 from mos import MixtureOfSoftmaxes
 from splitcross import SplitCrossEntropyLoss, default_splits
-from utils import LockedDropout
+from utils import LockedDropout, not_a_command
 
-Criterion = SplitCrossEntropyLoss | MixtureOfSoftmaxes  # an output layer: what `build` makes beside the model
+Criterion = SplitCrossEntropyLoss | MixtureOfSoftmaxes  # the output layer, made by `build` beside the model
 # The choices of --model.
 LAYERS: dict[str, type[RecurrentLayer]] = {"LSTM": LSTM, "GRU": GRU, "QRNN": QRNN, "Mogrifier": Mogrifier}
-# The settings that are dropout probabilities: dropoutl is the mixture's, dropoutr an option of some layers.
+# The settings that are dropout probabilities. dropoutl belongs to the mixture, dropoutr to some kinds of layers.
 DROPOUTS = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop", "dropoutl", "dropoutr")
 
 
@@ -43,13 +43,13 @@ def kind_of_layer(name: str) -> type[RecurrentLayer]:
 
 
 class Decoder(nn.Module):
-    """Weight (V, E) and bias (V,) of the output layer; a tied weight is the embedding's, and saved there."""
+    """Weight (V, E) and bias (V,) of the output layer; a tied weight belongs to the embedding and is saved there."""
 
     def __init__(self, encoder: nn.Embedding, nhid: int, tie_weights: bool) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.empty(encoder.num_embeddings))
         if tie_weights:
-            self.tied_to = (encoder,)  # in a tuple, so that it is no submodule: one parameter, one name
+            self.tied_to = (encoder,)  # in a tuple, which makes it no submodule: the parameter has one name only
         else:
             self.weight = nn.Parameter(torch.empty(encoder.num_embeddings, nhid))
 
@@ -59,14 +59,14 @@ class Decoder(nn.Module):
         return super().__getattr__(name)
 
     def forward(self, output: Tensor) -> Tensor:
-        """(N, E) -> logits (N, V): for those who want them all, without a split softmax."""
+        """(N, E) -> all logits, (N, V), of a model without a split softmax."""
         return F.linear(output, self.weight, self.bias)
 
 
 def embedded_dropout(encoder: nn.Embedding, words: Tensor, p: float, training: bool) -> Tensor:
     """Embedding with dropout of whole word types (AWD, section 4.3): (T, B) -> (T, B, E).
 
-    One draw per type and batch, scaled by 1/(1-p), looked up by the words of the batch: multiplying the mask
+    One draw per type and batch, scaled by 1/(1-p). The words of the batch look up their draws: multiplying the mask
     into the (V, E) matrix would pass over all of it, forward and backward.
     """
     embedded = encoder(words)
@@ -85,12 +85,12 @@ class RNNModel(nn.Module):
         dropout, dropouth, dropouti: locked dropout after the last layer, between layers, on the embedding.
         dropoute: dropout of whole word types.  wdrop: weight drop.
         tie_weights: the decoder's weight is the embedding's; the last layer is then E wide.
-        nhidlast: width of the last layer, for another than that; 0: none.
+        nhidlast: another width of the last layer; 0: E if tied, else H.
         mixture: the criterion is a mixture, which takes any width; the decoder's weight is then E wide.
-        options: what this kind of layer takes beside sizes and weight drop (`RecurrentLayer.options`).
+        options: further settings of this kind of layer (`RecurrentLayer.options`).
 
     Raises:
-        ValueError: there is no such kind of layer, or their widths do not fit each other or a tied weight.
+        ValueError: there is no such kind of layer, or the widths do not fit each other or a tied weight.
     """
 
     def __init__(
@@ -106,8 +106,8 @@ class RNNModel(nn.Module):
         last = nhidlast or (ninp if tie_weights or mixture else nhid)
         if tie_weights and last != ninp and not mixture:
             raise ValueError(
-                f"--nhidlast {last}: a tied weight needs the last layer as wide as --emsize {ninp}; give --untied "
-                "or --n_experts too, or leave it out"
+                f"--nhidlast {last}: with a tied weight the last layer has to be as wide as --emsize {ninp}; give "
+                "--untied or --n_experts too, or leave it out"
             )
         sizes = [ninp, *[nhid] * (nlayers - 1), last]
         if kind.summed and last != nhid:
@@ -115,15 +115,13 @@ class RNNModel(nn.Module):
                 f"--nhid {nhid}: a {rnn_type}'s layers are summed, and have to be as wide as the last, {last}; "
                 f"give --nhid {last}"
             )
-        self.rnns = nn.ModuleList(
-            kind(sizes[i], sizes[i + 1], wdrop, first=i == 0, **options) for i in range(nlayers)
-        )
-        self.width = last  # of what the criterion takes
+        self.rnns = nn.ModuleList(kind(sizes[i], sizes[i + 1], wdrop, first=i == 0, **options) for i in range(nlayers))
+        self.width = last  # of the criterion's input
         self.decoder = Decoder(self.encoder, ninp if mixture else last, tie_weights)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Uniform ±0.1 for the embedding and a decoder of its own, its bias zero; the layers know theirs."""
+        """Uniform ±0.1 for the embedding and an untied decoder, zero for the decoder's bias; layers draw their own."""
         nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
         nn.init.zeros_(self.decoder.bias)
         if self.decoder.weight is not self.encoder.weight:
@@ -139,13 +137,13 @@ class RNNModel(nn.Module):
         Args:
             words: (T, B), integers in [0, V).
             hidden: one entry per layer, from `init_hidden` or from the batch before.
-            return_h: also return what the regularisation and the cache pointer look at.
+            return_h: also return `raw` and `dropped`, for the regularisation and the cache pointer.
 
         Returns:
-            output: (N, E), what the criterion (or the decoder) takes.
-            hidden: what to carry to the next batch, attached to the graph: `detach` it.
-            raw: with `return_h`, every layer's output, (T, B, ·), the last one's with those that are summed to it;
-                dropped: the same after its dropout.
+            output: (N, E), the input of the criterion (or the decoder).
+            hidden: the state after this batch, still attached to the graph: `detach` it.
+            raw: every layer's output, (T, B, ·); where layers are summed, the last one is the sum.
+            dropped: the same after their dropouts.
         """
         x = self.locki(embedded_dropout(self.encoder, words, self.dropoute, self.training))  # (T, B, E)
         new_hidden, raw, dropped = [], [], []
@@ -161,17 +159,17 @@ class RNNModel(nn.Module):
         return (output, new_hidden, raw, dropped) if return_h else (output, new_hidden)
 
     def init_hidden(self, batch_size: int) -> list[Hidden]:
-        """What a text begins with: zeros, one entry per layer."""
+        """The state before the first word of a text: zeros, one entry per layer."""
         return [layer.init_hidden(batch_size) for layer in self.rnns]
 
 
 def detach(hidden: list[Hidden]) -> list[Hidden]:
-    """The same values, cut from the graph that made them: backpropagation is truncated here."""
+    """The same values without their graph: backpropagation is truncated here."""
     return [tuple(tensor.detach() for tensor in carried) for carried in hidden]
 
 
 def build(args: dict[str, Any], ntoken: int) -> tuple[RNNModel, Criterion]:
-    """The model that the settings describe and the criterion that is its output layer, freshly initialised.
+    """The model that the settings describe, and its output layer, the criterion; both freshly initialised.
 
     Raises:
         ValueError: the settings do not go together, or not with a vocabulary of `ntoken` words.
@@ -180,8 +178,8 @@ def build(args: dict[str, Any], ntoken: int) -> tuple[RNNModel, Criterion]:
     n_experts, splits, options = args["n_experts"], args["splits"], kind_of_layer(args["model"]).options
     if args["dropoutr"] and "dropoutr" not in options:
         raise ValueError(
-            f"--dropoutr {args['dropoutr']}: a layer of --model {args['model']} has no such dropout; leave it out "
-            "(--wdrop drops parts of its recurrent matrix)"
+            f"--dropoutr {args['dropoutr']}: layers of --model {args['model']} have no such dropout; leave it out "
+            "(--wdrop drops parts of their recurrent matrix)"
         )
     dropouts = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")
     model = RNNModel(
@@ -194,5 +192,9 @@ def build(args: dict[str, Any], ntoken: int) -> tuple[RNNModel, Criterion]:
         return model, MixtureOfSoftmaxes(model.width, args["emsize"], n_experts, args["dropoutl"])
     splits = default_splits(ntoken) if splits is None else splits
     if splits and splits[-1] >= ntoken:
-        raise ValueError(f"--splits {splits}: the last one has to lie below the vocabulary's size, {ntoken}")
+        raise ValueError(f"--splits {splits}: the last one has to be below the vocabulary's size, {ntoken}")
     return model, SplitCrossEntropyLoss(model.width, splits)
+
+
+if __name__ == "__main__":
+    not_a_command(__file__)

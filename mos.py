@@ -1,6 +1,6 @@
-"""Mixture of softmaxes: an output layer whose logits are not bound to the rank of the embedding.
+"""Mixture of softmaxes: an output layer whose log-probabilities can have a higher rank than the embedding.
 
-Yang, Dai, Salakhutdinov, Cohen, arXiv 1711.03953, section 3. Of h, the last layer's output after its dropout:
+Yang, Dai, Salakhutdinov, Cohen, arXiv 1711.03953, section 3. With h, the last layer's output after its dropout:
 
     π = softmax(P·h)                      prior of the K experts
     l_k = tanh(L_k·h + b_k)               their latents, one locked dropout over all of them
@@ -19,18 +19,18 @@ from torch import Tensor, nn
 
 from products import Linear, add_product, exact_or_bf16, linear, product
 from splitcross import SplitCrossEntropyLoss, block_rows
-from utils import LockedDropout
+from utils import LockedDropout, not_a_command
 
 
 class MixtureCrossEntropy(torch.autograd.Function):
-    """The loss of all positions together and its gradients, by one block of logits after the other.
+    """The sum of the positions' losses divided by `count`, and its gradients, one block of logits after the other.
 
-    Written plainly it holds (N, K, V) several times over. Here the logits of some positions become the
-    probabilities of the targets, then with r_k = π_k·p_k(target) / p(target), the share of expert k in them, in
-    place the gradient -r_k · (1[target] - p_k) of the expert's logits; the next block overwrites them.
+    Written plainly, the loss holds (N, K, V) several times. Here a block of logits gives the targets' probabilities.
+    With r_k = π_k·p_k(target) / p(target), the share of expert k in them, it is turned in place into the gradient of
+    the expert's logits, -r_k · (1[target] - p_k), and is overwritten by the next block.
 
-    latents (N, K, E), log_prior (N, K), weight (V, E), bias (V,), targets (N,) -> the sum over `count`, in nats.
-    `dtype`: of the factors of products; bias, softmax and sums are in the weight's.
+    latents (N, K, E), log_prior (N, K), weight (V, E), bias (V,), targets (N,) -> the sum / count, in nats.
+    `dtype`: that of the products' factors; bias, softmax and sums have the weight's.
     """
 
     @staticmethod
@@ -46,7 +46,7 @@ class MixtureCrossEntropy(torch.autograd.Function):
         d_weight, d_bias = torch.empty_like(weight), torch.zeros_like(bias)
         total = latents.new_zeros(())
         for start in range(0, N, step):
-            logits = powers = grad = None  # freed, for oneDNN: it takes memory of its own, not `block`
+            logits = powers = grad = None  # frees the last block: oneDNN allocates its result, and ignores `block`
             rows = slice(start, start + step)
             x = factors[0][rows].flatten(0, 1)  # (n·K, E)
             target = targets[rows].repeat_interleave(K)[:, None]  # (n·K, 1)
@@ -71,7 +71,7 @@ class MixtureCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # By 1, as in training, they are handed over as they are: the weight's is as large as the weight.
+        # In training `grad` is 1, and the gradients are returned without a copy: one is as large as the weight.
         return *(x if grad == 1 else x * grad for x in ctx.saved_tensors), None, None, None
 
 
@@ -103,7 +103,7 @@ class MixtureOfSoftmaxes(nn.Module):
         self.dropout = LockedDropout(dropoutl)
 
     def experts(self, hiddens: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-        """(N, H) of T rows of so many columns -> latents (N, K, E), log prior (N, K)."""
+        """(N, H), T rows of `columns` columns -> latents (N, K, E) and log prior (N, K)."""
         latents = torch.tanh(self.latent(hiddens))  # (N, K·E)
         latents = self.dropout(latents.view(-1, columns, latents.size(1)))  # (T, B, K·E), one mask per column
         dtype = self.prior.weight.dtype  # under autocast the two are in half precision
@@ -146,10 +146,10 @@ class MixtureOfSoftmaxes(nn.Module):
 def sampled(
     criterion: SplitCrossEntropyLoss | MixtureOfSoftmaxes, samples: int
 ) -> Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]:
-    """A loss for batches whose columns come `samples` times, each time with other masks of dropout.
+    """The loss of a batch in which each column is repeated `samples` times, every copy under its own dropout mask.
 
-    Of the samples of a position it is the probabilities that are averaged, then the log is taken (Melis, Circling
-    Back to Recurrent Models of Language, arXiv 2211.01848): they are experts of equal prior.
+    The loss of a position is -log of the mean of its samples' probabilities (Melis, Circling Back to Recurrent Models
+    of Language, arXiv 2211.01848): the samples are experts of equal prior.
 
     Returns:
         loss(weight, bias, hiddens (T·B·samples, H), targets (T, B)) -> the mean over positions, in nats.
@@ -170,3 +170,7 @@ def sampled(
             return MixtureCrossEntropy.apply(latents, log_prior, weight, bias, targets, len(targets), dtype)
 
     return loss
+
+
+if __name__ == "__main__":
+    not_a_command(__file__)

@@ -1,4 +1,4 @@
-"""How the weights move: the optimizers, the annealed rate, NT-ASGD's running mean and what switches it on.
+"""The optimizers, the annealed rate, NT-ASGD's running mean of the weights, and the rule that starts it.
 
 Method: Merity, Keskar, Socher, arXiv 1708.02182 ("AWD"), section 3 and algorithm 1.
 """
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from utils import UserError
+from utils import UserError, not_a_command
 
 
 class Optimizer(NamedTuple):
@@ -17,8 +17,8 @@ class Optimizer(NamedTuple):
 
     kind: type[torch.optim.Optimizer]
     lr: float  # the rate when none is given
-    on_stall: str  # what a stalled validation loss does: "average" the weights from then on, or "nothing"
-    moments: int  # tensors kept per weight; --beta1 is of the first
+    on_stall: str  # when the validation loss stalls: "average" the weights from then on, or "nothing"
+    moments: int  # tensors kept per weight; --beta1 belongs to the first
 
 
 OPTIMIZERS = {
@@ -30,23 +30,23 @@ OPTIMIZERS = {
 def make_optimizer(
     parameters: list[Tensor], name: str, lr: float, wdecay: float, beta1: float = 0.9
 ) -> torch.optim.Optimizer:
-    """The optimizer `name` with weight decay, over the parameters of model and criterion alike.
+    """The optimizer `name` with weight decay, over the parameters of model and criterion.
 
     Raises:
         UserError: it has no momentum for `beta1` to set.
     """
     fused = parameters[0].device.type in ("cpu", "cuda") or None  # one pass, no temporaries; None: torch decides
-    how = {"betas": (beta1, 0.999)} if OPTIMIZERS[name].moments else {}
-    if not how and beta1 != 0.9:
-        raise UserError(f"--beta1 {beta1}: is Adam's; give --optimizer adam, or leave it out")
-    return OPTIMIZERS[name].kind(parameters, lr=lr, weight_decay=wdecay, fused=fused, **how)
+    betas = {"betas": (beta1, 0.999)} if OPTIMIZERS[name].moments else {}
+    if not betas and beta1 != 0.9:
+        raise UserError(f"--beta1 {beta1}: is a setting of Adam; give --optimizer adam, or leave it out")
+    return OPTIMIZERS[name].kind(parameters, lr=lr, weight_decay=wdecay, fused=fused, **betas)
 
 
 class Mean:
     """The mean of the weights after each step since it was made; the descent goes on with the raw ones.
 
-    `torch.optim.ASGD` sets its rate after the step, so a rate scaled by the batch's length would lag one batch
-    behind; plain SGD with this mean beside it does not.
+    `torch.optim.ASGD` sets its rate after the step, so a rate that is scaled by the batch's length would be one batch
+    late. Plain SGD beside this mean does not have that fault.
     """
 
     def __init__(self, weights: nn.Module) -> None:
@@ -54,13 +54,13 @@ class Mean:
 
     @torch.no_grad()
     def update(self, weights: nn.Module) -> None:
-        """Takes the weights after one more step into the mean."""
+        """Adds the weights after one more step to the mean."""
         self.count += 1
         torch._foreach_lerp_(list(self.weights.parameters()), list(weights.parameters()), 1 / self.count)
 
 
 def annealed(done: float, after: int, epochs: int) -> float:
-    """The share of the rate that is left after `done` epochs: all up to `after`, then a straight line to 0."""
+    """The share of the rate that is left after `done` epochs: 1 up to epoch `after`, then a straight line to 0."""
     return (epochs - done) / (epochs - after) if after and done > after else 1.0
 
 
@@ -68,3 +68,7 @@ def has_stalled(history: list[float], nonmono: int) -> bool:
     """Whether the last validation loss is above the best one older than `nonmono` epochs (AWD, algorithm 1)."""
     older = history[: max(0, len(history) - 1 - nonmono)]
     return bool(older) and history[-1] > min(older)
+
+
+if __name__ == "__main__":
+    not_a_command(__file__)

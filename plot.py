@@ -22,12 +22,12 @@ from harness.flags import COUNT, SWITCH, ArgumentParser, Flag
 from harness.script import run_script
 from utils import UserError
 
-# Okabe and Ito's palette: told apart by colour-blind eyes too.
+# Okabe and Ito's palette, which colour-blind people can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 class Bar(NamedTuple):
-    """A token or word: its surprisal, and the entropy before it where the file has it, in its unit."""
+    """A token or word: its surprisal, and the entropy before it if the file has it, in the file's unit."""
 
     name: str
     surprisal: float
@@ -35,7 +35,7 @@ class Bar(NamedTuple):
 
 
 def read_surprisal(path: str, line: int) -> list[Bar]:
-    """The rows of one line of the text out of a TSV that score.py wrote.
+    """The rows of one line of text from a TSV that score.py wrote.
 
     Raises:
         UserError: it is another file, or has no such line.
@@ -45,7 +45,7 @@ def read_surprisal(path: str, line: int) -> list[Bar]:
     columns = {name: i for i, name in enumerate(header)}
     name = "word" if "word" in columns else "token"
     if not {"line", name, "surprisal"} <= columns.keys():
-        raise UserError(f"{path}: is no output of score.py --tokens or --words; its first line is no such header")
+        raise UserError(f"{path}: is no output of score.py --tokens or --words: its first line is another header")
     bars, last = [], "0"
     for i, row in enumerate(rows, start=2):
         try:
@@ -57,18 +57,18 @@ def read_surprisal(path: str, line: int) -> list[Bar]:
         if last == str(line):
             bars.append(bar)
     if not bars:
-        raise UserError(f"--line {line}: {path} has the lines up to {last} alone; give one of them")
+        raise UserError(f"--line {line}: {path} has only the lines up to {last}; give one of them")
     return bars
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Round numbers within the limits, five to a dozen of them: evenly spread on a log scale if possible."""
+    """Five to a dozen round numbers within the limits, evenly spread on a log scale if possible."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
         values = [step * 10.0**power for power in powers for step in steps]
-        found = [value for value in values if low <= value <= high]
-        if len(found) >= 5:
-            return found[:: math.ceil(len(found) / 14)]
+        inside = [value for value in values if low <= value <= high]
+        if len(inside) >= 5:
+            return inside[:: math.ceil(len(inside) / 14)]
     size = 10 ** math.floor(math.log10((high - low) / 5))
     step = max(size * factor for factor in (1, 2, 5) if size * factor <= (high - low) / 5)
     return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
@@ -93,14 +93,14 @@ def import_pyplot() -> Any:
 
 def save_picture(pyplot: Any, figure: Any, format: str) -> bytes:
     picture = io.BytesIO()
-    with warnings.catch_warnings(action="ignore"):  # of characters that its font lacks
+    with warnings.catch_warnings(action="ignore"):  # about characters that the font lacks
         figure.savefig(picture, format=format, dpi=160)
     pyplot.close(figure)
     return picture.getvalue()
 
 
 def draw_surprisal(bars: list[Bar], format: str, unit: str) -> bytes:
-    """The picture's bytes: a bar per word, the entropy before it as a dot."""
+    """The bytes of the picture: a bar per word, a dot for the entropy before it."""
     pyplot = import_pyplot()
     figure, panel = pyplot.subplots(figsize=(max(6.0, 0.62 * len(bars) + 1.5), 5), layout="constrained")
     places = range(len(bars))
@@ -119,7 +119,7 @@ def draw_surprisal(bars: list[Bar], format: str, unit: str) -> bytes:
 
 
 def draw(curves: list[Curve], format: str) -> bytes:
-    """The picture's bytes: perplexity over epochs on the left, over time on the right."""
+    """The bytes of the picture: perplexity over epochs on the left, over time on the right."""
     pyplot = import_pyplot()
     from matplotlib import patheffects
     from matplotlib.lines import Line2D
@@ -146,8 +146,8 @@ def draw(curves: list[Curve], format: str) -> bytes:
                 best = min(curve.valid, key=lambda point: point.ppl)
                 star = {"marker": "*", "markersize": 19, "markeredgecolor": "white", "zorder": 5}
                 panel.plot(x(best), best.ppl, color=colour, **star)
-                if len(curves) <= 2:  # of more they would cover each other; the legend has all of them
-                    above = 20 if i == 0 else -20  # points: of two bests on one spot both are read
+                if len(curves) <= 2:  # more labels would cover each other; the legend has all figures
+                    above = 20 if i == 0 else -20  # points, so that two labels on one spot can be read
                     panel.annotate(
                         f"{best.ppl:.2f}", (x(best), best.ppl), xytext=(0, above), textcoords="offset points",
                         color=colour, ha="center", va="center", weight="bold", path_effects=outline, zorder=6,
@@ -188,7 +188,7 @@ def draw(curves: list[Curve], format: str) -> bytes:
 
 
 def limits(curves: list[Curve]) -> tuple[float, float]:
-    """Of the perplexity axis: all of the validations; of the first, steep training losses not the highest."""
+    """The limits of the perplexity axis: all validations, and all training losses but the highest 3 %."""
     valid = [point.ppl for curve in curves for point in curve.valid]
     train = sorted(point.ppl for curve in curves for point in curve.train)
     low = min(valid + train)
@@ -199,10 +199,10 @@ def limits(curves: list[Curve]) -> tuple[float, float]:
 
 PICTURE = [
     Flag("runs", {"nargs": "*", "metavar": "RUN"}, None, "a model, or its .log.jsonl"),
-    Flag("--surprisal", {"metavar": "TSV"}, None, "instead, the surprisal of a line: what score.py --tokens or "
-         "--words wrote"),
-    Flag("--line", COUNT, 1, "the line of its text"),
-    Flag("--nats", SWITCH, False, "score.py was given --nats, too (else its figures are bits)"),
+    Flag("--surprisal", {"metavar": "TSV"}, None, "draw the surprisal of a line instead, from the output of score.py "
+         "--tokens or --words"),
+    Flag("--line", COUNT, 1, "number of that line in the text"),
+    Flag("--nats", SWITCH, False, "the figures of TSV are in nats (default: in bits)"),
     Flag("--out", {}, None, "the picture: .png, .pdf or .svg (default: the first RUN's or the TSV's name + .png)"),
 ]  # fmt: skip
 
@@ -219,12 +219,12 @@ def main() -> int:
         raise UserError(f"--out {out}: is no name of a picture; let it end in .png, .pdf or .svg")
     check_writable(out, "--out")
     if args.surprisal:
-        bars, what = read_surprisal(args.surprisal, args.line), "surprisal"
+        bars, subject = read_surprisal(args.surprisal, args.line), "surprisal"
         picture = draw_surprisal(bars, format, "nats" if args.nats else "bits")
     else:
-        picture, what = draw(read_curves(args.runs), format), "curves"
+        picture, subject = draw(read_curves(args.runs), format), "curves"
     write(out, lambda file: file.write(picture))
-    print(f"| {what} written to {out}")
+    print(f"| {subject} written to {out}")
     return 0
 
 

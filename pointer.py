@@ -3,11 +3,11 @@
     python pointer.py --data data/penn --save PTB.pt --lambdasm 0.1 --theta 1.0 --window 500 --bptt 5000
     python pointer.py --data data/penn --save PTB.pt --search --search_windows 500 2000
 
-Shapes: P pairs of state and next word carried over from the text before, T positions after them, H hidden,
-S, L, W the numbers of θ, λ and windows that are tried. The text runs in one column (batch size 1).
+Shapes: P pairs of state and next word from the text before, T positions after them, H hidden, S, L, W the numbers of
+θ, λ and windows that are tried. The text is one column (batch size 1).
 
 Method: Grave, Joulin, Usunier, "Improving Neural Language Models with a Continuous Cache",
-arXiv 1612.04426 ("Cache"), section 3; the window is used from its first pair on, not only once it is full.
+arXiv 1612.04426 ("Cache"), section 3. The cache is used from its first pair on, also before the window is full.
 """
 
 import itertools
@@ -29,23 +29,21 @@ from model import Criterion, RNNModel
 from products import product
 from utils import RunError
 
-BLOCK = 128  # positions at once: their scores of a window of 4,000 (2 MB) stay in a core's cache
-SEGMENT = 1024  # positions at once, at least, as the matrix products like; the most whose logits exist at once
+BLOCK = 128  # positions at once: their scores over a window of 4,000 (2 MB) fit the CPU's cache
+SEGMENT = 1024  # the fewest positions in the model at once, for fast matrix products; the most with all their logits
 
 
-def pointer_prob(
-    states: Tensor, words: Tensor, past: int, thetas: Sequence[float], windows: Sequence[int]
-) -> Tensor:
+def pointer_prob(states: Tensor, words: Tensor, past: int, thetas: Sequence[float], windows: Sequence[int]) -> Tensor:
     """The probability that the cache alone gives to each word (Cache, section 3.1).
 
-    Position i sees the pairs (state j, word j) with i - window <= j < i, as many as there are, and points at
-    their words by softmax_j(θ · state_i · state_j). Only the pairs whose word is the target's count, so
-    nothing is as large as the vocabulary: memory is BLOCK × (window + BLOCK).
+    Position i sees the pairs (state j, word j) with i - window <= j < i, as many as there are. Their weights are
+    softmax_j(θ · state_i · state_j). Only pairs whose word is the target add to its probability, so no tensor is as
+    large as the vocabulary: memory is BLOCK × (window + BLOCK).
 
     Args:
         states: (P + T, H), the last layer's raw output.
-        words: (P + T,), the word that came after each state, the target of that position.
-        past: P; at least the widest window, or all pairs since the text began.
+        words: (P + T,), the word that came after each state: the target of that position.
+        past: P, at least the widest window, or all pairs since the text began.
         thetas, windows: S and W settings.
 
     Returns:
@@ -59,11 +57,11 @@ def pointer_prob(
         begin = max(0, first - max(windows))
         scores = product(states[first:last], states[begin : last - 1].T)  # (block, window + block - 1)
         for w, window in enumerate(windows):
-            start = max(0, first - window)  # of the pairs that any position of the block sees
+            start = max(0, first - window)  # the first pair that any position of the block sees
             column = position[start : last - 1]
-            # The pairs whose word is the target's: some 1 % of all. A synchronisation on CUDA.
+            # The pairs whose word is the target, some 1 % of all. A synchronisation on CUDA.
             hit, pair = (words[start : last - 1] == words[first:last, None]).nonzero(as_tuple=True)
-            full = max(0, last - 1 - window - start)  # from this column on no pair is too old for any row
+            full = max(0, last - 1 - window - start)  # from this column on no pair is too old for any position
             too_old, too_new = column[:full] < row - window, column[first - start :] >= row
             for s, theta in enumerate(thetas):
                 logits = theta * scores[:, start - begin :]
@@ -79,9 +77,9 @@ def pointer_prob(
 
 
 def mixture_logprob(prob: Tensor, log_vocab: Tensor, lambdasm: Tensor) -> Tensor:
-    """log(λ·p_cache + (1-λ)·p_vocab), and log p_vocab alone where there is no pair yet (nan in `prob`).
+    """log(λ·p_cache + (1-λ)·p_vocab), or log p_vocab where there is no pair yet (nan in `prob`).
 
-    With λ = 0 it is `log_vocab` to the last bit. All float64: prob (..., T), log_vocab (T,), lambdasm ().
+    With λ = 0 it is `log_vocab`, bit for bit. All float64: prob (..., T), log_vocab (T,), lambdasm ().
     """
     mixed = torch.logaddexp(lambdasm.log() + prob.log(), torch.log1p(-lambdasm) + log_vocab)
     return torch.where(prob.isnan(), log_vocab, mixed)
@@ -99,9 +97,8 @@ def pointer_loss(
 ) -> Tensor:
     """Mean negative log-likelihood with the pointer under every combination of settings.
 
-    One pass over the text: the model's forward and the products of states are shared by all settings, the
-    softmax over them by all λ. What layers carry, and the pairs, go on from segment to segment: `bptt` changes no
-    figure.
+    One pass over the text: all settings share the model's forward pass and the products of states, all λ the softmax
+    over them. The hidden state and the pairs go on from segment to segment, so `bptt` changes no figure.
 
     Args:
         ids: (n,), the text; its first token is only read.
@@ -110,7 +107,7 @@ def pointer_loss(
         (S, L, W), float64, in nats per predicted token.
     """
     model.eval()
-    windows = [min(window, len(ids)) for window in windows]  # no more pairs than that
+    windows = [min(window, len(ids)) for window in windows]  # there are no more pairs than that
     weight, bias = model.decoder.weight, model.decoder.bias
     hidden = model.init_hidden(1)
     states, words = weight.new_empty(0, model.rnns[-1].hidden_size), ids.new_empty(0, dtype=torch.long)
@@ -149,8 +146,8 @@ THETA, SHARE = {"type": number(float, 0, most=1000)}, {"type": number(float, 0, 
 POINTER = [
     Flag("--theta", THETA, 1.0, "sharpness of the attention, θ"),
     Flag("--lambdasm", SHARE, 0.1, "share of the pointer, λ"),
-    Flag("--window", COUNT, 500, "pairs of state and next word that it sees"),
-    Flag("--bptt", POSITIVE, 2000, "tokens at once; no figure changes"),
+    Flag("--window", COUNT, 500, "pairs of state and next word in the cache"),
+    Flag("--bptt", POSITIVE, 2000, "tokens at once; changes no figure"),
 ]
 SEARCH = [
     Flag("--search", SWITCH, False, "find theta, lambdasm and window on the validation text"),

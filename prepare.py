@@ -1,13 +1,13 @@
-"""Make a corpus of any plain text: words, characters or subword pieces, and the tokenizer that travels along.
+"""Make a corpus of any plain text: words, characters or subword pieces, and the tokenizer for new text.
 
-    python prepare.py book.txt --out data/book                                         # deals out its paragraphs
-    python prepare.py articles/ --out data/articles --level subword --vocab_size 8000  # deals out its files
+    python prepare.py book.txt --out data/book                                         # each paragraph is a document
+    python prepare.py articles/ --out data/articles --level subword --vocab_size 8000  # each file is a document
     zcat wiki.gz | python prepare.py - --out data/wiki --level char
 
-Writes train.txt, valid.txt, test.txt (a line per line of the text, tokens apart by spaces) and tokenizer.json.
-Reads UTF-8: files, all of a folder, or standard input; they are never changed. The tokenizer is made on the
-training text. The same text and settings give the same bytes. Memory is bounded by the longest line, the number
-of documents and of different words. Needs `pip install tokenizers`.
+Every document goes whole to train.txt, valid.txt or test.txt, one line for each line of the text, with spaces between
+the tokens; the tokenizer goes to tokenizer.json. The input is UTF-8: files, all files of a folder, or stdin; it is
+never changed. The tokenizer is made on the training text. The same text and settings give the same bytes. Memory is
+bounded by the longest line and the numbers of documents and of different words. Needs `pip install tokenizers`.
 """
 
 import itertools
@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from corpus.codec import SPACE, import_tokenizers
 from corpus.files import SPLITS, TOKENIZER, read_lines
 from corpus.read import UNK
-from corpus.tokenizer import SPACE, import_tokenizers
 from harness.files import check_writable, write
 from harness.flags import COUNT, SEED, SWITCH, ArgumentParser, Flag, number
 from harness.log import say
@@ -35,8 +35,8 @@ from harness.script import run_script
 from utils import UserError, replacing
 
 TRAIN, VALID, TEST = range(3)
-LINES = 1000  # encoded at once
-WHITE = r"\s\x1c-\x1f\x85"  # all that Python splits words at
+BATCH_LINES = 1000  # lines encoded at once
+WHITE = r"\s\x1c-\x1f\x85"  # the characters at which Python splits words
 # Initials; words with inner apostrophes and hyphens, numbers with inner points; dots, dashes; any other character.
 WORD = rf"(?:\p{{L}}\.){{2,}}|\w+(?:['’-]\w+|(?<=\d)[.,:]\d+)*|\.{{2,}}|-{{2,}}|[^\w{WHITE}]"
 
@@ -45,31 +45,31 @@ PREPARE = [
     Flag("sources", {"nargs": "+", "metavar": "FILE"}, None, "text in UTF-8: files, folders, or - for stdin"),
     Flag("--out", {"required": True}, None, "folder of the corpus"),
     Flag("--level", {"choices": ["word", "char", "subword"]}, "word", "what a token is"),
-    Flag("--vocab_size", COUNT, None, "types at most, <unk> and <eos> included; 0: no limit (default: "
-         "subword 8000, else 0)"),
-    Flag("--min_count", COUNT, 2, "words or characters that the training text has less often become <unk>; so "
-         "many pairs make a subword"),
-    Flag("--lower", SWITCH, False, "to lower case"),
-    Flag("--unwrap", SWITCH, False, "join the lines of a paragraph, up to a blank line, to one"),
-    Flag("--documents", {"choices": ["files", "blocks", "lines"]}, None, "what is dealt out whole: files, blocks "
-         "up to a blank line, or single lines (default: files, of a single one its blocks)"),
-    Flag("--valid", SHARE, 0.05, "share of the text that becomes valid.txt"),
-    Flag("--test", SHARE, 0.05, "share that becomes test.txt"),
-    Flag("--valid_file", {"metavar": "FILE"}, None, "a text of its own for valid.txt"),
-    Flag("--test_file", {"metavar": "FILE"}, None, "a text of its own for test.txt"),
-    Flag("--seed", SEED, 1111, "of the dealing"),
+    Flag("--vocab_size", COUNT, None, "size of the vocabulary at most, with <unk> and <eos>; 0: no limit (default: "
+         "subword 8000, otherwise 0)"),
+    Flag("--min_count", COUNT, 2, "words or characters that are rarer in the training text become <unk>; a pair of "
+         "pieces that is rarer does not become a subword"),
+    Flag("--lower", SWITCH, False, "convert to lower case"),
+    Flag("--unwrap", SWITCH, False, "join the lines of each paragraph into one; blank lines separate paragraphs"),
+    Flag("--documents", {"choices": ["files", "blocks", "lines"]}, None, "the documents: files, blocks between blank "
+         "lines, or single lines (default: files; for a single file blocks)"),
+    Flag("--valid", SHARE, 0.05, "share of the text that goes to valid.txt"),
+    Flag("--test", SHARE, 0.05, "share of the text that goes to test.txt"),
+    Flag("--valid_file", {"metavar": "FILE"}, None, "another text for valid.txt, instead of a share"),
+    Flag("--test_file", {"metavar": "FILE"}, None, "another text for test.txt, instead of a share"),
+    Flag("--seed", SEED, 1111, "of the random order of documents"),
 ]  # fmt: skip
 
 
 def find_sources(sources: list[str], spool: Path) -> list[Path]:
-    """The files to read: a folder's sorted by name, without hidden ones.
+    """The files to read; those of a folder sorted by name, without hidden ones.
 
-    What stdin brings is kept in `spool`: it is read three times.
+    The text is read three times, so stdin is first copied into the folder `spool`.
 
     Raises:
         UserError: a folder holds no file.
     """
-    found: list[Path] = []
+    files: list[Path] = []
     for source in sources:
         path = Path(source)
         if source == "-":
@@ -80,23 +80,23 @@ def find_sources(sources: list[str], spool: Path) -> list[Path]:
         inside = sorted(filter(Path.is_file, visible))
         if path.is_dir() and not inside:
             raise UserError(f"{source}: is a folder without a file; give texts")
-        found += inside or [path]
-    return found
+        files += inside or [path]
+    return files
 
 
 class Source:
-    """The lines of all texts, read anew in every pass, and the split that each of them is dealt to.
+    """The lines of all texts, read again in every pass, and the split that each document belongs to.
 
     Args:
-        files: the text to deal out.
-        given: a text of its own for one split.
+        files: the text whose documents are divided among the splits.
+        given: another text for a split (--valid_file, --test_file).
         args: the settings.
     """
 
     def __init__(self, files: list[Path], given: dict[int, Path], args: Namespace) -> None:
         self.files, self.given, self.unwrap = files, given, args.unwrap
         self.documents = args.documents or ("files" if len(files) > 1 else "blocks")
-        # Words make sentences; what writes characters writes blank lines, too.
+        # Blank lines are kept for characters and subwords, so that the model can write them; words have none.
         self.blanks = args.level != "word" and not args.unwrap and self.documents != "lines"
         self.size = sum(path.stat().st_size for path in [*files, *given.values()] if path.is_file())
         self.splits: np.ndarray | None = None  # of document after document, once they are dealt
@@ -116,7 +116,7 @@ class Source:
         return tqdm(total=self.size, desc=title, **look)
 
     def read_documents(self, bar: tqdm) -> Iterator[tuple[int, str]]:
-        """Yields the number of a document, from 0, and a line of it."""
+        """Yields (number of the document, from 0; one of its lines)."""
         document = 0
         for path in self.files:
             for line in self.read_file(path, bar):
@@ -125,7 +125,7 @@ class Source:
             document += self.documents == "files"
 
     def read_file(self, path: Path, bar: tqdm) -> Iterator[str]:
-        """The lines of a text: a blank one after each paragraph, or none."""
+        """The lines of a text, with one blank line after each paragraph, or without any."""
         paragraph: list[str] = []
         begun, needed = False, self.blanks or self.documents == "blocks"
         for line in itertools.chain(read_lines(str(path), bar), [""]):
@@ -143,10 +143,10 @@ class Source:
             begun = bool(line)
 
     def deal(self, shares: dict[int, float], seed: int) -> None:
-        """Deals out the documents in a random order: so much text to each split of `shares`, the rest to train.
+        """Divides the documents in random order: its share of the text to each split of `shares`, the rest to train.
 
         Raises:
-            UserError: there are not enough of them.
+            UserError: there are not enough documents.
         """
         sizes = array("q")
         with self.progress("dealing") as bar:
@@ -168,13 +168,13 @@ class Source:
                 if self.splits[document] == TRAIN and sizes[document] <= room:
                     self.splits[document] = split
                     room -= sizes[document]
-            if split not in self.splits:  # none is as small: the smallest
+            if split not in self.splits:  # every document is larger than the share: take the smallest
                 rest = [document for document in order if self.splits[document] == TRAIN]
                 self.splits[min(rest, key=sizes.__getitem__)] = split
 
 
 def make_tokenizer(level: str, lower: bool) -> Any:
-    """A tokenizer without a vocabulary yet."""
+    """A tokenizer of this level, still without a vocabulary."""
     tokenizers = import_tokenizers()
     pre, normal = tokenizers.pre_tokenizers, tokenizers.normalizers
     normalizers = [normal.Lowercase()] if lower else []
@@ -195,10 +195,8 @@ def make_tokenizer(level: str, lower: bool) -> Any:
     return tokenizer
 
 
-def train_tokenizer(
-    tokenizer: Any, lines: Iterator[str], level: str, vocab_size: int | None, min_count: int
-) -> None:
-    """Gives it the vocabulary of the training text.
+def train_tokenizer(tokenizer: Any, lines: Iterator[str], level: str, vocab_size: int | None, min_count: int) -> None:
+    """Gives the tokenizer the vocabulary of the training text.
 
     Raises:
         UserError: `vocab_size` is too small.
@@ -207,25 +205,25 @@ def train_tokenizer(
     least = 257 if level == "subword" else 3
     vocab_size = (8000 if level == "subword" else 0) if vocab_size is None else vocab_size
     if 0 < vocab_size < least:
-        why = "every byte is a piece" if level == "subword" else f"two of them are {UNK} and <eos>"
+        why = "every byte is a piece" if level == "subword" else f"it includes {UNK} and <eos>"
         raise UserError(f"--vocab_size {vocab_size}: is too small, {why}; give {least} or more")
-    how = {"vocab_size": (vocab_size or 2**31) - 1, "min_frequency": min_count, "show_progress": False}
+    limits = {"vocab_size": (vocab_size or 2**31) - 1, "min_frequency": min_count, "show_progress": False}
     if level == "subword":
         alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-        trainer = tokenizers.trainers.BpeTrainer(initial_alphabet=alphabet, **how)
+        trainer = tokenizers.trainers.BpeTrainer(initial_alphabet=alphabet, **limits)
     else:
-        trainer = tokenizers.trainers.WordLevelTrainer(special_tokens=[UNK], **how)
+        trainer = tokenizers.trainers.WordLevelTrainer(special_tokens=[UNK], **limits)
     tokenizer.train_from_iterator(lines, trainer)
 
 
 def write_corpus(source: Source, tokenizer: Any, out: Path) -> list[Counter]:
-    """Writes the three texts; returns what there is in each: lines, words, tokens, unknown."""
+    """Writes the three texts and the tokenizer; returns for each text its numbers of lines, words, tokens, unknown."""
     counts = [Counter() for _ in SPLITS]
     texts = source.read("writing")
     pieces = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
     with ExitStack() as stack:
         files = [stack.enter_context(replacing(out / f"{split}.txt")) for split in SPLITS]
-        while batch := list(itertools.islice(texts, LINES)):
+        while batch := list(itertools.islice(texts, BATCH_LINES)):
             encodings = tokenizer.encode_batch_fast([line for _, line in batch])
             for (split, line), encoding in zip(batch, encodings, strict=True):
                 if line or source.blanks:
@@ -242,7 +240,7 @@ def write_corpus(source: Source, tokenizer: Any, out: Path) -> list[Counter]:
 
 
 def make_corpus(args: Namespace, spool: Path) -> None:
-    """Reads the sources, makes the tokenizer, writes both, and prints what there is. `spool`: a folder for stdin.
+    """Reads the sources, makes the tokenizer, writes the corpus and prints its size. `spool`: a folder for stdin.
 
     Raises:
         UserError: a source cannot be read or is too small, or the folder cannot be written to.

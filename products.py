@@ -1,20 +1,18 @@
-"""Matrix products on the CPU by the library that is quickest there; on other devices torch's own.
+"""Matrix products on the CPU by the library that is fastest there; on other devices by torch's functions.
 
-python -c "import products; print(products.library())"
+`torch.mm` calls MKL, which uses no more than AVX2 on AMD's processors. GFLOP/s in float32 on two cores, torch 2.13.0:
 
-`torch.mm` goes to MKL, which stays with AVX2 on AMD's processors. GFLOP/s in float32 on two cores, torch 2.13.0:
-
-                                                     torch.mm   oneDNN, inside the same torch
+                                                     torch.mm   oneDNN, in the same build of torch
     AMD EPYC, AVX-512                                     200   430
     Intel Xeon, AVX-512                                   310   200 to 300
-    AMD EPYC, AVX2: the result's rows of 8·n floats   100 to 150   80 to 130
-                    of another length                  60 to 90   90 to 130
-                    the second factor transposed      30 to 110   50 to 130
+    AMD EPYC, AVX2: the result has rows of 8·n floats 100 to 150   80 to 130
+                    rows of another length             60 to 90   90 to 130
+                    the second factor is transposed   30 to 110   50 to 130
 
-(AVX2: the first two lines for 256 rows and more, the third for 20 to 1,400.) So oneDNN it is on AMD with
-AVX-512; on AMD with AVX2 the shape says which; elsewhere torch.mm. Processor and shape alone decide, never a
-timing, so that a resumed run repeats the bits of the one that was cut. The operator is the one that torch's
-compiler calls; where this torch does not have it, torch.mm it is.
+(AVX2: the first two lines for 256 rows and more, the third for 20 to 1,400.) So on AMD with AVX-512 oneDNN is used, on
+AMD with AVX2 the shape decides, elsewhere `torch.mm` is used. Processor and shape decide, never a timing: a resumed
+run repeats the bits of the run that was cut. oneDNN is called by the operator that torch's compiler uses; a build of
+torch without that operator uses `torch.mm`.
 
 Shapes: N rows, I inputs and O outputs of a weight (O, I).
 """
@@ -27,12 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LARGE = 2**19  # elements of the second factor; with fewer neither library leads
+from utils import not_a_command
+
+LARGE = 2**19  # elements of the second factor; with fewer, neither library is faster
 
 
 @cache
 def has_onednn() -> bool:
-    """Whether oneDNN's product is an operator of this torch."""
+    """Whether this build of torch has oneDNN's product as an operator."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -42,8 +42,8 @@ def has_bf16() -> bool:
 
 
 @cache
-def library() -> str:
-    """Whose float32 products are taken on this processor: "oneDNN", "torch.mm", or "by shape" one of them."""
+def preferred_library() -> str:
+    """The library for float32 products on this processor: "oneDNN", "torch.mm", or "by shape" (one of the two)."""
     try:
         amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
     except OSError:  # not Linux
@@ -53,36 +53,36 @@ def library() -> str:
     return "oneDNN" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "by shape"
 
 
-def has_choice(a: Tensor) -> bool:
-    """Whether products of a may be oneDNN's."""
-    return a.device.type == "cpu" and a.dtype == torch.float32 and library() != "torch.mm"
+def may_use_onednn(a: Tensor) -> bool:
+    """Whether some products with `a` as the first factor are computed by oneDNN."""
+    return a.device.type == "cpu" and a.dtype == torch.float32 and preferred_library() != "torch.mm"
 
 
-def by_onednn(a: Tensor, b: Tensor) -> bool:
-    """Whether a·b is oneDNN's.
+def use_onednn(a: Tensor, b: Tensor) -> bool:
+    """Whether a·b is computed by oneDNN.
 
-    By shape it is where MKL is slow: with a transposed second factor, as the weight of a forward pass is, and
-    where the rows of the result do not consist of whole vectors of 8 floats.
+    "by shape" means: where MKL is slow, because the second factor is transposed (as a weight is in the forward pass)
+    or because the rows of the result do not consist of whole vectors of 8 floats.
     """
     slow = b.numel() >= LARGE and (b.size(1) % 8 > 0 or b.stride(0) == 1)
-    return has_choice(a) and (slow or library() == "oneDNN")
+    return may_use_onednn(a) and (slow or preferred_library() == "oneDNN")
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """a·b + bias: (N, K), (K, M), (M,) or None -> (N, M); `out`: memory that may hold it.
+    """a·b + bias: (N, K), (K, M), (M,) or None -> (N, M); `out`: memory that the result may be written to.
 
-    A bias in float32 is not rounded with a product in half precision, but added to it: (N, M) in float32.
+    A float32 bias is added to a product in half precision in float32, without rounding: the result is float32.
     """
     if bias is not None and bias.dtype != a.dtype:
-        return product(a, b, out=out).to(bias.dtype).add_(bias)  # adding the two as they are is slower
-    if by_onednn(a, b):
+        return product(a, b, out=out).to(bias.dtype).add_(bias)  # adding tensors of two dtypes is slower
+    if use_onednn(a, b):
         return torch.ops.mkldnn._linear_pointwise(a, b.T, bias, "none", [], "")
     return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None:
-    """total += a·b, in place; the `first` time what lies there is not looked at. Sums in `total`'s precision."""
-    if a.dtype == total.dtype and not by_onednn(a, b):
+    """total += a·b, in place and in `total`'s precision; `first`: total = a·b."""
+    if a.dtype == total.dtype and not use_onednn(a, b):
         torch.addmm(total, a, b, beta=0 if first else 1, out=total)
     elif first:
         total.copy_(product(a, b))
@@ -91,7 +91,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> Non
 
 
 def outer(d: Tensor, x: Tensor) -> Tensor:
-    """dᵀ·x for few rows: (T, n), (T, m) -> (n, m). With T 5 oneDNN takes half of MKL's time everywhere."""
+    """dᵀ·x for few rows: (T, n), (T, m) -> (n, m). With T = 5 oneDNN takes half of MKL's time on all processors."""
     if has_onednn() and d.dtype == torch.float32:
         return torch.ops.mkldnn._linear_pointwise(d.T.contiguous(), x.T.contiguous(), None, "none", [], "")
     return d.T @ x
@@ -113,14 +113,14 @@ class LinearProducts(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` by the quickest library: (..., I), (O, I), (O,) or None -> (..., O)."""
-    if not has_choice(x) or torch.is_autocast_enabled("cpu"):
+    """`F.linear` by the fastest library: (..., I), (O, I), (O,) or None -> (..., O)."""
+    if not may_use_onednn(x) or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     return LinearProducts.apply(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], len(weight))
 
 
 class Linear(nn.Linear):
-    """torch's linear layer, its products by `linear`."""
+    """torch's linear layer; `linear` computes its products."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
@@ -132,12 +132,16 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def factor_dtype(weight: Tensor) -> torch.dtype:
-    """That of the factors of products: the one of autocast, else the weight's own."""
+    """The dtype for the factors of products: autocast's if it is on, else the weight's."""
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 def exact_or_bf16(weight: Tensor) -> torch.dtype:
-    """As `factor_dtype`, but the weight's own for float16: a gradient over `count` would be lost in it."""
+    """`factor_dtype`, but never float16: a gradient divided by the number of positions would vanish in it."""
     dtype = factor_dtype(weight)
     return weight.dtype if dtype == torch.float16 else dtype
+
+
+if __name__ == "__main__":
+    not_a_command(__file__)

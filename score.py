@@ -1,18 +1,18 @@
-"""The surprisal of text under a saved model: of lines, of tokens, of words; minimal pairs and n-best lists.
+"""The surprisal of text under a saved model, by line, token or word; minimal pairs and n-best lists.
 
     python score.py --save PTB.pt sentences.txt                   # a row per line
     python score.py --save PTB.pt sentences.txt --tokens          # a row per token
     python score.py --save PTB.pt article.txt --carry             # line after line, as one text
-    python score.py --save PTB.pt sentences.txt --adaptive        # learns from each line once it is scored
+    python score.py --save PTB.pt sentences.txt --adaptive        # the model learns from each line after scoring it
     python score.py --save PTB.pt --pairs blimp.jsonl             # accuracy on minimal pairs, by paradigm
     python score.py --save PTB.pt --nbest lists.tsv --weight 0.5  # the best one of each list
 
-A model with a tokenizer takes plain text; another one its corpus's form, words apart by spaces (`_` for a space
-in a character model of the Penn Treebank). A line is scored after an `<eos>`, and the `<eos>` that ends it is
-one of its tokens. Rows are tab separated, below a header; what all lines come to together goes to stderr. A
-token that the vocabulary lacks is counted as unknown, and with --tokens shown as `<unk> token`.
+A model with a tokenizer takes plain text. A model without one takes the form of its corpus: words with spaces between
+them (in a character model of the Penn Treebank, characters with spaces between them and `_` for a space). A line is
+scored after an `<eos>`, and the `<eos>` at its end is one of its tokens. Output: tab separated rows below a header;
+the totals go to stderr. A token that is not in the vocabulary counts as unknown; --tokens shows it as `<unk> token`.
 
-Surprisal is -log2 p, in bits; entropy that of the distribution before the token; rank 1 the likeliest.
+Surprisal is -log2 p, in bits. Entropy is that of the distribution before the token. Rank 1 is the likeliest token.
 """
 
 import json
@@ -64,7 +64,7 @@ def word_rows(scored: Scored, reader: Reader, unit: float) -> Rows:
     yield line.number, position + 1, EOS, 1, surprisal[first]
 
 
-# mode: its header, its rows of a line, whether they need whole distributions
+# mode: its header, the function that makes a line's rows, whether it needs entropy and rank
 ROWS_OF = {
     "lines": (("line", "tokens", "unknown", "logprob", "ppl"), line_rows, False),
     "tokens": (("line", "position", "token", "surprisal", "entropy", "rank"), token_rows, True),
@@ -73,11 +73,11 @@ ROWS_OF = {
 
 
 def print_lines(scored: Iterable[Scored], reader: Reader, mode: str, unit: float) -> None:
-    """Prints the rows of all lines, and on stderr what they come to together."""
+    """Prints the rows of all lines, and on stderr their totals."""
     header, rows_of, _ = ROWS_OF[mode]
     total: Counter = Counter()
     for line in scored:
-        if not total:  # the file can be read
+        if not total:  # not earlier: now the file is known to be readable
             print_row(*header)
         total.update(lines=1, tokens=len(line.logprob), unknown=line.line.unknown, loss=-line.logprob.sum().item())
         total.update(words=len(line.line.text.split()) + 1, characters=len(line.line.text) + 1)
@@ -85,20 +85,20 @@ def print_lines(scored: Iterable[Scored], reader: Reader, mode: str, unit: float
             print_row(*row)
     counts = " | ".join(f"{name} {total[name]}" for name in ("lines", "tokens", "unknown"))
     figures = f"logprob {-total['loss']:.4f} | ppl {ppl(total['loss'] / total['tokens']):.2f}"
-    if reader.form.pieces:
+    if reader.codec.splits_words:
         units = unit_figures(total["loss"], total["words"], total["characters"])
         figures += unit_text(units)
     print(f"| total | {counts} | {figures}", file=sys.stderr)
 
 
-HEADERS = [("good", "bad"), ("sentence_good", "sentence_bad")]  # of two columns, where there is one
+HEADERS = [("good", "bad"), ("sentence_good", "sentence_bad")]  # header rows of two columns that are skipped
 
 
 def read_pairs(path: str) -> Iterator[tuple[int, str, str, str]]:
-    """Yields (number of the line, paradigm, good, bad): of BLiMP's JSON lines, or of two columns.
+    """Yields (number of the line, paradigm, good, bad) from BLiMP's JSON lines, or from two columns.
 
     Raises:
-        UserError: see `read_lines`; or a line is neither.
+        UserError: see `read_lines`; or a line has neither form.
     """
     for i, line in enumerate(read_lines(path), start=1):
         if not line.strip() or (i == 1 and tuple(line.lower().split("\t")) in HEADERS):
@@ -111,18 +111,18 @@ def read_pairs(path: str) -> Iterator[tuple[int, str, str, str]]:
             continue
         try:
             entry = json.loads(line)
-            found = tuple(entry[name] for name in ("UID", "sentence_good", "sentence_bad"))
+            fields = tuple(entry[name] for name in ("UID", "sentence_good", "sentence_bad"))
         except (ValueError, RecursionError):
             raise UserError(f"{path}, line {i}: is not JSON; give BLiMP's lines, or two columns") from None
         except KeyError as error:
             raise UserError(f"{path}, line {i}: has no {error}; give BLiMP's fields") from None
-        if not all(isinstance(cell, str) for cell in found):
+        if not all(isinstance(cell, str) for cell in fields):
             raise UserError(f"{path}, line {i}: a field is no string; give BLiMP's fields")
-        yield i, *found
+        yield i, *fields
 
 
 def print_pairs(saved: Opened, reader: Reader, path: str) -> None:
-    """Prints the share of pairs whose good sentence has the higher probability, by paradigm and of all."""
+    """Prints the share of pairs whose good sentence has the higher probability, per paradigm and of all pairs."""
     paradigms: list[str] = []
 
     def lines() -> Iterator[Line]:
@@ -149,10 +149,10 @@ def print_pairs(saved: Opened, reader: Reader, path: str) -> None:
 
 
 def print_best(saved: Opened, reader: Reader, path: str, weight: float) -> None:
-    """Prints, of each id, the text with the highest score + weight · ln p(text).
+    """Prints for each id the text with the highest score + weight · ln p(text).
 
     Raises:
-        UserError: see `read_lines`; or a line has not an id, a number and a text.
+        UserError: see `read_lines`; or a line is not an id, a number and a text.
     """
     given: list[tuple[str, float]] = []
 
@@ -185,11 +185,11 @@ def print_best(saved: Opened, reader: Reader, path: str, weight: float) -> None:
 SCORES = [
     Flag("text", {"nargs": "?", "metavar": "FILE"}, None, "the text, - for stdin: one sentence per line"),
     Flag("--tokens", SWITCH, False, "a row per token: surprisal, entropy, rank"),
-    Flag("--words", SWITCH, False, "a row per word, apart by white space: its tokens' surprisal, summed"),
-    Flag("--nats", SWITCH, False, "surprisal and entropy in nats (else in bits)"),
-    Flag("--carry", SWITCH, False, "go on from line to line, as in one text (else each starts afresh)"),
+    Flag("--words", SWITCH, False, "a row per word (white space separates words): its tokens' summed surprisal"),
+    Flag("--nats", SWITCH, False, "surprisal and entropy in nats (default: in bits)"),
+    Flag("--carry", SWITCH, False, "line after line, as one text (default: each line from a fresh state)"),
     Flag("--context", {"metavar": "FILE"}, None, "read the line of the same number in FILE before each line"),
-    Flag("--adaptive", SWITCH, False, "learn from each line once it is scored"),
+    Flag("--adaptive", SWITCH, False, "learn from each line after it was scored"),
     Flag("--pairs", {"metavar": "FILE"}, None, "minimal pairs: BLiMP's JSON lines, or a good and a bad column"),
     Flag("--nbest", {"metavar": "FILE"}, None, "lists to choose from: id, score, text"),
     Flag("--weight", {"type": number(float, -1e9, most=1e9)}, 1.0, "of the log-probability, beside the score"),
@@ -197,15 +197,15 @@ SCORES = [
 
 
 def check_uses(args: Namespace) -> None:
-    """Raises UserError unless the flags say one thing to do."""
-    uses = [f"--{name}" for name in ("tokens", "words", "pairs", "nbest") if getattr(args, name)]
-    how = [f"--{name}" for name in ("carry", "adaptive", "context") if getattr(args, name)]
-    if len(uses) > 1:
-        raise UserError(f"{' '.join(uses)}: are different things to do; give one of them")
+    """Raises UserError unless the flags go together."""
+    outputs = [f"--{name}" for name in ("tokens", "words", "pairs", "nbest") if getattr(args, name)]
+    ways = [f"--{name}" for name in ("carry", "adaptive", "context") if getattr(args, name)]
+    if len(outputs) > 1:
+        raise UserError(f"{' '.join(outputs)}: print different tables; give one of them")
     if bool(args.text) == bool(args.pairs or args.nbest):
-        raise UserError("FILE, --pairs or --nbest: one of them says what to score; give one")
-    if (how and not args.text) or (args.carry and args.context):
-        raise UserError(f"{' '.join(uses + how)}: do not go together; leave one out")
+        raise UserError("FILE, --pairs or --nbest: give one of them, the text to score")
+    if (ways and not args.text) or (args.carry and args.context):
+        raise UserError(f"{' '.join(outputs + ways)}: do not go together; leave one out")
 
 
 def main() -> None:
@@ -219,16 +219,14 @@ def main() -> None:
     if args.nbest:
         return print_best(saved, reader, args.nbest, args.weight)
     mode = "tokens" if args.tokens else "words" if args.words else "lines"
-    whole, lines = ROWS_OF[mode][2], reader.lines(args.text, args.context)
+    with_entropy, lines = ROWS_OF[mode][2], reader.lines(args.text, args.context)
     if args.adaptive:
         fill_in(args, saved)
-        ms = find_statistics(
-            saved, f"{args.save}.stats", read_corpus(args.data or saved.args.data, saved.vocab), args
-        )
+        ms = find_statistics(saved, f"{args.save}.stats", read_corpus(args.data or saved.args.data, saved.vocab), args)
         moving = MovingWeights(weights_of(saved), ms, args.lr, args.lamb, args.epsilon)
-        scored = score_adaptively(saved, lines, whole, args.carry, moving, args.bptt)
+        scored = score_adaptively(saved, lines, with_entropy, args.carry, moving, args.bptt)
     else:
-        scored = (score_carried if args.carry else score_apart)(saved, lines, whole)
+        scored = (score_carried if args.carry else score_apart)(saved, lines, with_entropy)
     print_lines(scored, reader, mode, 1.0 if args.nats else math.log(2))
 
 

@@ -1,8 +1,9 @@
-"""Split cross entropy: one softmax, or a frequency-split one whose cost follows the clusters that are hit.
+"""Split cross entropy: one softmax over the vocabulary, or one split by frequency, where rare words cost extra.
 
 Shapes: N positions (T·B), H features, V vocabulary, K clusters beside the head (the number of splits).
-The words are sorted by frequency. With splits `s_1 < ... < s_K` the head is a softmax over the words
-`[0, s_1)` and one tombstone per cluster; cluster k holds the words `[s_k, s_{k+1})`, the last one up to V:
+The words are sorted by frequency. With splits `s_1 < ... < s_K` the head is a softmax over the words `[0, s_1)` and one
+tombstone per cluster. Cluster k has the words `[s_k, s_{k+1})`, the last one the words up to V. The time of a batch
+depends on the clusters that its words belong to.
 
     log p(w) = log p(tombstone_k) + log p(w | k)                       (Scales, section 3.2)
 """
@@ -15,30 +16,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from products import add_product, factor_dtype, linear, product
+from utils import not_a_command
 
-# Rows of logits at once: enough for a matrix product at its full speed, few enough to stay near a core.
+# A block of logits: enough rows for a matrix product at full speed, few enough for the cache.
 BLOCK_ROWS, BLOCK_ELEMENTS = 256, 5 * 2**20
 
 
 def block_rows(V: int) -> int:
-    """How many rows of V logits to have at once."""
+    """The number of rows of V logits in a block."""
     return max(BLOCK_ROWS, BLOCK_ELEMENTS // V)
 
 
 def default_splits(ntoken: int) -> list[int]:
-    """The splits for a vocabulary of `ntoken` types: none up to 75,000, as published above (Scales)."""
+    """The splits for a vocabulary of `ntoken` types: none up to 75,000, above that the published ones (Scales)."""
     splits = [4200, 35000, 180000] if ntoken > 500_000 else [2800, 20000, 76000] if ntoken > 75_000 else []
     return [split for split in splits if split < ntoken]
 
 
 class BlockedCrossEntropy(torch.autograd.Function):
-    """The loss of all positions together and its gradients, by one block of logits after the other.
+    """The sum of the positions' losses divided by `count`, and its gradients, one block of logits after the other.
 
-    `F.linear` and `F.cross_entropy` hold (N, V) three times over. Here a block of rows becomes its own
-    gradient in place, enters the gradients of both factors, and is overwritten by the next. The result is the
-    sum over `count`; `train` says whether gradients will be asked for. The factors of the products are of
-    `dtype`, half precision under autocast; bias, softmax and sums are in that of the weight. (Logits lie near 9,
-    where bfloat16's steps are 1/16: with the bias rounded too, the mean gradient is 1.5 % off, for 0.2 % without.)
+    `F.linear` and `F.cross_entropy` hold (N, V) three times. Here a block of logits is turned into its gradient in
+    place, multiplied into the gradients of weight and hiddens, and overwritten by the next block. `train`: calculate
+    gradients. `dtype`: that of the products' factors, half precision under autocast. Bias, softmax and sums have the
+    weight's dtype: logits lie near 9, where bfloat16's steps are 1/16, and with a rounded bias the mean gradient would
+    be wrong by 1.5 % instead of 0.2 %.
     """
 
     @staticmethod
@@ -55,7 +57,7 @@ class BlockedCrossEntropy(torch.autograd.Function):
             d_bias = torch.zeros_like(bias)
         total = 0.0
         for start in range(0, N, rows):
-            logits = powers = grad = None  # freed, for oneDNN: it takes memory of its own, not `block`
+            logits = powers = grad = None  # frees the last block: oneDNN allocates its result, and ignores `block`
             x, target = factors[0][start : start + rows], targets[start : start + rows, None]
             logits = product(x, factors[1].T, bias, out=block[: len(x)])  # (rows, V), in the weight's precision
             highest = logits.amax(1, keepdim=True)
@@ -77,18 +79,18 @@ class BlockedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # By 1, as in training, they are handed over as they are: the weight's is as large as the weight.
+        # In training `grad` is 1, and the gradients are returned without a copy: one is as large as the weight.
         return *(x if grad == 1 else x * grad for x in ctx.saved_tensors), None, None, None, None
 
 
 def linear_cross_entropy(
     hiddens: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, count: int | None
 ) -> Tensor:
-    """Projection and loss: (N, H), (V, H), (V,), (N,) -> the sum over `count`, in nats; None: (N,), each."""
+    """Projection and loss: (N, H), (V, H), (V,), (N,) -> the sum divided by `count`, in nats; count None: (N,)."""
     if bias is None or factor_dtype(weight) == weight.dtype:
         logits = F.linear(hiddens, weight, bias)  # (N, V)
     else:
-        logits = F.linear(hiddens, weight) + bias  # in the bias's precision, as in the blocks above
+        logits = F.linear(hiddens, weight) + bias  # in the bias's dtype, as in `BlockedCrossEntropy`
     losses = F.cross_entropy(logits, targets, reduction="none")
     return losses if count is None else losses.sum() / count
 
@@ -96,9 +98,9 @@ def linear_cross_entropy(
 def blocked_cross_entropy(
     hiddens: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, count: int | None
 ) -> Tensor:
-    """The same in blocks where that is quicker and smaller: on the CPU, for the sum of some positions.
+    """The same, in blocks where these save time and memory: for a sum on the CPU.
 
-    Not in float16, which would lose gradients over `count` before the scaler sees them.
+    Not in float16: gradients divided by `count` would vanish before the scaler multiplies them.
     """
     dtype = factor_dtype(weight)
     if count is None or not len(hiddens) or hiddens.device.type != "cpu" or dtype == torch.float16:
@@ -185,8 +187,8 @@ class SplitCrossEntropyLoss(nn.Module):
     def clusters(self, weight: Tensor, bias: Tensor | None) -> tuple[tuple[Tensor, ...], tuple]:
         """The decoder's rows by cluster, the head's words first: views, K + 1 of them.
 
-        One `split` rather than K + 1 slices: its backward joins the clusters' gradients in one pass over
-        (V, H), where every slice would add a matrix of zeros of that size.
+        By one `split`, not by K + 1 slices: its backward pass joins the clusters' gradients in one pass over (V, H),
+        while every slice would add a matrix of zeros of that size.
         """
         if self.splits[-1] >= weight.size(0):
             raise ValueError(
@@ -198,6 +200,10 @@ class SplitCrossEntropyLoss(nn.Module):
         return weight.split(sizes), biases
 
     def head(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The head's own matrix and bias: its words, then the tombstones; (s_1 + K, H) and (s_1 + K,)."""
+        """The head's matrix and bias, its words before the tombstones: (s_1 + K, H) and (s_1 + K,)."""
         bias = weight.new_zeros(weight.size(0)) if bias is None else bias
         return torch.cat([weight, self.tail_vectors]), torch.cat([bias, self.tail_bias])
+
+
+if __name__ == "__main__":
+    not_a_command(__file__)

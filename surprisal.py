@@ -1,11 +1,9 @@
-"""What a saved model says of lines of text: log-probability, entropy and rank of every token.
+"""Log-probability, entropy and rank of every token of lines of text under a saved model: the figures of score.py.
 
-    python score.py --save PTB.pt sentences.txt --tokens
-
-A line is scored after an `<eos>`, and the `<eos>` that ends it is one of its tokens. Lines are scored side by
-side; or line after line, as one text; or with the model learning from each line once it is scored: `--adaptive`
-(van Schijndel and Linzen, EMNLP 2018), here dynamic evaluation, each line a segment, its rate in proportion to
-its length.
+A line is scored after an `<eos>`, and the `<eos>` at its end is one of its tokens. There are three ways: lines side by
+side, each from a fresh state; line after line, as one text (--carry); and one line after the other, where the model
+learns from each line after it was scored (--adaptive; van Schijndel and Linzen, EMNLP 2018). The last one is dynamic
+evaluation with one segment per line and a rate in proportion to the line's length.
 
 Shapes: T time, B lines side by side, E the criterion's input, V vocabulary, N = T·B.
 """
@@ -17,35 +15,36 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from corpus.codec import Token, make_codec
 from corpus.files import read_lines
 from corpus.read import EOS, UNK, encode_line, make_encoder
-from corpus.tokenizer import Token, make_text
 from dynamiceval import MovingWeights, weights_of
 from harness.files import Opened
 from model import Hidden
-from utils import UserError
+from utils import UserError, not_a_command
 
-LINES, WINDOW = 64, 512  # lines side by side, of so many put in the order of their length
-POSITIONS = 4096  # at once, of all columns together
-ROWS = 512  # whole distributions at once, those of a mixture's experts among them
+BATCH_LINES = 64  # lines scored together
+SORT_WINDOW = 512  # lines sorted by length before batching
+BATCH_TOKENS = 4096  # tokens of all lines together that go through the model at once
+BATCH_DISTRIBUTIONS = 512  # distributions over the vocabulary at once; each expert of a mixture has one
 
 
 class Line(NamedTuple):
     """A line to score."""
 
-    number: int
+    number: int  # in the file, from 1
     text: str
     tokens: list[Token]
     ids: list[int]
-    unknown: int  # tokens that the vocabulary lacks
-    before: list[int]  # what it is read after, the `<eos>` that begins it last
+    unknown: int  # how many tokens are not in the vocabulary
+    before: list[int]  # the ids that are read before the line; the last one is an `<eos>`
 
 
 class Scored(NamedTuple):
     """A line's figures, in float64 on the CPU.
 
-    logprob: (T + 1,), nats, of its T tokens and the `<eos>`.
-    entropy, rank: (T + 1,), nats and 1 for the likeliest; empty unless they were asked for.
+    logprob: (T + 1,), in nats, of the line's T tokens and the `<eos>`.
+    entropy, rank: (T + 1,), in nats, and 1 for the likeliest token; empty unless asked for.
     """
 
     line: Line
@@ -56,16 +55,16 @@ class Scored(NamedTuple):
 
 @torch.no_grad()
 def column_figures(
-    saved: Opened, columns: list[list[int]], hidden: list[Hidden], whole: bool
+    saved: Opened, columns: list[list[int]], hidden: list[Hidden], with_entropy: bool
 ) -> tuple[list[Tensor], list[Hidden]]:
-    """Figures of the tokens of B columns but the first, each given those before it.
+    """The figures of each token of B columns, given the tokens before it; the first token is only read.
 
-    Shorter columns are filled up: what comes after a column's end changes nothing before it, but then the state at
-    the end is of use for the longest only.
+    Shorter columns are filled up at their end. That changes none of their figures, but only the longest columns have
+    a valid state at the end.
 
     Args:
         hidden: the states to start from, B columns.
-        whole: entropy and rank too, for which the whole distribution is needed.
+        with_entropy: also compute entropy and rank, for which the whole distribution is needed.
 
     Returns:
         One (1 or 3, length - 1) per column: log-probability, entropy, rank; float64 on the CPU; and the state.
@@ -74,17 +73,18 @@ def column_figures(
     weight, bias, B = model.decoder.weight, model.decoder.bias, len(columns)
     length = max(map(len, columns))
     filled = [[*column, *[column[0]] * (length - len(column))] for column in columns]
-    words, found = torch.tensor(filled, device=saved.device).T.contiguous(), []  # (T + 1, B)
-    rows, whole_rows = max(1, POSITIONS // B), max(1, ROWS // getattr(criterion, "n_experts", 1))
+    words, parts = torch.tensor(filled, device=saved.device).T.contiguous(), []  # (T + 1, B)
+    rows = max(1, BATCH_TOKENS // B)
+    distributions = max(1, BATCH_DISTRIBUTIONS // getattr(criterion, "n_experts", 1))
     for source, target in zip(words[:-1].split(rows), words[1:].split(rows), strict=True):
         output, hidden = model(source, hidden)  # (N, E)
-        if not whole:
+        if not with_entropy:
             figures = -criterion(weight, bias, output, target, reduction="none")[None]  # (1, N)
         else:
-            blocks = zip(output.split(whole_rows), target.flatten().split(whole_rows), strict=True)
+            blocks = zip(output.split(distributions), target.flatten().split(distributions), strict=True)
             figures = torch.cat([distribution_figures(saved, x, y) for x, y in blocks], dim=1)  # (3, N)
-        found.append(figures.cpu().double().view(len(figures), -1, B))
-    figures = torch.cat(found, dim=1)  # (·, T, B)
+        parts.append(figures.cpu().double().view(len(figures), -1, B))
+    figures = torch.cat(parts, dim=1)  # (1 or 3, T, B)
     return [figures[:, : len(column) - 1, b] for b, column in enumerate(columns)], hidden
 
 
@@ -97,43 +97,43 @@ def distribution_figures(saved: Opened, output: Tensor, target: Tensor) -> Tenso
     return torch.stack([chosen[:, 0], entropy, rank])
 
 
-def score_apart(saved: Opened, lines: Iterable[Line], whole: bool) -> Iterator[Scored]:
+def score_apart(saved: Opened, lines: Iterable[Line], with_entropy: bool) -> Iterator[Scored]:
     """Each line from a fresh state, many side by side."""
     lines = iter(lines)
-    while window := list(islice(lines, WINDOW)):
+    while window := list(islice(lines, SORT_WINDOW)):
         order = sorted(range(len(window)), key=lambda i: len(window[i].ids) + len(window[i].before))
-        found: dict[int, Scored] = {}
-        for start in range(0, len(order), LINES):
-            chunk = order[start : start + LINES]
+        scored: dict[int, Scored] = {}
+        for start in range(0, len(order), BATCH_LINES):
+            chunk = order[start : start + BATCH_LINES]
             columns = [[*window[i].before, *window[i].ids, window[i].before[-1]] for i in chunk]
-            results, _ = column_figures(saved, columns, saved.model.init_hidden(len(chunk)), whole)
+            results, _ = column_figures(saved, columns, saved.model.init_hidden(len(chunk)), with_entropy)
             for i, figures in zip(chunk, results, strict=True):
-                found[i] = make_scored(window[i], figures[:, len(window[i].before) - 1 :])
-        yield from (found[i] for i in range(len(window)))
+                scored[i] = make_scored(window[i], figures[:, len(window[i].before) - 1 :])
+        yield from (scored[i] for i in range(len(window)))
 
 
-def score_carried(saved: Opened, lines: Iterable[Line], whole: bool) -> Iterator[Scored]:
+def score_carried(saved: Opened, lines: Iterable[Line], with_entropy: bool) -> Iterator[Scored]:
     """Line after line, as one text."""
     lines, hidden = iter(lines), saved.model.init_hidden(1)
-    while group := take_tokens(lines, POSITIONS):
+    while group := take_tokens(lines, BATCH_TOKENS):
         eos = group[0].before
         column = [*eos, *chain.from_iterable([*line.ids, *eos] for line in group)]
-        (figures,), hidden = column_figures(saved, [column], hidden, whole)
+        (figures,), hidden = column_figures(saved, [column], hidden, with_entropy)
         for line, part in zip(group, figures.split([len(line.ids) + 1 for line in group], dim=1), strict=True):
             yield make_scored(line, part)
 
 
 def score_adaptively(
-    saved: Opened, lines: Iterable[Line], whole: bool, carry: bool, moving: MovingWeights, bptt: int
+    saved: Opened, lines: Iterable[Line], with_entropy: bool, carry: bool, moving: MovingWeights, bptt: int
 ) -> Iterator[Scored]:
-    """One line after the other: it is scored, then the weights move as if it were `len / bptt` segments."""
+    """One line after the other: it is scored, then the weights move as they would for `len / bptt` segments."""
     hidden = saved.model.init_hidden(1)
     for line in lines:
         start = hidden if carry else saved.model.init_hidden(1)
         column = [*line.before, *line.ids, line.before[-1]]
-        (figures,), hidden = column_figures(saved, [column], start, whole)
+        (figures,), hidden = column_figures(saved, [column], start, with_entropy)
         yield make_scored(line, figures[:, len(line.before) - 1 :])
-        saved.model.train()  # cuDNN's backward refuses evaluation mode; nothing is dropped
+        saved.model.train()  # cuDNN has no backward pass in evaluation mode; all dropouts are 0
         words = torch.tensor(column, device=saved.device)[:, None]  # (T + 1, 1)
         output, _ = saved.model(words[:-1], start)
         decoder = saved.model.decoder
@@ -143,7 +143,7 @@ def score_adaptively(
 
 
 def take_tokens(lines: Iterator[Line], count: int) -> list[Line]:
-    """The next lines, until they have so many tokens."""
+    """The next lines, until they have `count` tokens together."""
     taken: list[Line] = []
     for line in lines:
         taken.append(line)
@@ -159,19 +159,19 @@ def make_scored(line: Line, figures: Tensor) -> Scored:
 
 
 class Reader:
-    """Texts to the lines that the model scores."""
+    """Turns lines of text into the ids of a saved model's vocabulary."""
 
     def __init__(self, saved: Opened, path: str) -> None:
-        self.form = make_text(saved.tokenizer, saved.vocab, f"--save {path}")
+        self.codec = make_codec(saved.tokenizer, saved.vocab, f"--save {path}")
         self.encoder = make_encoder(saved.vocab)
         self.eos = self.encoder.token_to_index[EOS]
 
     def encode(self, text: str, place: str) -> tuple[list[Token], list[int]]:
-        tokens = self.form.tokens(text)
+        tokens = self.codec.tokens(text)
         return tokens, encode_line(" ".join(token.piece for token in tokens), self.encoder, place)
 
     def line(self, number: int, text: str, place: str, context: str | None = None) -> Line:
-        """Raises UserError when a word is unknown and there is no `<unk>`."""
+        """Encodes a line. Raises UserError when a word is unknown and the vocabulary has no `<unk>`."""
         text, before = text.rstrip(), [self.eos]
         if context is not None:
             before = [self.eos, *self.encode(context.rstrip(), place)[1], self.eos]
@@ -185,10 +185,10 @@ class Reader:
         return f"{UNK} {' '.join(token.text.split())}" if self.is_unknown(token) else token.piece
 
     def lines(self, path: str, context: str | None) -> Iterator[Line]:
-        """The lines of a file, each with the line of that number of `context`, another file.
+        """The lines of a file, each with the line of the same number in the file `context`.
 
         Raises:
-            UserError: see `read_lines`; or the two have not as many lines.
+            UserError: see `read_lines`; or the files differ in their number of lines.
         """
         contexts = read_lines(context) if context else None
         for number, text in enumerate(read_lines(path), start=1):
@@ -198,3 +198,7 @@ class Reader:
             yield self.line(number, text, f"{path}, line {number}", before)
         if contexts and next(contexts, None) is not None:
             raise UserError(f"--context {context}: has more lines than {path}; give a line for each")
+
+
+if __name__ == "__main__":
+    not_a_command(__file__)

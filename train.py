@@ -28,7 +28,7 @@ from model import Criterion, Hidden, RNNModel, build, detach
 from mos import sampled
 from optim import OPTIMIZERS, Mean, annealed, has_stalled, make_optimizer
 from products import has_bf16
-from utils import UserError, keep_freed_memory
+from utils import UserError, keep_freed_memory, not_a_command
 
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 NO_TIME = ("SIGTERM", "--max_minutes")  # a run that ends for one of these neither validates nor tests
@@ -177,9 +177,7 @@ def train_batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
     args, ids = run.args, run.corpus.train
     if run.offsets is not None:
         ids = rotate_columns(ids, args.batch_size, run.offsets)
-    sampler = VariableLengthSampler(
-        ids, args.bptt, args.batch_size, run.length_generator, run.at.row, args.max_seq_len
-    )
+    sampler = VariableLengthSampler(ids, args.bptt, args.batch_size, run.length_generator, run.at.row, args.max_seq_len)
     for slices in sampler:
         yield get_batch(ids, slices[run.columns])
 
@@ -362,3 +360,7 @@ def finish(run: Run, why: str) -> int:
     for error in run.unwritten.values():
         raise error
     return 143 if why == "SIGTERM" else 0
+
+
+if __name__ == "__main__":
+    not_a_command(__file__)

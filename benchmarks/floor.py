@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import timed
+from model import build
 from products import has_onednn
 
 REPEATS = 3  # of each way; its fastest time decides
@@ -20,42 +21,35 @@ Way = tuple[str, Callable[[], Tensor]]  # a library's name, and a product by it
 def shapes(args: Namespace, ntoken: int, targets: Tensor) -> list[tuple[int, int, int]]:
     """(N, I, O) of every weight that a step multiplies by; `targets` (T, B) of one batch.
 
-    The recurrent matrices count with all rows at once, though no LSTM can do that; the decoder counts once,
-    tied or not, with the rows of all experts. Of a split softmax: the head for all rows, each cluster for the
-    targets within it. Looking words up in the embedding is no product.
+    Recurrent matrices count with all rows at once, though no LSTM can do that. The decoder counts once, tied or not,
+    with the rows of all experts; of a split softmax the head counts for all rows, each cluster for the targets in it.
+    Looking words up in the embedding is no product.
     """
-    N, splits, found, K = targets.numel(), args.splits, [], args.n_experts
-    last = args.nhidlast or args.emsize
-    sizes = [args.emsize, *[args.nhid] * (args.nlayers - 1), last]
-    for i, (inputs, nhid) in enumerate(pairwise(sizes)):
-        if args.model != "QRNN":
-            gates = 3 if args.model == "GRU" else 4
-            found += [(N, inputs, gates * nhid), (N, nhid, gates * nhid)]
-            for r in range(args.rounds if args.model == "Mogrifier" else 0):
-                source, to = (inputs, nhid) if r % 2 else (nhid, inputs)
-                found += [(N, source, args.rank), (N, args.rank, to)]
-        else:
-            found += [(N, inputs if i else 2 * inputs, 3 * nhid)]
-    found += [(N, last, K), (N, last, K * args.emsize)] if K else []  # prior and latents of a mixture
-    found += [(N * (K or 1), args.emsize, splits[0] + len(splits) if splits else ntoken)]
+    with torch.device("meta"):
+        model, criterion = build(vars(args), ntoken)
+    N, K, splits = targets.numel(), args.n_experts, criterion.splits
+    parameters = [*model.rnns.parameters(), *(criterion.parameters() if K else ())]  # K: prior and latents
+    sizes = [(N, p.size(1), p.size(0)) for p in parameters if p.dim() == 2]
+    E = model.decoder.weight.size(1)
+    sizes.append((N * (K or 1), E, splits[0] + len(splits) if splits else ntoken))
     for start, end in pairwise([*splits, ntoken] if splits else []):
         rows = int(((targets >= start) & (targets < end)).sum())
-        found += [(rows, args.emsize, end - start)] if rows else []
-    return found
+        sizes += [(rows, E, end - start)] if rows else []
+    return sizes
 
 
 def ways(a: Tensor, b: Tensor) -> list[Way]:
     """a @ b by each library: `torch.mm`, into memory that is there, and on the CPU oneDNN."""
     out = a.new_empty(len(a), b.size(1))
-    found: list[Way] = [("torch.mm", lambda: torch.mm(a, b, out=out))]
+    ways: list[Way] = [("torch.mm", lambda: torch.mm(a, b, out=out))]
     if a.device.type == "cpu" and has_onednn():
-        # It multiplies by the transpose of its second argument, a view or not; a transposed first one it copies.
-        found += [("oneDNN", lambda: torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], ""))]
-    return found
+        # oneDNN multiplies by the transpose of its second argument, and copies a transposed first one.
+        ways += [("oneDNN", lambda: torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], ""))]
+    return ways
 
 
 def products(x: Tensor, weight: Tensor, dy: Tensor) -> list[list[Way]]:
-    """The ways to the output (N, O), to the input's gradient (N, I), and to the weight's, (O, I) or (I, O)."""
+    """The ways to compute the output (N, O), the input's gradient (N, I), and the weight's, (O, I) or (I, O)."""
     return [ways(x, weight.t()), ways(dy, weight), ways(dy.t(), x) + ways(x.t(), dy)]
 
 

@@ -1,4 +1,4 @@
-"""The same training step by somebody else's library, for `bench.py --peers`: fastai's AWD_LSTM (version 2.8.12).
+"""The same training step by another library, for `bench.py --peers`: fastai's AWD_LSTM (version 2.8.12).
 
     pip install --no-deps fastai==2.8.12
     pip install 'fastcore>=2.2.22' fasttransform fastdownload fastprogress 'plum-dispatch<2.10'
@@ -19,13 +19,13 @@ from utils import UserError
 
 
 def check_fastai() -> None:
-    """Raises UserError: it is not installed."""
+    """Raises UserError if fastai is not installed."""
     if importlib.util.find_spec("fastai") is None:
         raise UserError("--peers: needs fastai; the top of benchmarks/peers.py says how to install it")
 
 
 def fits_fastai(args: Namespace) -> bool:
-    """Whether it has such a model: an LSTM with one softmax."""
+    """Whether fastai has such a model: an LSTM with one softmax, trained by SGD."""
     return args.model == "LSTM" and not args.n_experts and not args.splits and args.optimizer == "sgd"
 
 
@@ -34,14 +34,10 @@ def make_fastai_step(args: Namespace, ntoken: int, device: torch.device) -> Call
     from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_lm_config
     from fastai.text.models.core import get_language_model
 
-    own = {"emb_sz": args.emsize, "n_hid": args.nhid, "n_layers": args.nlayers, "weight_p": args.wdrop}
-    own |= {
-        "hidden_p": args.dropouth,
-        "input_p": args.dropouti,
-        "embed_p": args.dropoute,
-        "output_p": args.dropout,
-    }
-    model = get_language_model(AWD_LSTM, ntoken, config=awd_lstm_lm_config | own).to(device).train()
+    config = {"emb_sz": args.emsize, "n_hid": args.nhid, "n_layers": args.nlayers, "weight_p": args.wdrop}
+    config |= {"hidden_p": args.dropouth, "input_p": args.dropouti}
+    config |= {"embed_p": args.dropoute, "output_p": args.dropout}
+    model = get_language_model(AWD_LSTM, ntoken, config=awd_lstm_lm_config | config).to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, weight_decay=args.wdecay)
 
     def step(source: Tensor, target: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""The training step that bench.py holds the toolkit against, written plainly on torch's own modules.
+"""The training step that bench.py compares with the toolkit's, written plainly on torch's modules.
 
-It is the method (Merity, Keskar, Socher, arXiv 1708.02182) as one would write it for a paper: `nn.LSTM`,
-`nn.GRU`, `F.dropout` of the weight, a mask over the whole embedding, `F.linear` and `F.cross_entropy`, for the
-QRNN a loop over time under autograd. It shares no code with the toolkit; tests/test_bench.py compares the losses.
+It is the method (Merity, Keskar, Socher, arXiv 1708.02182) as one would write it for a paper: `nn.LSTM`, `nn.GRU`,
+`F.dropout` of the weight, a mask over the whole embedding, `F.linear` and `F.cross_entropy`; QRNN and Mogrifier are
+loops over time under autograd. It shares no code with the toolkit; tests/test_bench.py compares the losses.
 
 Shapes: T time, B batch, E embedding, H hidden, V vocabulary, N = T·B.
 """
@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-State = tuple[Tensor, ...] | None  # what a layer carries; None: zeros
+State = tuple[Tensor, ...] | None  # a layer's hidden state; None: zeros
 
 
 class WeightDrop:
-    """Weight drop, the classic way: the raw matrix is trained, the layer's own is set per batch."""
+    """Weight drop as in the original: the raw matrix is trained, and the layer's matrix is set per batch."""
 
     def __init__(self, input_size: int, hidden_size: int, wdrop: float) -> None:
         super().__init__(input_size, hidden_size)
@@ -111,9 +111,8 @@ class PlainModel(nn.Module):
         self.args = args
         last = args.nhidlast or args.emsize
         sizes = [args.emsize, *[args.nhid] * (args.nlayers - 1), last]
-        own = (args.rounds, args.rank, args.dropoutr)
         if args.model == "Mogrifier":
-            layers = [PlainMogrifier(a, b, *own) for a, b in pairwise(sizes)]
+            layers = [PlainMogrifier(a, b, args.rounds, args.rank, args.dropoutr) for a, b in pairwise(sizes)]
         elif args.model in ("LSTM", "GRU"):
             kind = {"LSTM": PlainLSTM, "GRU": PlainGRU}[args.model]
             layers = [kind(a, b, args.wdrop) for a, b in pairwise(sizes)]

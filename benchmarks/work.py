@@ -1,4 +1,4 @@
-"""What bench.py times, on made-up text: VARIANTS of a training step by the published settings, and the others."""
+"""The work that bench.py times, on made-up text: VARIANTS of a training step, by the published settings, and others."""
 
 import shutil
 import subprocess
@@ -27,7 +27,7 @@ from splitcross import default_splits
 from train import Run, train_step
 from utils import RunError, keep_freed_memory
 
-# The published commands: size of the vocabulary, and what they set beside main.py's defaults.
+# The published commands: the settings that differ from main.py's defaults.
 PTB = {"batch_size": 20, "dropouti": 0.4, "dropouth": 0.25}
 ADAM = {"optimizer": "adam", "alpha": 0.0, "beta": 0.0, "dropoute": 0.0, "dropouti": 0.1, "dropout": 0.1}
 QRNN = {"model": "QRNN", "nlayers": 4}
@@ -39,7 +39,7 @@ MELIS = {
     **{"lr": 2.3e-3, "batch_size": 64, "dropouti": 0.729, "dropouth": 0.291, "dropoutr": 0.387, "dropout": 0.716},
     **{"clip": 0.143, "wdecay": 3.6e-6, "alpha": 0.0, "beta": 0.0, "drop_state": 0.0},
 }
-SETTINGS = {
+SETTINGS = {  # name: size of the vocabulary, settings
     "ptb-lstm": (10_000, PTB),
     "ptb-qrnn": (10_000, {**PTB, **QRNN, "nhid": 1550, "clip": 0.2, "wdrop": 0.1, "dropouth": 0.3}),
     "ptb-gru": (10_000, {**PTB, "model": "GRU"}),
@@ -53,12 +53,12 @@ SETTINGS = {
     "ptb-melis": (10_000, {**MELIS, "rounds": 0}),
 }
 TINY = {"emsize": 8, "nhid": 12, "nhidlast": 0, "batch_size": 4, "bptt": 6}
-BATCHES = 4  # different ones, in turn
+BATCHES = 4  # different batches, in turn
 Work = Callable[[], Any]  # one step, which returns its loss, or one pass over a text
 
 
 def setting(name: str, tiny: bool) -> tuple[int, Namespace]:
-    """The size of the vocabulary and all settings of main.py; `tiny` keeps the kind and shrinks it."""
+    """The size of the vocabulary, and all settings of main.py; `tiny`: the same kind of model at toy sizes."""
     ntoken, given = SETTINGS[name]
     splits = default_splits(ntoken)
     if tiny:
@@ -69,14 +69,14 @@ def setting(name: str, tiny: bool) -> tuple[int, Namespace]:
 
 
 def zipf_text(ntoken: int, tokens: int) -> Tensor:
-    """Ids with odds 1/rank, the most frequent word first as in a vocabulary of ours: (tokens,) int32."""
+    """Ids with odds 1/rank, the most frequent word first as in a corpus's vocabulary: (tokens,) int32."""
     odds = 1 / torch.arange(1, ntoken + 1, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     return torch.multinomial(odds, tokens, replacement=True, generator=generator).int()
 
 
 def training_batches(ntoken: int, args: Namespace, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Source and target of just bptt rows, (T, B) each, without end; the same for each variant."""
+    """Source and target of exactly bptt rows, (T, B) each, without end; the same for each variant."""
     text = zipf_text(ntoken, args.batch_size * (BATCHES * args.bptt + 1)).to(device)
     text = text.view(args.batch_size, -1).t().long().contiguous()  # (rows, B)
     batches = [text[row : row + args.bptt + 1] for row in range(0, BATCHES * args.bptt, args.bptt)]
@@ -101,7 +101,7 @@ def ours(name: str, tiny: bool, device: torch.device, amp: str = "none") -> Work
 
 
 def plain(name: str, tiny: bool, device: torch.device) -> Work:
-    """As torch comes: a script that is written plainly does not keep freed memory."""
+    """Without `keep_freed_memory`, as in a plain script."""
     ntoken, args = setting(name, tiny)
     torch.manual_seed(args.seed)
     step, batches = make_plain_step(PlainModel(args, ntoken).to(device)), training_batches(ntoken, args, device)
@@ -111,10 +111,10 @@ def plain(name: str, tiny: bool, device: torch.device) -> Work:
 def floor(name: str, tiny: bool, device: torch.device) -> Work:
     keep_freed_memory()
     ntoken, args = setting(name, tiny)
-    _, target = next(training_batches(ntoken, args, device))  # whose words hit the clusters of a split softmax
+    _, target = next(training_batches(ntoken, args, device))  # its words belong to clusters of a split softmax
     step, libraries = make_floor(shapes(args, ntoken, target), device)
-    found = ", ".join(f"{libraries.count(library)} by {library}" for library in sorted(set(libraries)))
-    print(f"{name}: the floor's products: {found}", file=sys.stderr, flush=True)
+    counts = ", ".join(f"{libraries.count(library)} by {library}" for library in sorted(set(libraries)))
+    print(f"{name}: the floor's products: {counts}", file=sys.stderr, flush=True)
     return step
 
 
@@ -125,7 +125,7 @@ def fastai(name: str, tiny: bool, device: torch.device) -> Work:
     return lambda: step(*next(batches))
 
 
-# In the order of the table: the first is what the others are held against.
+# In the order of the table; the others are compared with the first one.
 VARIANTS: dict[str, Callable[[str, bool, torch.device], Work]] = {
     "ours": ours,
     "ours bf16": partial(ours, amp="bf16"),
@@ -136,7 +136,7 @@ VARIANTS: dict[str, Callable[[str, bool, torch.device], Work]] = {
 
 
 def others(data: str | None, tiny: bool, folder: Path, device: torch.device) -> Iterator[tuple[str, int, Work]]:
-    """What else takes time: its name, how many tokens it works on (0: none), and the work itself."""
+    """Other work that takes time: its name, the number of its tokens (0: none), and the work itself."""
     scale = 40 if tiny else 1
     for name in ("ptb-lstm", "ptb-qrnn"):
         ntoken, args = setting(name, tiny)

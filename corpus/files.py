@@ -1,9 +1,8 @@
-"""The three texts of --data on disk, and their encoded copy, so that they are read and counted only once.
+"""The three texts of --data on disk, and the cache of their ids, so that they are read and counted only once.
 
-    ls -l data/penn/.cache-*
-
-The texts lie in a folder, or in one of PyTorch-NLP's datasets, which it fetches. The copy is memory-mapped. It is
-named after the rule that made the vocabulary, and holds the sha256 of the texts: of changed ones it is no copy.
+The texts lie in a folder, or are one of PyTorch-NLP's datasets, which it fetches. The cache (.cache-*.pt) is memory-
+mapped. Its name is a digest of the rule that made the vocabulary. It holds the sha256 of the texts, so that a cache of
+texts that have changed since is not used.
 """
 
 import contextlib
@@ -26,24 +25,24 @@ from tqdm import tqdm
 from corpus.corpora import CORPORA, SPLITS
 from utils import UserError, penn_treebank_dataset, replacing, wikitext_2_dataset
 
-TOKENIZER = "tokenizer.json"  # beside the texts, where prepare.py has made them
+TOKENIZER = "tokenizer.json"  # beside texts that prepare.py has made
 
 
 def find_files(data: str) -> list[Path]:
-    """The paths of the three texts of a folder, once they are there."""
-    what_to_do = f"give a folder with {'.txt, '.join(SPLITS)}.txt"
+    """The paths of the three texts of a folder; UserError if one is missing."""
+    hint = f"give a folder with {'.txt, '.join(SPLITS)}.txt"
     if Path(data).name in CORPORA:
-        what_to_do = f"run ./getdata.sh {Path(data).name}"
+        hint = f"run ./getdata.sh {Path(data).name}"
     if not Path(data).is_dir():
-        raise UserError(f"--data {data}: there is no such folder; {what_to_do}")
+        raise UserError(f"--data {data}: there is no such folder; {hint}")
     files = [Path(data, f"{split}.txt") for split in SPLITS]
     for path in files:
         if not path.is_file():
-            raise UserError(f"{path}: is missing; {what_to_do}")
+            raise UserError(f"{path}: is missing; {hint}")
     return files
 
 
-# name: torchnlp's function, its folder and file names, the corpus of getdata.sh that is the same
+# name: torchnlp's function, its folder and file names, the corpus of getdata.sh with the same text
 DATASETS = {
     "penn_treebank": (penn_treebank_dataset, "data/penn-treebank", "ptb.{}.txt", "penn"),
     "wikitext_2": (wikitext_2_dataset, "data/wikitext-2", "wiki.{}.tokens", "wikitext-2"),
@@ -51,9 +50,9 @@ DATASETS = {
 
 
 def fetch_dataset(name: str) -> list[Path]:
-    """The texts of one of torchnlp's datasets, which torchnlp fetches unless they, or getdata.sh's, are there.
+    """The texts of one of torchnlp's datasets: its copy, or getdata.sh's, or else torchnlp fetches them.
 
-    It would take what an interrupted download left for the whole, so it fetches into a folder beside.
+    torchnlp would take the rest of an interrupted download for the whole text, so it fetches into a temporary folder.
     """
     fetch, default, pattern, corpus = DATASETS[name]
     folder = Path(default)
@@ -85,10 +84,10 @@ def file_digest(path: str | Path) -> str:
 
 
 def read_tokenizer(folder: Path) -> tuple[str | None, list[str]]:
-    """The text of a folder's tokenizer.json and the pieces that it makes, by its own ids; None without one.
+    """The contents of a folder's tokenizer.json and its pieces in the order of its ids; (None, []) without one.
 
     Raises:
-        UserError: it cannot be read, or is none.
+        UserError: the file cannot be read, or is no tokenizer.
     """
     path = folder / TOKENIZER
     try:
@@ -98,14 +97,16 @@ def read_tokenizer(folder: Path) -> tuple[str | None, list[str]]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"{path}: is no tokenizer of prepare.py's; make the corpus again, or remove it") from None
+        raise UserError(
+            f"{path}: is no tokenizer that prepare.py made; make the corpus again, or remove the file"
+        ) from None
 
 
 def read_lines(path: str, bar: tqdm | None = None) -> Iterator[str]:
-    """The lines of a UTF-8 text, `-` for stdin, without their ends: newlines, also Windows's. `bar` counts bytes.
+    """The lines of a UTF-8 text (`-`: stdin) without their ends, newlines or Windows's. `bar` counts bytes.
 
     Raises:
-        UserError: it cannot be read, is empty, binary or not UTF-8.
+        UserError: the text cannot be read, is empty, binary or not UTF-8.
     """
     number = 0
     try:
@@ -127,26 +128,26 @@ def read_lines(path: str, bar: tqdm | None = None) -> Iterator[str]:
 def save_cache(path: Path, corpus: dict[str, Any]) -> None:
     """Writes an encoded corpus, whole or not at all. Raises OSError when the disk does not take it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The words as one string: torch's reader, written in Python, would take a second for a list of 267,735.
+    # The words as one string: for a list of 267,735 torch's reader, written in Python, would take a second.
     contents = {**corpus, "vocab": json.dumps(corpus["vocab"]), "check": checksum(corpus)}
     with replacing(path, suffix=f".{os.getpid()}.tmp") as file:  # several processes may write it at once
         torch.save(contents, file)
 
 
 def load_cache(path: Path, digest: str) -> dict[str, Any] | None:
-    """The encoded corpus of the texts that `digest` names, memory-mapped; None if there is none, or damaged."""
+    """The cached ids of the texts with this digest, memory-mapped; None if there are none, or if they are damaged."""
     with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):  # damaged files raise anything
-        found = torch.load(path, weights_only=True, mmap=True)
-        found["vocab"] = json.loads(found["vocab"])
-        if found["digest"] == digest and found.pop("check") == checksum(found):
-            return found
+        cached = torch.load(path, weights_only=True, mmap=True)
+        cached["vocab"] = json.loads(cached["vocab"])
+        if cached["digest"] == digest and cached.pop("check") == checksum(cached):
+            return cached
     return None
 
 
 def checksum(corpus: dict[str, Any]) -> str:
-    """Of all that it holds: torch reads a file without looking at the checksums in it."""
-    found = hashlib.sha256()
+    """The sha256 of everything in a cache: torch does not check the checksums in its files."""
+    digest = hashlib.sha256()
     for name, part in corpus.items():
-        found.update(name.encode())
-        found.update(part.numpy() if isinstance(part, Tensor) else json.dumps(part).encode())
-    return found.hexdigest()
+        digest.update(name.encode())
+        digest.update(part.numpy() if isinstance(part, Tensor) else json.dumps(part).encode())
+    return digest.hexdigest()

@@ -1,7 +1,7 @@
 """Text to ids: words, the vocabulary, and the corpus encoded once.
 
-A corpus is a folder with train.txt, valid.txt and test.txt: UTF-8, words apart by white space, one `<eos>`
-after each line. The encoded text is kept beside it, and memory-mapped the next time.
+A corpus is a folder with train.txt, valid.txt and test.txt: UTF-8, white space between words. Each line is followed by
+one `<eos>`. The encoded text is kept beside the texts and memory-mapped the next time.
 """
 
 import codecs
@@ -16,74 +16,81 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import corpus.files as texts
+from corpus.files import (
+    DATASETS,
+    fetch_dataset,
+    file_digest,
+    find_files,
+    load_cache,
+    read_tokenizer,
+    save_cache,
+)
 from data import Corpus
 from utils import LabelEncoder, UserError
 
 EOS, UNK = "<eos>", "<unk>"
-BLOCK = 1 << 18  # bytes read at once: few enough that a block's words stay in the CPU's cache
+BLOCK = 1 << 18  # bytes read at once; the words of one block fit the CPU's cache
 
 
 def read_words(path: str | Path, bar: tqdm | None = None) -> Iterator[list[str]]:
-    """Yields the words of a UTF-8 file, `<eos>` after each line, a block at a time; `bar` counts bytes.
+    """Yields the words of a UTF-8 file, with `<eos>` after each line, one block at a time; `bar` counts bytes.
 
-    A word is what `str.split` makes one; a line ends at a newline. Memory is bounded by the longest word,
-    whatever the length of a line.
+    Words are separated as by `str.split`, lines by newlines. Memory is bounded by the longest word, not by the longest
+    line.
 
     Raises:
         UserError: the file cannot be read or is not UTF-8.
     """
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()  # passes over a byte order mark
-    last, unfinished, line = "\n", "", 1  # `unfinished`: a word that no white space has ended yet
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()  # skips a byte order mark
+    last, unfinished, line = "\n", "", 1  # `unfinished`: the start of a word that goes on in the next block
     try:
         with open(path, "rb") as file:
             while block := file.read(BLOCK):
                 text = unfinished + decoder.decode(block)
                 words = text.replace("\n", f" {EOS} ").split()
-                last = text[-1:] or last  # a block inside one character decodes to nothing
+                last = text[-1:] or last  # a block that lies inside one character decodes to nothing
                 unfinished = "" if last.isspace() else words.pop()
                 yield words
                 line += block.count(b"\n")
                 if bar is not None:
                     bar.update(len(block))
-            decoder.decode(b"", final=True)  # raises when the last character is cut short
+            decoder.decode(b"", final=True)  # raises when the last character is incomplete
     except UnicodeDecodeError as error:
         line += error.object.count(b"\n", 0, error.start)
         raise UserError(f"{path}: not UTF-8 in line {line}; convert the file, e.g. with iconv") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    if last != "\n":  # a missing final newline still ends the line
+    if last != "\n":  # the last line ends without a newline
         yield [unfinished, EOS] if unfinished else [EOS]
 
 
 def read_corpus(data: str, vocab: list[str] | None = None, vocab_size: int = 0, min_count: int = 0) -> Corpus:
     """Reads the folder `data`, or torchnlp's dataset of that name: `penn_treebank`, `wikitext_2`.
 
-    The vocabulary is the training text's. A word that only valid or test has becomes `<unk>` where the
-    training text knows `<unk>`; otherwise it is appended in order of first appearance. `vocab_size` (so many
-    types at most, `<unk>` and `<eos>` included) and `min_count` (words seen less often go) turn the rest into
-    `<unk>`. What a tokenizer.json beside the texts can make belongs to it, seen or not. With `vocab`, a saved
-    model's, the text is encoded with exactly that.
+    The vocabulary has the words of the training text. A word that only valid or test has becomes `<unk>` if the
+    training text contains `<unk>`; otherwise it is added in order of first appearance. `vocab_size` (at most
+    so many types, with `<unk>` and `<eos>`) and `min_count` (the fewest occurrences) turn rarer words into `<unk>`.
+    Every token of a tokenizer.json in the folder is in the vocabulary, even if the training text never uses it.
+    `vocab`: encode with exactly this vocabulary, that of a saved model.
 
     Raises:
-        UserError: a text is missing, too short or not UTF-8; a word that `vocab` has neither an id nor an
-            `<unk>` for.
+        UserError: a text is missing, too short or not UTF-8; or a word is not in `vocab`, which has no `<unk>`.
     """
     if vocab_size == 1:
-        raise UserError(f"--vocab_size 1: leaves no room for {UNK} and {EOS}; give 2 or more")
-    files = texts.fetch_dataset(data) if data in texts.DATASETS else texts.find_files(data)
-    digests = [texts.file_digest(path) for path in files]
+        raise UserError(f"--vocab_size 1: has no room for {UNK} and {EOS}; give 2 or more")
+    files = fetch_dataset(data) if data in DATASETS else find_files(data)
+    digests = [file_digest(path) for path in files]
     digest = hashlib.sha256("".join(digests).encode()).hexdigest()
-    tokenizer, pieces = texts.read_tokenizer(files[0].parent)
+    tokenizer, pieces = read_tokenizer(files[0].parent)
     rule = "\n".join([f"{vocab_size} {min_count}", *(vocab or ()), *([tokenizer] if tokenizer else ())])
     name = f".cache-{hashlib.sha256(rule.encode()).hexdigest()[:16]}.pt"
     folder = files[0].parent
     home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "awd-lm")
     places = (folder, home / hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16])
     for place in places:
-        # With `vocab` the cache of any rule that led to the same vocabulary will do: that fixes the ids.
+        # With `vocab` the cache of any rule will do if it has the same vocabulary: the ids are then the same.
         for path in sorted(place.glob(".cache-*.pt")) if vocab else [place / name]:
-            cached = texts.load_cache(path, digest)
+            cached = load_cache(path, digest)
             if cached and vocab in (None, cached["vocab"]):
                 return Corpus(**cached)
     corpus = encode_files(data, files, digest, vocab, vocab_size, min_count, pieces)
@@ -91,8 +98,8 @@ def read_corpus(data: str, vocab: list[str] | None = None, vocab_size: int = 0, 
     problem = None
     for place in places:
         try:
-            texts.save_cache(place / name, corpus._asdict())
-            cached = texts.load_cache(place / name, digest)
+            save_cache(place / name, corpus._asdict())
+            cached = load_cache(place / name, digest)
             return Corpus(**cached) if cached else corpus
         except OSError as error:
             problem = problem or f"{place}: {error.strerror}"
@@ -109,11 +116,11 @@ class FirstSeen(dict):
 
 
 class KnownWords(dict):
-    """word -> id in a given vocabulary, `<unk>`'s for the rest; without `<unk>` an error names the word."""
+    """word -> id in a given vocabulary, the id of `<unk>` for other words; without `<unk>` an error names the word."""
 
     def __init__(self, vocab: list[str]) -> None:
         super().__init__((word, i) for i, word in enumerate(vocab))
-        self.place = "the text given"  # where the words are from, for the error
+        self.place = "the text given"  # the file that is being read, for the error
 
     def __missing__(self, word: str) -> int:
         if UNK in self:
@@ -132,7 +139,7 @@ def encode_files(
     data: str, files: list[Path], digest: str, vocab: list[str] | None, vocab_size: int, min_count: int,
     pieces: list[str],
 ) -> Corpus:  # fmt: skip
-    """Reads three texts, training first; see `read_corpus`. Some 8 bytes per token are held for a moment."""
+    """Reads three texts, training first; see `read_corpus`. Memory: some 8 bytes per token for a moment."""
     table = KnownWords(vocab) if vocab else FirstSeen()
     encoded, types = [], 0
     with tqdm(
@@ -151,8 +158,8 @@ def encode_files(
             if vocab is None and len(encoded) == 1:
                 for piece in pieces:
                     table.setdefault(piece, len(table))
-                types = len(table)  # the training text's, and what else its tokenizer makes
-    if vocab is None:  # by blocks: numpy turns what it counts, or takes as an index, into 8 bytes per token
+                types = len(table)  # those of the training text and of its tokenizer
+    if vocab is None:  # block by block: numpy needs 8 bytes per token for counting and indexing
         counts = sum(np.bincount(block, minlength=types) for block in encoded[0])
         vocab, final = by_frequency(list(table), counts, vocab_size, min_count)
         for block in itertools.chain(*encoded):
@@ -161,12 +168,10 @@ def encode_files(
     return Corpus(vocab, *(torch.from_numpy(np.concatenate(blocks, dtype=dtype)) for blocks in encoded), digest)
 
 
-def by_frequency(
-    words: list[str], counts: np.ndarray, vocab_size: int, min_count: int
-) -> tuple[list[str], np.ndarray]:
-    """The vocabulary, and the table from a word's rank of first appearance to its final id.
+def by_frequency(words: list[str], counts: np.ndarray, vocab_size: int, min_count: int) -> tuple[list[str], np.ndarray]:
+    """The vocabulary, and a table from a word's rank of first appearance to its final id.
 
-    words: in order of first appearance; the first `len(counts)` are the training text's, counted.
+    words: in order of first appearance; the first `len(counts)` belong to the training text, `counts` times each.
     """
     known = dict(zip(words, counts.tolist(), strict=False))  # in order of first appearance
     if vocab_size or min_count:
@@ -184,17 +189,17 @@ def by_frequency(
 
 
 def make_encoder(vocab: list[str]) -> LabelEncoder:
-    """torchnlp's encoder over exactly this vocabulary; its `unknown_index` is `<unk>`'s id or None."""
-    # All labels reserved: they keep their order, and 267,735 of them take 0.05 s where a sample takes 0.6.
+    """torchnlp's encoder over exactly this vocabulary; its `unknown_index` is the id of `<unk>`, or None."""
+    # Reserved labels keep their order, and 267,735 of them take 0.05 s; given as a sample they take 0.6 s.
     unknown = vocab.index(UNK) if UNK in vocab else None
     return LabelEncoder([], reserved_labels=vocab, unknown_index=unknown)
 
 
 def encode_line(line: str, encoder: LabelEncoder, place: str) -> list[int]:
-    """The ids of a line's words, without `<eos>`; `place` says in an error where the line is from.
+    """The ids of a line's words, without `<eos>`; `place` names the line in errors.
 
     Raises:
-        UserError: a word that the vocabulary lacks, when it has no `<unk>`.
+        UserError: a word is not in the vocabulary, which has no `<unk>`.
     """
     ids = []
     for word in line.split():

@@ -197,9 +197,7 @@ def resume(run: Run, state: dict[str, Any], given: dict[str, Any]) -> None:
     path = f"{run.args.resume}.state"
     hint = "remove the .state for a warm start from the model alone"
     if state["fingerprint"] != run.corpus.digest:
-        raise UserError(
-            f"--data {run.args.data}: is not the text that {path} was made on; give that text, or {hint}"
-        )
+        raise UserError(f"--data {run.args.data}: is not the text that {path} was made on; give that text, or {hint}")
     try:
         restore(run, state, given)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:

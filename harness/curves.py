@@ -1,8 +1,6 @@
-"""The logs of runs read back as learning curves: what plot.py draws.
+"""The logs of runs, read back as learning curves for plot.py.
 
-    python plot.py PTB.pt
-
-A log may hold several runs, cut up and resumed; each becomes one curve, as if it had never been interrupted.
+A log can hold several runs, each of them stopped and resumed. A run becomes one curve, as if never interrupted.
 """
 
 import json
@@ -14,14 +12,14 @@ from harness.log import ppl
 from utils import UserError
 
 SUFFIX = ".log.jsonl"
-# Numbers that say where in a run a line belongs. They may be missing.
+# The numbers that place a line in its run. They can be missing.
 PLACES = ("step", "epoch", "batch", "batches", "ms_per_batch", "epoch_s")
 LARGEST_LOSS = 300.0  # nats per token; the perplexity of a larger one leaves no room around it on an axis
 
 
 @dataclass
 class Point:
-    """A perplexity and where it was measured: in epochs (2.5: half of the third is done) and in hours."""
+    """A perplexity and when it was measured: in epochs (2.5: after half of the third one) and in hours."""
 
     epoch: float
     hours: float
@@ -30,7 +28,7 @@ class Point:
 
 @dataclass
 class Curve:
-    """What is drawn of one run."""
+    """The curve of one run."""
 
     name: str
     train: list[Point] = field(default_factory=list)
@@ -49,10 +47,10 @@ class Curve:
 
 
 def read_log(path: str) -> list[dict[str, Any]]:
-    """The entries of a log; lines that a full disk or a kill cut short are passed over.
+    """The entries of a log, without lines that a full disk or a kill has cut.
 
     Raises:
-        UserError: it is missing or empty, has no figures, or is another program's.
+        UserError: the log is missing or empty, has no figures, or was written by another program.
     """
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
@@ -68,25 +66,23 @@ def read_log(path: str) -> list[dict[str, Any]]:
         if isinstance(entry, dict) and isinstance(entry.get("kind"), str):
             for name in PLACES:
                 if not is_number(entry.get(name, 0)):
-                    raise UserError(
-                        f"{path}: {name!r} in line {number} is no number; give a log that main.py wrote"
-                    )
+                    raise UserError(f"{path}: {name!r} in line {number} is no number; give a log that main.py wrote")
             entries.append(entry)
     if not any(is_figure(entry) for entry in entries):
-        what = "has no figures yet" if lines else "is empty"
-        raise UserError(f"{path}: {what}; give the log of a run that has printed its first line")
+        problem = "has no figures yet" if lines else "is empty"
+        raise UserError(f"{path}: {problem}; give the log of a run that has printed its first line")
     return entries
 
 
 def is_number(value: object, most: float = 1e15) -> bool:
-    """Whether it is one that an axis can show: finite, of no more than `most` either way."""
+    """Whether the value is a number that an axis can show: finite, and at most `most` in size."""
     return isinstance(value, int | float) and -most <= value <= most
 
 
 def is_figure(entry: dict[str, Any]) -> bool:
-    """Whether it is a training or validation loss that can be drawn: finite, and with its place in the run.
+    """Whether an entry is a training or validation loss that can be drawn: finite, and with its place in the run.
 
-    A validation in mid-epoch (--max_steps) is none: the whole run would not have had it.
+    A validation in mid-epoch (--max_steps) is left out: an uninterrupted run does not have it.
     """
     needed = {"train": ("epoch", "step", "batch", "batches"), "valid": ("epoch", "step")}
     places = needed.get(entry["kind"], ("none",))
@@ -113,7 +109,7 @@ def split_runs(entries: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def drop_past(last: int, run: list[dict[str, Any]]) -> None:
-    """Takes what was logged past step `last` from the end of `run`."""
+    """Removes the entries past step `last` from the end of `run`."""
     kept = []
     while run and not (is_figure(run[-1]) and run[-1]["step"] <= last):
         entry = run.pop()
@@ -123,11 +119,11 @@ def drop_past(last: int, run: list[dict[str, Any]]) -> None:
 
 
 def make_curve(name: str, entries: list[dict[str, Any]]) -> Curve:
-    """The points of one run; its clock is the sum of what the epochs took, in training and validation."""
+    """The points of one run. Its time is the sum of its epochs' times, training and validation."""
     curve = Curve(name)
-    before_s = 0.0  # all epochs before this one
-    whole_s = 0.0  # this epoch, once it is over
-    spent_s = 0.0  # in this epoch so far
+    before_s = 0.0  # of all epochs before this one
+    whole_s = 0.0  # of this epoch, when it is over
+    spent_s = 0.0  # of this epoch so far
     batch, epoch = 0, 0  # of the line before
     for entry in entries:
         kind = entry["kind"]
@@ -154,7 +150,7 @@ def make_curve(name: str, entries: list[dict[str, Any]]) -> Curve:
 
 
 def read_curves(paths: list[str]) -> list[Curve]:
-    """All runs in the logs of these models, under names that differ."""
+    """All runs in the logs of these models, each with another name."""
     curves = []
     logs = [path if path.endswith(SUFFIX) else path + SUFFIX for path in paths]
     short = [os.path.basename(log.removesuffix(SUFFIX)).removesuffix(".pt") for log in logs]

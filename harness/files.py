@@ -1,10 +1,10 @@
-"""What is written to disk: the saved model, and beside it the state of the run that made it.
+"""Files on disk: the saved model, and beside it the state of the run that made it.
 
-    SAVE         {'format', 'args', 'vocab', 'tokenizer', 'model', 'criterion', 'metrics'}: to evaluate with
-    SAVE.state   everything that an exact resume needs: raw weights, mean, optimizer, generators, position
+    SAVE         {'format', 'args', 'vocab', 'tokenizer', 'model', 'criterion', 'metrics'}: for evaluation
+    SAVE.state   for an exact resume: raw weights, mean, optimizer, generators, position
 
-Both are plain data and tensors, written whole or not at all, and loaded with `weights_only=True`: loading one
-runs no code of whoever made it.
+Both are plain data and tensors, written whole or not at all, and loaded with `weights_only=True`: loading a file runs
+no code from it.
 """
 
 import contextlib
@@ -25,29 +25,30 @@ from model import DROPOUTS, Criterion, RNNModel, build
 from utils import RunError, UserError, out_of_memory, pick_device, replacing
 
 MODEL_FORMAT, STATE_FORMAT, STATS_FORMAT = "awd-lm model 1", "awd-lm state 2", "awd-lm statistics 1"
-WHAT = {
-    **{MODEL_FORMAT: "a saved model", STATE_FORMAT: "the state of a run"},
+FORMATS = {
+    MODEL_FORMAT: "a saved model",
+    STATE_FORMAT: "the state of a run",
     STATS_FORMAT: "the statistics of dynamiceval.py",
 }
-PARTS = {  # of a model
-    **{"args": dict, "vocab": list, "tokenizer": str | None, "model": dict, "criterion": dict, "metrics": dict},
-}
+SETTINGS = {"args": dict, "vocab": list, "tokenizer": str | None}
+MODEL_PARTS = {**SETTINGS, "model": dict, "criterion": dict, "metrics": dict}
 STATE_PARTS = {
-    **{"script": str, "fingerprint": str, "args": dict, "vocab": list, "tokenizer": str | None, "weights": dict},
+    **SETTINGS,
+    "script": str,
+    "fingerprint": str,
+    "weights": dict,
     "mean": dict | None,
-    **{
-        "optimizer": dict,
-        "scaler": dict,
-        "generators": dict,
-        "hidden": list,
-        "at": dict,
-        "offsets": Tensor | None,
-    },
+    "optimizer": dict,
+    "scaler": dict,
+    "generators": dict,
+    "hidden": list,
+    "at": dict,
+    "offsets": Tensor | None,
 }
 
 
 class NotWrittenError(RunError):
-    """A file could not be written: `reason` says why; what lay there before is untouched."""
+    """A file could not be written, for this `reason`; the file that was there before is untouched."""
 
     def __init__(self, path: str, reason: str) -> None:
         hint = "free some space or give another --save"
@@ -56,10 +57,10 @@ class NotWrittenError(RunError):
 
 
 def write(path: str, fill: Callable[[BinaryIO], object]) -> None:
-    """Writes what `fill(file)` puts into a file to `path`, whole or not at all.
+    """Writes a file to `path`, whole or not at all; `fill(file)` writes its contents.
 
     Raises:
-        NotWrittenError: the disk does not take it. Whatever else goes wrong in `fill` is raised as it is.
+        NotWrittenError: the disk does not take it. Other errors of `fill` are raised unchanged.
     """
     try:
         with replacing(path) as file:
@@ -80,15 +81,15 @@ def copy(source: str, target: str) -> None:
 
 
 def check_writable(path: str, flag: str, size: int = 0) -> None:
-    """Raises when no file of `size` bytes can be made beside `path`: better now than after the first epoch.
+    """Checks that a file of `size` bytes can be made at `path`: better now than after the first epoch.
 
     Raises:
-        UserError: it is a folder or a device, or lies where nothing can be written.
+        UserError: `path` is a folder or a device, or its folder cannot be written to.
         NotWrittenError: there is no space.
     """
     if os.path.isdir(path):
         raise UserError(f"{flag} {path}: is a folder; give the name of a file")
-    if os.path.exists(path) and not os.path.isfile(path):  # the file would take the place of /dev/null itself
+    if os.path.exists(path) and not os.path.isfile(path):  # the new file would replace /dev/null itself
         raise UserError(f"{flag} {path}: is a device or pipe; give the name of a file")
     temporary = f"{path}.tmp"
     try:
@@ -106,34 +107,32 @@ def check_writable(path: str, flag: str, size: int = 0) -> None:
 
 
 def load(path: str, flag: str, kind: str) -> dict[str, Any]:
-    """Reads a file that `save` wrote, onto the CPU. `kind`: its format.
+    """Reads a file of the format `kind` that `save` wrote, onto the CPU.
 
     Raises:
         UserError: it is missing, truncated, something else, or holds more than plain data and tensors.
     """
-    what = WHAT[kind]
+    what = FORMATS[kind]
     try:
-        file = open(path, "rb")  # noqa: SIM115 - closed below: an OSError while reading has another meaning
+        file = open(path, "rb")  # noqa: SIM115 - closed below; an OSError while reading has another meaning
     except OSError as error:
         raise UserError(f"{flag} {path}: {error.strerror}; give the path of {what}") from None
     try:
-        with file, warnings.catch_warnings(action="ignore"):  # torch's, of damaged files
+        with file, warnings.catch_warnings(action="ignore"):  # torch warns of damaged files
             contents = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
             f"{flag} {path}: holds more than tensors and plain data, or something else than {what}; "
             "refused, since loading it could run code: save the model again with main.py"
         ) from None
-    except Exception as error:  # what a damaged file makes of the reader has no end: IndexError, OSError, ...
+    except Exception as error:  # a damaged file can raise anything: IndexError, OSError, ...
         if out_of_memory(error):
             raise
         raise UserError(
             f"{flag} {path}: is truncated, damaged or not {what}; use another copy, or train again"
         ) from None
     if not isinstance(contents, dict) or contents.get("format") != kind:
-        hint = (
-            "give a file that main.py wrote" if kind == MODEL_FORMAT else "remove it to warm-start from the model"
-        )
+        hint = "give a file that main.py wrote" if kind == MODEL_FORMAT else "remove it to warm-start from the model"
         raise UserError(f"{flag} {path}: is not {what} of this toolkit ({kind!r}); {hint}")
     return contents
 
@@ -142,7 +141,7 @@ def model_contents(
     args: Namespace, vocab: list[str], model: nn.Module, criterion: nn.Module, metrics: dict[str, Any],
     tokenizer: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """What a saved model holds: the weights to evaluate with; `metrics`: plain data, losses in nats."""
+    """The contents of a saved model, with the weights to evaluate with; `metrics`: plain data, losses in nats."""
     parts = {
         part: {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
         for part, module in (("model", model), ("criterion", criterion))
@@ -152,16 +151,16 @@ def model_contents(
 
 
 def load_model(path: str, flag: str) -> dict[str, Any]:
-    """Reads a saved model and checks that it is whole: its parts, their types, and every tensor's shape.
+    """Reads a saved model and checks its parts, their types, and every tensor's shape.
 
     Raises:
         UserError: see `load`; or its parts do not fit each other.
-        RunError: a weight is not finite, so that no figure would mean anything.
+        RunError: a weight is not finite.
     """
-    saved = {"tokenizer": None, **load(path, flag, MODEL_FORMAT)}  # older models have none
-    check_parts(saved, PARTS, f"{flag} {path}")
+    saved = {"tokenizer": None, **load(path, flag, MODEL_FORMAT)}  # older models have no tokenizer
+    check_parts(saved, MODEL_PARTS, f"{flag} {path}")
     check_tensors(saved, f"{flag} {path}")
-    for name in ("valid_loss", "step", "partial"):  # what a run that goes on reads of them
+    for name in ("valid_loss", "step", "partial"):  # a resumed run reads these metrics
         if not isinstance(saved["metrics"].get(name, 0), int | float):
             raise UserError(f"{flag} {path}: its metrics do not say {name} in a number; use another copy")
     for name, tensor in [*saved["model"].items(), *saved["criterion"].items()]:
@@ -171,7 +170,7 @@ def load_model(path: str, flag: str) -> dict[str, Any]:
 
 
 def load_state(path: str, flag: str) -> dict[str, Any]:
-    """Reads the state of a run; what only a run can check, `Run.load_state` does.
+    """Reads the state of a run and checks its parts; `checkpoint.restore` checks the rest.
 
     Raises:
         UserError: see `load`; or its parts do not fit each other.
@@ -187,16 +186,16 @@ def load_state(path: str, flag: str) -> dict[str, Any]:
 
 
 def check_parts(contents: dict[str, Any], parts: dict[str, Any], place: str) -> None:
-    """Raises UserError unless all parts of a file are there, each of its type."""
+    """Raises UserError unless a file has all these parts, each of its type."""
     for name, kind in parts.items():
         if name not in contents or not isinstance(contents[name], kind):
             raise UserError(f"{place}: its {name!r} is missing or of another type; use another copy")
 
 
 def check_tensors(saved: dict[str, Any], place: str) -> None:
-    """Raises UserError unless `args` and `vocab` describe a model, and the tensors are that one's.
+    """Raises UserError unless `args` and `vocab` describe a model and the tensors have its shapes.
 
-    The model is built on the meta device, where no size costs memory.
+    The model is built on the meta device, where tensors take no memory.
     """
     args, vocab = saved["args"], saved["vocab"]
     if not vocab or not all(isinstance(word, str) for word in vocab) or len(set(vocab)) != len(vocab):
@@ -209,35 +208,35 @@ def check_tensors(saved: dict[str, Any], place: str) -> None:
         raise UserError(f"{place}: its args describe no model ({error}); use another copy") from None
     for part, module in zip(("model", "criterion"), modules, strict=True):
         expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-        found = {strip_raw(name): tuple(getattr(tensor, "shape", ())) for name, tensor in saved[part].items()}
-        if expected != found:
-            odd = sorted(map(str, set(expected.items()) ^ set(found.items())))[0]
+        shapes = {strip_raw(name): tuple(getattr(tensor, "shape", ())) for name, tensor in saved[part].items()}
+        if expected != shapes:
+            odd = sorted(map(str, set(expected.items()) ^ set(shapes.items())))[0]
             raise UserError(f"{place}: its {part} does not fit its args and vocabulary ({odd}); use another copy")
 
 
 def strip_raw(name: str) -> str:
-    """The name that a parameter has without weight drop."""
+    """A parameter's name without weight drop."""
     return re.sub(r"_raw$", "", str(name))
 
 
 def fit_names(tensors: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """The tensors under the names that `module` knows them by: with `_raw` where it drops that weight."""
+    """The tensors under the names that they have in `module`: with `_raw` where it drops the weight."""
     names = {strip_raw(name): name for name in module.state_dict()}
     return {names.get(strip_raw(name), name): tensor for name, tensor in tensors.items()}
 
 
 def fit_order(optimizer: dict[str, Any], stored: Iterable[str], now: list[str]) -> dict[str, Any]:
-    """An optimizer's state, which knows weights by their numbers, for the order that they have now.
+    """An optimizer's state, where weights have numbers, with the numbers that the weights have now.
 
-    A weight that is dropped comes after its layer's bias, else before it. `stored` has a tied weight twice.
+    A dropped weight comes after its layer's bias, one that is not dropped before it. `stored` has a tied weight twice.
     """
     now = [strip_raw(name) for name in now]
     before = [name for name in map(strip_raw, stored) if name in now]
-    return {**optimizer, "state": {now.index(before[i]): found for i, found in optimizer["state"].items()}}
+    return {**optimizer, "state": {now.index(before[i]): state for i, state in optimizer["state"].items()}}
 
 
 class Opened(NamedTuple):
-    """A saved model to evaluate with: nothing is dropped, its weights are on the device."""
+    """A saved model on a device, in evaluation mode and without dropout."""
 
     model: RNNModel
     criterion: Criterion
@@ -257,7 +256,7 @@ def to_evaluate(saved: dict[str, Any], device: torch.device) -> Opened:
 
 
 def open_model(args: Namespace) -> Opened:
-    """What a script evaluates, by its flags --save and --device.
+    """The model that the flags --save and --device name.
 
     Raises:
         UserError: see `load_model`; a flag contradicts the model's shape; the device is not there.

@@ -1,7 +1,7 @@
-"""The settings of all scripts, in one table: a flag is added, stored, defaulted and checked by its row.
+"""The settings of main.py and finetune.py, one row of `FLAGS` each: type, default, help text, whether it is stored.
 
-A flag given on the command line wins over what a file says, and that over the default; one that contradicts the
-shape of a saved model is an error.
+A value on the command line wins over one in a file, and that one over the default. A flag that contradicts the shape
+of a saved model is an error.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from utils import UserError
 def number(
     kind: type[int] | type[float], least: float, most: float = math.inf, below: float = math.inf
 ) -> Callable[[str], Any]:
-    """An argparse type: an int or float in `[least, most]`, smaller than `below`, and finite."""
+    """An argparse type: a finite int or float in [least, most], smaller than `below`."""
 
     def parse(text: str) -> int | float:
         try:
@@ -35,21 +35,21 @@ def number(
     return parse
 
 
-DEPTH = 100  # layers and rounds at most: a model is built to see whether a file holds it
+DEPTH = 100  # the most layers and rounds: a model is built to check a file that claims to hold it
 PROBABILITY = {"type": number(float, 0, below=1)}
 POSITIVE = {"type": number(int, 1, most=10**9)}
 FACTOR = {"type": number(float, 0, most=1e38)}  # float32 ends at 3.4e38
 COUNT = {"type": number(int, 0, most=10**9)}
 SEED = {"type": number(int, 0, most=2**63 - 1)}
 SWITCH = {"action": "store_true"}
-TOGGLE = {"action": argparse.BooleanOptionalAction}  # --no-… turns off what a saved run had on
+TOGGLE = {"action": argparse.BooleanOptionalAction}  # with a --no-… that turns off a stored setting
 
 
 class Flag(NamedTuple):
-    """A setting. `names`: as written on the command line; the last one is its name in the namespace."""
+    """A setting. `names`: its spellings on the command line; the last one is its name in the namespace."""
 
     names: str
-    kind: dict[str, Any]  # what argparse has to know
+    kind: dict[str, Any]  # further arguments of argparse's `add_argument`
     default: Any
     help: str
     shapes_model: bool = False  # a saved model has its own value, which cannot be changed
@@ -61,7 +61,7 @@ class Flag(NamedTuple):
         return self.kind.get("dest") or self.names.split()[-1].lstrip("-")
 
     def takes(self, value: Any) -> bool:
-        """Whether a file may say that it has this value: one from a command line, or no value by default."""
+        """Whether a file may hold this value: one that the command line accepts, or None if that is the default."""
         if value is None:
             return self.default is None
         if self.kind in (SWITCH, TOGGLE):
@@ -90,14 +90,14 @@ FLAGS: dict[str, list[Flag]] = {
              "wikitext_2 (PyTorch-NLP fetches)"),
         Flag("--device", {}, "auto", "auto, cpu, cuda, cuda:N or mps", **NOT_STORED),
         Flag("--cuda", {"dest": "device", "action": "store_const", "const": "auto"}, None, "as --device auto"),
-        Flag("--amp", {"choices": ["none", "bf16", "fp16"]}, "none", "mixed precision in training alone"),
-        Flag("--save", {}, None, "file of the model (finetune.py starts from it); beside it .state (to resume) "
-             "and .log.jsonl", **NOT_STORED),
-        Flag("--resume", {}, "", "go on from this model and its .state, or warm-start from the model alone; "
-             "auto: from --save if it is there, else start afresh", **NOT_STORED),
+        Flag("--amp", {"choices": ["none", "bf16", "fp16"]}, "none", "mixed precision, in training only"),
+        Flag("--save", {}, None, "file of the model (finetune.py starts from it); .state (to resume) and .log.jsonl "
+             "are written beside it", **NOT_STORED),
+        Flag("--resume", {}, "", "go on from this model and its .state, or without a .state start from the model; "
+             "auto: go on from --save if it exists, otherwise start a new run", **NOT_STORED),
         Flag("--log-interval --log_interval", POSITIVE, 200, "batches between two log lines"),
-        Flag("--checkpoint_every", COUNT, 0, "also write the .state every N steps; 0: off"),
-        Flag("--tensorboard", {"metavar": "DIR"}, None, "figures for TensorBoard too, in DIR", **NOT_STORED),
+        Flag("--checkpoint_every", COUNT, 0, "write the .state every N steps too; 0: only after each epoch"),
+        Flag("--tensorboard", {"metavar": "DIR"}, None, "write the figures for TensorBoard too, to DIR", **NOT_STORED),
     ],
     MODEL: [
         Flag("--model", {"choices": list(LAYERS)}, "LSTM", "kind of the recurrent layers", **SHAPES_MODEL),
@@ -107,11 +107,11 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("--tied", SWITCH, True, "decoder weight = embedding weight", **SHAPES_MODEL),
         Flag("--untied", {"dest": "tied", "action": "store_false"}, None, "a decoder weight of its own"),
         Flag("--n_experts", COUNT, 0, "softmaxes in the mixture; 0: one softmax without latents", **SHAPES_MODEL),
-        Flag("--nhidlast", COUNT, 0, "hidden units of the last layer; 0: emsize when tied or with --n_experts, "
-             "else nhid", **SHAPES_MODEL),
+        Flag("--nhidlast", COUNT, 0, "hidden units of the last layer; 0: emsize if tied or with --n_experts, "
+             "otherwise nhid", **SHAPES_MODEL),
         Flag("--rounds", {"type": number(int, 0, most=DEPTH)}, 5, "Mogrifier: rounds in which input and state "
              "gate each other; 0: Melis's LSTM", **SHAPES_MODEL),
-        Flag("--rank", COUNT, 0, "Mogrifier: rank of the matrices in these rounds; 0: full", **SHAPES_MODEL),
+        Flag("--rank", COUNT, 0, "Mogrifier: rank of the rounds' matrices; 0: full rank", **SHAPES_MODEL),
     ],
     REGULARISATION: [
         Flag("--dropout", PROBABILITY, 0.4, "locked dropout after the last layer"),
@@ -119,12 +119,12 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("--dropouti", PROBABILITY, 0.65, "locked dropout on the embeddings"),
         Flag("--dropoute", PROBABILITY, 0.1, "dropout of whole word types (Mogrifier: 0 unless given)"),
         Flag("--wdrop", PROBABILITY, 0.5, "weight drop: hidden-to-hidden, or all of a QRNN (Mogrifier: none)"),
-        Flag("--dropoutr", PROBABILITY, 0.0, "dropout of a Mogrifier's state, one mask for all steps"),
+        Flag("--dropoutr", PROBABILITY, 0.0, "dropout of a Mogrifier's state, one mask for all steps of a batch"),
         Flag("--drop_state", PROBABILITY, 0.0, "probability that a batch starts from a zero state (Mogrifier: "
              "0.01 unless given)"),
         Flag("--dropoutl", PROBABILITY, 0.29, "locked dropout on the latents of --n_experts"),
-        Flag("--samples", POSITIVE, 1, "dropout masks per batch; the probabilities under them are averaged, at N "
-             "times the cost"),
+        Flag("--samples", POSITIVE, 1, "train on the mean of the probabilities under N dropout masks, at N times "
+             "the cost"),
         Flag("--alpha", FACTOR, 2.0, "activation regularisation (AR); 0: none"),
         Flag("--beta", FACTOR, 1.0, "temporal activation regularisation (TAR); 0: none"),
         Flag("--wdecay", FACTOR, 1.2e-6, "weight decay on all weights"),
@@ -138,24 +138,24 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("--max_minutes", {"type": number(float, 0)}, 0.0, "write the .state and end with status 0 "
              "after N minutes; 0: no limit", **NOT_STORED),
         Flag("--batch_size", POSITIVE, 80, "columns of text side by side, of all processes together"),
-        Flag("--bptt", POSITIVE, 70, "base sequence length, in tokens; that of a batch varies around it"),
+        Flag("--bptt", POSITIVE, 70, "base sequence length in tokens; the length of each batch varies around it"),
         Flag("--max_seq_len", COUNT, 0, "longest sequence length, in tokens; 0: no limit"),
-        Flag("--shuffle", TOGGLE, False, "rotate every column of the text by an offset of its own in each epoch"),
+        Flag("--shuffle", TOGGLE, False, "rotate each column of the text by a random offset in each epoch"),
         Flag("--nonmono", COUNT, 5, "the validation loss has stalled when it is above the best one of more than N "
              "epochs ago", **NOT_INHERITED),
         Flag("--seed", SEED, 1111, "of all random numbers"),
     ],
     MAIN: [
-        Flag("--optimizer", {"choices": list(OPTIMIZERS)}, "sgd", "sgd: NT-ASGD, which averages once it stalls",
+        Flag("--optimizer", {"choices": list(OPTIMIZERS)}, "sgd", "sgd: NT-ASGD, which averages after a stall",
              **NOT_INHERITED),
         Flag("--beta1", PROBABILITY, 0.9, "of Adam: share of the mean gradient that is kept per step",
              **NOT_INHERITED),
-        Flag("--average", TOGGLE, False, "under Adam too, average the weights once the validation loss stalls",
+        Flag("--average", TOGGLE, False, "average the weights once the validation loss stalls under Adam too",
              **NOT_INHERITED),
         Flag("--when", {"type": int, "nargs": "+"}, [-1], "epochs after which the rate is divided by 10",
              **NOT_INHERITED),
-        Flag("--anneal", COUNT, 0, "epoch, 1 or later, after which the rate falls in a straight line, to 0 at "
-             "the end of the last one; 0: it does not", **NOT_INHERITED),
+        Flag("--anneal", COUNT, 0, "after this epoch the rate falls in a straight line, to 0 at the end of the "
+             "last epoch; 0: it does not fall", **NOT_INHERITED),
         Flag("--splits", {"type": int, "nargs": "*"}, None, "word ids (ranks by frequency) at which the split "
              "softmax's clusters begin (default: by vocabulary size)", **SHAPES_MODEL),
         Flag("--vocab_size", COUNT, 0, "keep the N most frequent words, <unk> and <eos> among them; 0: all",
@@ -170,7 +170,7 @@ DEFAULTS = {name: flag.default for name, flag in BY_NAME.items()}
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's parser with a script's docstring as its description, and errors of one line.
 
-    What is not given is left out of the namespace, so that its value can come from elsewhere.
+    A flag that is not given is not in the namespace: its value comes from a file or from the default.
     """
 
     def __init__(self, doc: str, *groups: str, saved: bool = False) -> None:
@@ -180,16 +180,16 @@ class ArgumentParser(argparse.ArgumentParser):
             self.add_flags(title, FLAGS[title], saved)
 
     def add_flags(self, title: str, flags: Collection[Flag], saved: bool = False) -> None:
-        """Adds a group of flags, with defaults in the help text unless a saved model has the values (`saved`)."""
+        """Adds a group of flags. The help text tells their defaults, unless a saved model has the values (`saved`)."""
         group = self.add_argument_group(title)
         for flag in flags:
-            untold = flag.default in (None, "", [-1]) or isinstance(flag.default, bool)
-            untold = untold or (saved and flag.stored and flag.inherited)
-            default = "" if untold else f" (default: {flag.default})"
+            no_default = flag.default in (None, "", [-1]) or isinstance(flag.default, bool)
+            no_default = no_default or (saved and flag.stored and flag.inherited)
+            default = "" if no_default else f" (default: {flag.default})"
             group.add_argument(*flag.names.split(), help=(flag.help + default).replace("%", "%%"), **flag.kind)
 
     def parse_all(self, flags: Collection[Flag], **defaults: Any) -> Namespace:
-        """What was given, over the defaults of these flags."""
+        """The given values, and the defaults of the other flags."""
         return Namespace(**{**{flag.name: flag.default for flag in flags}, **defaults, **vars(self.parse_args())})
 
     def error(self, message: str) -> None:

@@ -1,8 +1,6 @@
-"""What a person sees of a run: printed lines, the progress bar of an epoch, the log, TensorBoard.
+"""Everything that a run prints and logs: lines, the progress bar of an epoch, the log, TensorBoard.
 
-    tail -f PTB.pt.log.jsonl
-
-The log has one JSON object per line: the printed figures, unrounded. Losses are nats per token, times seconds.
+The log (SAVE.log.jsonl) has one JSON object per line: the printed figures, unrounded. Losses are nats per token.
 """
 
 import contextlib
@@ -17,7 +15,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from corpus.tokenizer import count_units
+from corpus.codec import count_units
 from utils import UserError
 
 RULE, DOUBLE_RULE = "-" * 89, "=" * 89
@@ -30,29 +28,29 @@ def ppl(loss: float) -> float:
 
 
 def figures(loss: float, prefix: str = "", bpc: bool = True) -> str:
-    """The part of a printed line that scripts around the toolkit parse: loss, ppl and bpc (bits per token)."""
+    """Loss, ppl and bpc (bits per token) as printed: scripts around the toolkit parse these lines."""
     text = f"{prefix}loss {loss:5.2f} | {prefix}ppl {ppl(loss):8.2f}"
     return f"{text} | {prefix}bpc {loss / math.log(2):8.3f}" if bpc else text
 
 
 def unit_figures(total: float, words: int, characters: int) -> dict[str, float]:
-    """Of the loss of a whole text, in nats: what it comes to per word and per character, as it is logged."""
+    """The perplexity per word and the bits per character of a text's whole loss, in nats."""
     return {"ppl_per_word": ppl(total / words), "bits_per_character": total / characters / math.log(2)}
 
 
 def unit_text(units: dict[str, float], prefix: str = "") -> str:
-    """The end of a printed line that tells them; nothing where there are none."""
+    """These figures as the end of a printed line; "" if there are none."""
     return "".join(f" | {prefix}{name.replace('_', ' ')} {value:.3f}" for name, value in units.items())
 
 
 @contextlib.contextmanager
 def above_bar() -> Iterator[None]:
-    """While entered, the progress bar makes room."""
+    """Hides the progress bar while entered."""
     if not sys.stdout.isatty():
         yield
         return
     with tqdm.external_write_mode(file=sys.stdout):
-        sys.stdout.write("\r\x1b[K")  # what the terminal itself wrote behind the bar: ^C, say
+        sys.stdout.write("\r\x1b[K")  # clears what the terminal itself wrote behind the bar, such as ^C
         yield
 
 
@@ -66,52 +64,52 @@ def say_or_drop(text: str) -> None:
     """Like `say`, but when the disk is full the line is dropped and the run goes on."""
     try:
         say(text)
-    except BrokenPipeError:  # nobody reads on
+    except BrokenPipeError:  # the reader of a pipe has ended
         raise
     except OSError:
         pass
 
 
 def warn(text: str) -> None:
-    """Prints one line to stderr, above the progress bar if there is one; on a full disk it is dropped."""
+    """Prints one line to stderr, above the progress bar if there is one; when the disk is full it is dropped."""
     with above_bar(), contextlib.suppress(OSError):
         print(f"{os.path.basename(sys.argv[0])}: warning: {text}", file=sys.stderr, flush=True)
 
 
 class EpochBar(tqdm):
-    """A progress bar over the tokens of an epoch, when stdout is a terminal; else it does nothing.
+    """A progress bar over the tokens of an epoch if stdout is a terminal; otherwise it does nothing.
 
     Args:
         epoch: counted from 1.
         done, total: tokens trained on before, and in the whole epoch.
     """
 
-    monitor_interval = 0  # no thread: it looks after bars of uneven steps
+    monitor_interval = 0  # without tqdm's thread for bars with uneven steps
 
     def __init__(self, epoch: int, done: int, total: int) -> None:
         super().__init__(
             desc=f"epoch {epoch:3d}", initial=done, total=total, unit=" tokens", unit_scale=True, miniters=1,
-            mininterval=0.2,  # seconds: what a step pays is a look at the clock
+            mininterval=0.2,  # seconds
             leave=False, dynamic_ncols=True, file=sys.stdout, bar_format=BAR, disable=not sys.stdout.isatty(),
         )  # fmt: skip
 
     def close(self) -> None:
         super().close()
         if not self.disable:
-            sys.stdout.write("\r\x1b[K")  # likewise
+            sys.stdout.write("\r\x1b[K")  # as in `above_bar`
             sys.stdout.flush()
 
     def show(self, tokens: int, loss: float | None) -> None:
-        """So many tokens more, and the mean loss since the last log line, as far as it has been read."""
+        """Moves the bar by `tokens`, and shows the mean loss since the last log line if it is known."""
         if loss is not None:
             self.set_postfix_str(f"loss {loss:.2f}, ppl {ppl(loss):.2f}", refresh=False)
         self.update(tokens)
 
 
 class RunLog:
-    """The log beside a model, and the same figures for TensorBoard when they are wanted there.
+    """The log beside a model, and with --tensorboard the same figures for TensorBoard.
 
-    A line that cannot be written (a full disk) is dropped: the log is not worth the run.
+    When the disk is full, lines are dropped and the run goes on.
 
     Args:
         path: of the JSON lines; None: no log.
@@ -122,7 +120,7 @@ class RunLog:
         self.path, self.board, self.step = path, board, 0
 
     def write(self, kind: str, loss: float | None = None, **more: Any) -> None:
-        """Writes a line; with a loss in nats per token come its perplexity and bits per token."""
+        """Writes a line; a loss in nats per token brings its perplexity and bits per token with it."""
         if loss is not None:
             more |= {"loss": loss, "ppl": ppl(loss), "bpc": loss / math.log(2)}
         # JSON has no infinite numbers, and no nan
@@ -131,18 +129,18 @@ class RunLog:
             with contextlib.suppress(OSError), open(self.path, "ab+") as file:
                 if file.tell():
                     file.seek(-1, os.SEEK_END)
-                    if file.read(1) != b"\n":  # the line before was cut short, by a kill or a full disk
+                    if file.read(1) != b"\n":  # a kill or a full disk has cut the line before
                         file.write(b"\n")
                 file.write(json.dumps({"kind": kind, **finite}).encode() + b"\n")
         if self.board:
             self.write_board(kind, finite)
 
     def write_board(self, kind: str, entry: dict[str, Any]) -> None:
-        """The figures of a line, as TensorBoard's scalars. On a full disk it is given up, with a warning."""
+        """Writes the figures of a line as TensorBoard's scalars. A full disk ends that, with a warning."""
         self.step = entry.pop("step", self.step)
         try:
-            if kind == "start":  # a resumed run hides points past this step, of the invocation before it
-                hook = threading.excepthook  # the writer's thread hands its error to the next call of ours
+            if kind == "start":  # purge_step hides what the invocation before logged past the step of its state
+                hook = threading.excepthook  # silent: the writer's thread raises its error again in our next call
                 threading.excepthook = lambda args: isinstance(args.exc_value, OSError) or hook(args)
                 self.writer = summary_writer()(self.board, purge_step=self.step + 1 if self.step else None)
             for name, value in entry.items():
@@ -155,7 +153,7 @@ class RunLog:
 
 
 def summary_writer() -> type:
-    """TensorBoard's writer, imported only when it is asked for; UserError where it is not installed."""
+    """TensorBoard's writer, imported only when it is needed; UserError if it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -167,6 +165,6 @@ def summary_writer() -> type:
 
 
 def figures_per_unit(tokenizer: str | None, vocab: list[str], ids: Tensor, loss: float) -> dict[str, float]:
-    """A mean loss over the predicted tokens of `ids`, per word and per character; {} where there are none."""
-    counted = count_units(tokenizer, vocab, ids[1:].cpu().numpy())  # the first one is only read
+    """The figures per word and per character for a mean loss over the predicted tokens of `ids`; {} if unknown."""
+    counted = count_units(tokenizer, vocab, ids[1:].cpu().numpy())  # the first token is not predicted
     return unit_figures(loss * (len(ids) - 1), *counted) if counted and all(counted) else {}

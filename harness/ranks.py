@@ -1,15 +1,11 @@
-"""Data-parallel training: the processes that torchrun starts ("ranks"), and all that they tell each other.
+"""Data-parallel training: the processes that torchrun starts ("ranks"), and their communication.
 
-    torchrun --nproc_per_node=2 main.py --data data/penn --batch_size 20 --dropouti 0.4 --save PTB.pt
-    torchrun --nproc_per_node=2 main.py --resume PTB.pt
+Every rank holds all weights and trains on its own columns of the batch. Rank 0 broadcasts its settings, weights and
+position at the start. The gradients are averaged before each step, so the weights stay equal on all ranks. So do all
+decisions: they depend only on numbers that all ranks share. Rank 0 alone prints and writes.
 
-Every rank holds all of the weights and trains on its own columns of the batch. Rank 0's settings, weights and
-position are broadcast at the start, the gradients are averaged before each step, so the weights stay the same on
-all ranks; so do all decisions, since they rest on numbers that every rank has from the others. Rank 0 alone
-prints and writes.
-
-Tensors of a GPU go by NCCL; what the host has to know (losses, a signal to stop, states) goes by Gloo, from CPU
-to CPU, and waits for no GPU. Without torchrun there is one rank, and nothing here does anything.
+Tensors on a GPU are sent by NCCL. Losses, signals to stop and states are sent by Gloo, from CPU to CPU, and wait for no
+GPU. Without torchrun there is one rank, and nothing is sent.
 """
 
 import os
@@ -25,17 +21,17 @@ from torch import Tensor
 
 from utils import UserError, map_tensors
 
-PATIENCE = timedelta(minutes=30)  # a rank that lets the others wait for longer is lost: it hangs
-LARGE = 1 << 20  # elements; a gradient of more is averaged where it lies, the others side by side
-REASONS = ("", "--max_steps", "--max_minutes", "SIGINT", "SIGTERM")  # to stop; the later one wins
-SEED_STRIDE = 1_000_003  # torch's CPU generator looks at the lower 32 bits of a seed
+PATIENCE = timedelta(minutes=30)  # a rank that keeps the others waiting for longer counts as hung
+LARGE = 1 << 20  # elements; larger gradients are averaged in place, smaller ones joined in one tensor
+REASONS = ("", "--max_steps", "--max_minutes", "SIGINT", "SIGTERM")  # to stop; the last one has priority
+SEED_STRIDE = 1_000_003  # between ranks; torch's CPU generator uses the lower 32 bits of a seed
 
 
 class Ranks:
-    """This process among `size` alike; `Ranks()` is one that is alone.
+    """This process, one of `size`; `Ranks()` is a single process.
 
-    Collective methods (they say so) return once every rank has called them; when one has ended they raise a
-    RuntimeError of torch.distributed.
+    Collective methods ("Collective." in the docstring) return when every rank has called them. If a rank has ended,
+    they raise a RuntimeError of torch.distributed.
     """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
@@ -48,14 +44,14 @@ class Ranks:
 
     @property
     def local_size(self) -> int:
-        """How many of them run on this machine."""
+        """The number of ranks on this machine."""
         return int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
 
     def device_name(self, name: str) -> str:
-        """The device of this rank: of several, each has a GPU of its own, or all are on the CPU.
+        """The device of this rank: each of several ranks has another GPU, or all are on the CPU.
 
         Raises:
-            UserError: there are fewer GPUs than ranks on this machine; `name` is a single device.
+            UserError: there are fewer GPUs than ranks on this machine; or `name` is a single device.
         """
         if self.size == 1:
             return name
@@ -73,17 +69,17 @@ class Ranks:
         return name if name == "cpu" else f"cuda:{os.environ.get('LOCAL_RANK', self.rank)}"
 
     def start(self, device: torch.device) -> None:
-        """Makes one process group of the ranks. Collective.
+        """Joins the ranks in one process group. Collective.
 
         Raises:
-            UserError: nothing says where rank 0 is.
+            UserError: the environment does not give the address of rank 0.
         """
         if self.size == 1:
             return
         if device.type == "cuda":
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        # torch runs no Python handler while it waits for the others: SIGTERM ends the process by itself
+        # While torch waits for the other ranks no Python handler runs, so SIGTERM has to end the process by default.
         handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
         try:
             dist.init_process_group(backend, timeout=PATIENCE)
@@ -94,15 +90,13 @@ class Ranks:
         signal.signal(signal.SIGTERM, handler)
 
     def end(self) -> None:
-        """The last word between the ranks: from here on each may take its time. Collective."""
+        """Ends the communication: from here on no rank waits for another. Collective."""
         if self.size > 1:
             self.agree("")
             dist.destroy_process_group()
 
-    # What is dealt out.
-
     def check_batch_size(self, batch_size: int) -> None:
-        """Raises UserError unless every rank gets as many columns."""
+        """Raises UserError unless all ranks get the same number of columns."""
         if batch_size % self.size:
             below = batch_size - batch_size % self.size
             raise UserError(
@@ -111,17 +105,15 @@ class Ranks:
             )
 
     def columns(self, batch_size: int) -> slice:
-        """This rank's share of the columns: shares differ by one at most, and may be empty."""
+        """This rank's share of the columns; shares differ by one at most, and can be empty."""
         return slice(batch_size * self.rank // self.size, batch_size * (self.rank + 1) // self.size)
 
     def seed(self, seed: int, step: int = 0) -> None:
-        """Makes this rank's dropout masks its own. Initial weights are drawn before."""
+        """Gives this rank other dropout masks than the others have. Initial weights are drawn before that."""
         torch.manual_seed((seed + SEED_STRIDE * self.rank + step) % 2**63)
 
-    # What is shared.
-
     def from_rank_0(self, tree: Any) -> Any:
-        """Rank 0's plain data and CPU tensors, on all ranks. Collective."""
+        """Rank 0's plain data and CPU tensors, on every rank. Collective."""
         if self.size == 1:
             return tree
         skeleton = [map_tensors(lambda tensor: tensor.to("meta"), tree)]
@@ -144,17 +136,17 @@ class Ranks:
         return torch.stack(parts)
 
     def each(self, tensor: Tensor) -> Tensor:
-        """`gather`, but a rank that is alone gets its tensor back as it is."""
+        """As `gather`; a single process gets its tensor back unchanged."""
         return tensor if self.size == 1 else self.gather(tensor)
 
     def sum(self, values: list[float]) -> list[float]:
-        """The sums over ranks, in float64, added in the same order on all of them. Collective."""
+        """The sums over ranks, in float64, added in the same order on every rank. Collective."""
         if self.size == 1:
             return values
         return self.gather(torch.tensor(values, dtype=torch.float64)).sum(0).tolist()
 
     def agree(self, reason: str) -> str:
-        """The weightiest reason to stop that any rank has, so that all stop at once. Collective: some 0.2 ms."""
+        """Of all ranks' reasons to stop the one with the highest priority. Collective; takes some 0.2 ms."""
         if self.size == 1:
             return reason
         largest = torch.tensor(REASONS.index(reason))
@@ -162,7 +154,7 @@ class Ranks:
         return REASONS[int(largest)]
 
     def join_columns(self, hidden: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
-        """What all columns carry, (1, B, ·) per tensor, from every rank's share. Collective."""
+        """The hidden state of all columns, (1, B, ·) per tensor, joined from the ranks' columns. Collective."""
         if self.size == 1:
             return hidden
         return [tuple(torch.cat([*self.gather(tensor)], dim=1) for tensor in layer) for layer in hidden]
@@ -170,14 +162,14 @@ class Ranks:
     def average_gradients(self, parameters: list[Tensor]) -> None:
         """Averages the gradients over ranks, in place. Collective.
 
-        A parameter that this rank's columns have not touched counts with zeros. An infinity (fp16) becomes one
-        on all ranks, which then skip the step together.
+        A parameter without a gradient on this rank counts as zeros. An infinite gradient (fp16) becomes infinite on all
+        ranks, so that all skip the step.
         """
         if self.size == 1:
             return
         for parameter in parameters:
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            parameter.grad = gradient.contiguous()  # as they are, but for an odd layout
+            parameter.grad = gradient.contiguous()  # most are contiguous already
         large = [p.grad for p in parameters if p.numel() > LARGE]
         small = [p.grad for p in parameters if p.numel() <= LARGE]
         joined = torch.cat([gradient.flatten() for gradient in small])
@@ -193,18 +185,15 @@ ALONE = Ranks()
 
 
 def find_ranks() -> Ranks:
-    """This process among those that torchrun started, as it tells them; alone without torchrun."""
+    """This process's rank from the environment that torchrun sets; a single process without torchrun."""
     rank, size = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
     if rank.isdecimal() and size.isdecimal() and int(rank) < int(size):
         return Ranks(int(rank), int(size))
     return ALONE
 
 
-# How a run is told to stop: a signal is noted, and obeyed between two steps, by all ranks at once.
-
-
-class Stop(Exception):  # noqa: N818 - it ends a run, it is no error
-    """Training ends here, between two steps: `reason` is "SIGINT", "SIGTERM" or the flag that said so."""
+class Stop(Exception):  # noqa: N818 - it ends a run, but is no error
+    """Ends training between two steps; `reason` is "SIGINT", "SIGTERM", or the flag that set the limit."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -212,13 +201,13 @@ class Stop(Exception):  # noqa: N818 - it ends a run, it is no error
 
 
 class Stopper:
-    """While entered, Ctrl-C and SIGTERM are noted, and `check` raises Stop at the next safe place.
+    """While entered, Ctrl-C and SIGTERM are only noted; `check`, between two steps, raises Stop for them.
 
-    A second Ctrl-C interrupts at once; SIGTERM outweighs all other reasons, whatever comes after it.
+    A second Ctrl-C interrupts at once. SIGTERM has priority over all other reasons, whatever comes after it.
 
     Args:
-        deadline_s: of `time.monotonic`, for --max_minutes; None: none.
-        ranks: one rank's signal or clock stops all of them, at the same `check`.
+        deadline_s: of `time.monotonic`, for --max_minutes; None: no limit.
+        ranks: a signal to one rank, or its clock, stops all ranks at the same `check`.
     """
 
     def __init__(self, deadline_s: float | None = None, ranks: Ranks = ALONE) -> None:
@@ -246,10 +235,10 @@ class Stopper:
             raise Stop(reason)
 
     def check_sigterm(self) -> None:
-        """Raises Stop for SIGTERM alone: what is done at a run's end goes on in spite of all else. Collective."""
+        """Raises Stop for SIGTERM alone: nothing else interrupts the last evaluation of a run. Collective."""
         if self.terminated():
             raise Stop("SIGTERM")
 
     def terminated(self) -> bool:
-        """Whether SIGTERM has come, to any of the ranks. Collective."""
+        """Whether any rank has received SIGTERM. Collective."""
         return self.ranks.agree(self.signal) == "SIGTERM"

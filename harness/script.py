@@ -1,6 +1,6 @@
-"""How a script begins and ends: one line instead of a traceback, and exit statuses that mean something.
+"""The start and end of every script: an error is one line on stderr, not a traceback.
 
-python main.py --data nowhere; echo $?     # 2: usage or data; 1: a run that failed; 143: SIGTERM
+Exit status 2: wrong usage or data. 1: a run that failed. 130: Ctrl-C twice. 143: SIGTERM.
 """
 
 import contextlib
@@ -16,16 +16,16 @@ from utils import UserError, keep_freed_memory, out_of_memory
 
 
 def run_script(main: Callable[[], int | None], parallel: bool = False) -> None:
-    """Calls `main()` and exits with its status; what a user or a machine can cause becomes one line on stderr.
+    """Calls `main()` and exits with its status. An error that a user or a machine can cause becomes one line on stderr.
 
     Args:
-        parallel: `main` knows how to be one of several processes; else rank 0 does all of the work.
+        parallel: `main` can be one of several processes; otherwise rank 0 works alone, and the others end.
     """
     ranks = find_ranks()
     if not (ranks.is_main or parallel):
         sys.exit(0)
     keep_freed_memory()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # until training has something to save
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # while there is nothing to save
     message = ""
     try:
         with contextlib.nullcontext() if ranks.is_main else silence():
@@ -38,13 +38,13 @@ def run_script(main: Callable[[], int | None], parallel: bool = False) -> None:
     except Exception as error:
         message, status = describe(error), getattr(error, "status", 1)
         if not message and ranks.size == 1:
-            raise  # a defect of the toolkit: its traceback is what mends it
+            raise  # a defect of the toolkit, whose traceback is needed to mend it
         message = message or f"{type(error).__name__}: {error}"
         status = status if ranks.size == 1 else 1
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler that raises would disturb Python's own exit
     try:
         sys.stdout.flush()
-    except OSError:  # a full disk, or nobody reads on (`| head`): Python would try again, and say so
+    except OSError:  # a full disk or a closed pipe (`| head`); Python would try again at its exit, and print an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if message and message != "error: Broken pipe":
         who = f"{os.path.basename(sys.argv[0])}: " + (f"rank {ranks.rank}: " if ranks.size > 1 else "")
@@ -56,7 +56,7 @@ def run_script(main: Callable[[], int | None], parallel: bool = False) -> None:
 
 
 def describe(error: Exception) -> str:
-    """The line for an error that is no defect of the toolkit; "" for one that is."""
+    """The line that is printed for an error; "" for a defect of the toolkit."""
     if isinstance(error, UserError):
         return f"error: {error}"
     if out_of_memory(error):
@@ -74,7 +74,7 @@ def describe(error: Exception) -> str:
 
 @contextlib.contextmanager
 def silence():
-    """Inside nothing is printed: rank 0 speaks for all."""
+    """Discards everything that is printed while entered, because rank 0 prints for all."""
     with (
         open(os.devnull, "w") as nowhere,
         contextlib.redirect_stdout(nowhere),

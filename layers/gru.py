@@ -1,12 +1,12 @@
 """The GRU layer, and its training pass on the CPU: the loop over time as one autograd function.
 
-There torch's own GRU builds some ten graph nodes per step, and at every step adds a gradient of the recurrent
-matrix's size. Here the gradient of a weight is one product over all steps, and the loops are left with a product
-and a few elementwise operations per step.
+torch's GRU builds some ten graph nodes per step on the CPU, and at every step adds a gradient of the recurrent matrix's
+size. Here the gradient of a weight is one product over all steps. A step of the loops has one product and a few
+elementwise operations.
 
     r = σ(W_r·x + b_r + U_r·h + c_r)    z = σ(W_z·x + b_z + U_z·h + c_z)
     n = tanh(W_n·x + b_n + r ⊙ (U_n·h + c_n))
-    h ← (1 - z) ⊙ n + z ⊙ h                  Cho et al., arXiv 1406.1078, with the reset where cuDNN has it
+    h ← (1 - z) ⊙ n + z ⊙ h                  Cho et al., arXiv 1406.1078, with the reset gate placed as in cuDNN
 
 Shapes: T time, B batch, E input features, H hidden.
 """
@@ -19,8 +19,8 @@ from torch import Tensor
 from layers.recurrent import GatedLayer, Hidden
 from products import product
 
-COLUMNS = 64  # up to so many; with 80 torch's graph is as quick, with 128 quicker by a tenth
-BLOCK = 8  # steps whose elementwise work is done at once: its intermediate results fit a cache
+COLUMNS = 64  # the most for which this pass is used; with 80 torch is as fast, with 128 a tenth faster
+BLOCK = 8  # steps whose elementwise work is done at once: the intermediate results fit the cache
 
 
 class GRUScan(torch.autograd.Function):
@@ -52,8 +52,7 @@ class GRUScan(torch.autograd.Function):
         x, first, gates, inner, out, weight_ih, weight_hh = ctx.saved_tensors
         before = torch.cat([first[None], out[:-1]])  # (T, B, H), h before each step
 
-        # The derivatives of h with respect to each gate's pre-activation, before the loop, which multiplies h's
-        # gradient in.
+        # The derivatives of h with respect to each gate's pre-activation. The loop multiplies them by h's gradient.
         d_gates = torch.empty_like(gates)
         blocks = (tensor.split(BLOCK) for tensor in (gates, before, inner, d_gates))
         for y, h, recurrent_n, d_y in zip(*blocks, strict=True):
@@ -62,7 +61,7 @@ class GRUScan(torch.autograd.Function):
             torch.mul(h - n, z * (1 - z), out=d_z)
             torch.mul(d_n * recurrent_n, r * (1 - r), out=d_r)
         r, z, _ = gates.chunk(3, 2)
-        d_recurrent = d_gates.clone()  # for U·h + c: the same, but in n times r
+        d_recurrent = d_gates.clone()  # of U·h + c: the same, but times r for the new gate n
         d_recurrent.chunk(3, 2)[2].mul_(r)
 
         d_hs, d_h = torch.empty_like(out), torch.zeros_like(first)
@@ -88,6 +87,6 @@ class GRU(GatedLayer):
     def kernel(x: Tensor, hidden: Hidden, weights: list[Tensor], *rest: Any) -> tuple[Tensor, Hidden]:
         if x.device.type == "cpu" and torch.is_grad_enabled() and x.size(1) <= COLUMNS:
             out = GRUScan.apply(x, hidden[0][0], *weights)
-            return out, (out[-1:].clone(),)  # a view would keep all of `out` in memory, and in the .state
+            return out, (out[-1:].clone(),)  # a view would keep all of `out` in memory and in the .state
         out, h = torch.gru(x, hidden[0], weights, *rest)
         return out, (h,)

@@ -1,8 +1,8 @@
-"""The LSTM layer, and its pass over a few steps of a single column, for dynamic evaluation.
+"""The LSTM layer, with a faster pass over a few steps of a single column, for dynamic evaluation.
 
-oneDNN's LSTM packs its weights at each call, which takes longer than five steps of a single column; torch's
-own adds up a gradient as large as the recurrent matrix per step. Here a step is a product of matrix and
-vector, and the gradient of a weight one product over all steps.
+oneDNN's LSTM packs its weights at each call, which takes longer than five steps of a single column. torch's other
+kernel adds a gradient of the recurrent matrix's size at every step. Here a step is a product of a matrix and a
+vector, and the gradient of a weight is one product over all steps.
 
 Shapes: T time, E input features, H hidden.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from layers.recurrent import GatedLayer, Hidden
 from products import outer, product
 
-STEPS = 32  # up to so many; from there on packing pays
+STEPS = 32  # the most for which this pass is used; oneDNN is faster for longer segments
 
 
 class ShortLSTM(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""The Mogrifier LSTM: its input and its state gate each other before the gates are computed.
+"""The Mogrifier LSTM: input and state gate each other in rounds, before the LSTM's gates are computed.
 
 Melis, Kočiský, Blunsom, arXiv 1909.01792, section 2; the cell is that of Melis, Dyer, Blunsom, arXiv 1707.05589.
 Per step, with x and h after their dropouts:
@@ -10,9 +10,9 @@ Per step, with x and h after their dropouts:
 
 Shapes: T time, B batch, E the layer's input features, H hidden, R rounds, K rank of A·B.
 
-The loop over time is one autograd function, without a node of the graph per step. It keeps what comes out of
-products and sigmoids, and c; what is elementwise is calculated again. The gradient of a weight is one product over
-all steps.
+The loop over time is one autograd function, without graph nodes per step. It keeps the results of products and
+sigmoids, and c; the backward pass calculates other elementwise results again. The gradient of a weight is one product
+over all steps.
 """
 
 from itertools import islice
@@ -26,15 +26,15 @@ from products import add_product, product
 
 
 class Round(NamedTuple):
-    """The weights of a round: σ(source · A · B + bias)."""
+    """The weights of a round, which computes σ(source · A · B + bias)."""
 
-    a: Tensor | None  # (from, K); None: B alone is of full rank
+    a: Tensor | None  # (from, K); None: B is a matrix of full rank
     b: Tensor  # (K, to), or (from, to)
     bias: Tensor  # (to,)
 
 
 def take_rounds(weights: list[Tensor], full: bool) -> list[Round]:
-    """The weights behind the first three, as rounds."""
+    """The rounds' weights: all but the first three."""
     size, rest = (2, 3)[not full], weights[3:]
     parts = [rest[k : k + size] for k in range(0, len(rest), size)]
     return [Round(*([None] * full), *part) for part in parts]
@@ -46,7 +46,7 @@ def gate(x: Tensor, sigma: Tensor) -> Tensor:
 
 
 def before_rounds(x: Tensor, h: Tensor, sigmas: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """x and h before every round and after the last one, R + 1 each."""
+    """x and h before every round and after the last one: R + 1 of each."""
     xs, hs = [x], [h]
     for r, sigma in enumerate(sigmas):
         xs.append(xs[-1] if r % 2 else gate(xs[-1], sigma))
@@ -57,8 +57,9 @@ def before_rounds(x: Tensor, h: Tensor, sigmas: list[Tensor]) -> tuple[list[Tens
 class MogrifierScan(torch.autograd.Function):
     """All steps of a layer: x (T, B, E), h and c (B, H) -> out (T, B, H), c (B, H).
 
-    mask: (B, H), what h is multiplied by before each step; None: nothing.
-    weights: weight_ih (4H, E), weight_hh (4H, H), bias (4H,), then each round's; `full`: of full rank.
+    mask: (B, H), multiplied into h before each step; or None.
+    full: the rounds' matrices have full rank.
+    weights: weight_ih (4H, E), weight_hh (4H, H), bias (4H,), then those of each round.
     """
 
     @staticmethod
@@ -70,7 +71,7 @@ class MogrifierScan(torch.autograd.Function):
         gates, cells, out = (x.new_empty(T, B, size) for size in (4 * H, H, H))
         sigmas = [x.new_empty(T, B, len(round.bias)) for round in rounds]
         inner = [x.new_empty(T, B, len(round.b)) for round in rounds if not full]  # source · A
-        if not rounds:  # the input's share of all steps in one product
+        if not rounds:  # W·x of all steps in one product
             gates = product(x.flatten(0, 1), weight_ih.T, bias, out=gates.view(T * B, -1)).view_as(gates)
         for t in range(T):
             x_t, h = x[t], h if mask is None else h * mask
@@ -104,7 +105,7 @@ class MogrifierScan(torch.autograd.Function):
         before = torch.cat([h_first[None], out[:-1]])  # (T, B, H), h before each step
         before = before if mask is None else before * mask
         d_gates, d_x, d_h = torch.empty_like(gates), torch.empty_like(x), torch.zeros_like(h_first)
-        d_sums = [torch.empty_like(sigma) for sigma in sigmas]  # of what a sigmoid is taken of
+        d_sums = [torch.empty_like(sigma) for sigma in sigmas]  # of the rounds' pre-activations
         d_inner = [torch.empty_like(u) for u in inner]
         for t in reversed(range(len(x))):
             i, f, g, o = gates[t].chunk(4, 1)
@@ -112,7 +113,7 @@ class MogrifierScan(torch.autograd.Function):
             c_before, tanh_c, keep = cells[t - 1] if t else c_first, cells[t].tanh(), 1 - f
             d_h = d_h + d_out[t]
             d_c = torch.addcmul(d_c, d_h * o, 1 - tanh_c * tanh_c)
-            d_input = d_c * g  # of min(i, 1 - f): the smaller one takes it
+            d_input = d_c * g  # of min(i, 1 - f); the gradient goes to the smaller of the two
             d_free = d_input * (i < keep)
             torch.mul(d_free, i * (1 - i), out=d_i)
             torch.mul((d_c * c_before).add_(d_free).sub_(d_input), f * keep, out=d_f)
@@ -170,13 +171,13 @@ class RoundWeights(nn.Module):
         nn.init.zeros_(self.bias)
         *factors, _ = self.tensors
         for factor in factors:
-            # Of two factors, so that their product has the deviation of one matrix (Melis et al., appendix).
+            # With two factors, their product has the deviation of one matrix (Melis et al., appendix).
             truncated_normal_(factor, (factors[0].size(0) * factors[-1].size(0)) ** -0.25)
 
 
 def truncated_normal_(tensor: Tensor, std: float) -> None:
-    """Normal, cut off at two deviations, wider by so much that `std` is the deviation of what is left."""
-    std /= 0.8796256610342398
+    """A normal distribution cut off at two deviations, of deviation `std` after the cut."""
+    std /= 0.8796256610342398  # the deviation of a standard normal that is cut off at ±2
     nn.init.trunc_normal_(tensor, std=std, a=-2 * std, b=2 * std)
 
 
@@ -186,7 +187,7 @@ class Mogrifier(RecurrentLayer):
     Args:
         input_size, hidden_size: E, H.
         rounds, rank: R, K; rank 0: a full matrix in place of A·B.
-        dropoutr: dropout of h, one mask for all steps of a batch.
+        dropoutr: dropout of h; one mask serves all steps of a batch.
 
     Parameters: weight_ih (4H, E), weight_hh (4H, H), bias (4H,), rows in the order i, f, g, o; rounds.R.
 
@@ -215,7 +216,7 @@ class Mogrifier(RecurrentLayer):
         self.rounds = nn.ModuleList(RoundWeights(sizes[r % 2 == 0], sizes[r % 2], rank) for r in range(rounds))
 
     def reset_parameters(self) -> None:
-        """Truncated normal of variance 1 / fan-in; the forget gate's bias 1, others 0."""
+        """Truncated normal of variance 1 / fan-in; the forget gate's bias is 1, others are 0."""
         fan_in = self.weight_ih.size(1) + self.hidden_size
         for weight in (self.weight_ih, self.weight_hh):
             truncated_normal_(weight, fan_in**-0.5)
@@ -235,7 +236,7 @@ class Mogrifier(RecurrentLayer):
             mask = torch.empty_like(hidden[0][0]).bernoulli_(1 - self.dropoutr).div_(1 - self.dropoutr)  # (B, H)
         weights = [self.weight_ih, self.weight_hh, self.bias]
         weights += [tensor for round in self.rounds for tensor in round.tensors]
-        with torch.autocast(x.device.type, enabled=False):  # every step is small, and its rounding would add up
+        with torch.autocast(x.device.type, enabled=False):  # rounding errors would add up from step to step
             h, c = (tensor[0].to(self.bias.dtype) for tensor in hidden)
             out, c = MogrifierScan.apply(x.to(self.bias.dtype), h, c, mask, self.rank == 0, *weights)
         return out, (out[-1:].clone(), c[None])

@@ -9,9 +9,9 @@ Bradbury et al., arXiv 1611.01576, section 2 ("fo-pooling"):
 Shapes: T time, B batch, E the layer's input features, H hidden.
 
 Everything after the product is one autograd function: a scan on the CPU, a kernel (`qrnn.cu`, launched by
-`qrnn_cuda.py`) on an NVIDIA GPU. Both store what they are given, half precision included, and calculate in
-float32 (float64 for float64), under `torch.autocast` too: c moves by f · (z - c) per step, and with 8 bits of
-mantissa whatever is below 1/256 of c would be rounded away, step after step. The carried c keeps its dtype.
+`qrnn_cuda.py`) on an NVIDIA GPU. Both store tensors in their dtype, half precision included, and calculate in float32
+(float64 for float64), under `torch.autocast` too: c changes by f · (z - c) per step, and with 8 bits of mantissa every
+change below 1/256 of c would be lost. The carried c keeps its dtype.
 """
 
 from types import ModuleType
@@ -30,19 +30,20 @@ tanh_backward = torch.ops.aten.tanh_backward.grad_input  # g · (1 - z²), likew
 
 
 def pick_kernels(x: Tensor) -> ModuleType | None:
-    """`qrnn_cuda` when `x` is on a CUDA device and the kernels can be had; None for the scan."""
+    """The module `qrnn_cuda` if `x` is on a CUDA device and the kernels are installed; None: use the scan."""
     if x.device.type != "cuda":
         return None
-    from layers import qrnn_cuda  # only here: on the CPU nothing of it is loaded
+    from layers import qrnn_cuda  # not at the top: it is not needed on a CPU
 
     return qrnn_cuda if qrnn_cuda.available(x.device.index) else None
 
 
 def steps_per_block(T: int, lanes: int, device: torch.device) -> int:
-    """How many steps of B·H = `lanes` elements to take at once: as many as keep a block in the cache.
+    """The number of steps, of B·H = `lanes` elements each, that form a block which fits the cache.
 
-    A block of GRAIN elements costs no thread a wake-up, either. With many cores the blocks grow, so that
-    half of them share the work. On a GPU, where the scan is a fallback, launches are what costs: one block.
+    torch runs a block of up to GRAIN elements on one thread, without waking others. With many cores the blocks are
+    larger, so that half of the cores share the work. On a GPU the scan is a fallback, and its time is that of the
+    launches: one block.
     """
     elements = GRAIN * max(1, torch.get_num_threads() // 2)
     return min(T, max(1, elements // lanes)) if device.type == "cpu" else T
@@ -51,8 +52,8 @@ def steps_per_block(T: int, lanes: int, device: torch.device) -> int:
 def activate(y: Tensor, scratch: Tensor) -> Tensor:
     """y (S, B, 3H) -> z = tanh(y_z), keep = 1 - σ(y_f) = σ(-y_f), o = σ(y_o): (3, S, B, H) of `scratch`.
 
-    tanh(x) is 2σ(2x) - 1 here: as good as its absolute error (1e-7), three times as fast in torch, whose
-    tanh also wakes every thread for a few thousand elements.
+    tanh(x) is computed as 2σ(2x) - 1, with an absolute error of 1e-7: in torch that is three times as fast, because its
+    tanh wakes every thread for a few thousand elements.
     """
     scratch = scratch[:, : len(y)]
     y_z, y_f, y_o = y.chunk(3, -1)  # (S, B, H), strided
@@ -76,14 +77,14 @@ def scan_forward(y: Tensor, c0: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         for c_t, z_t, keep_t in zip(c[block], z, keep, strict=True):
             before = torch.lerp(z_t, before, keep_t, out=c_t)
         torch.mul(o, c[block], out=out[block])
-    return out, c, c[-1].clone()  # a clone: the carried state must not hold on to all of c
+    return out, c, c[-1].clone()  # a view would keep all of c in memory
 
 
 def scan_backward(g_out: Tensor, g_last: Tensor, y: Tensor, c: Tensor, c0: Tensor | None) -> tuple[Tensor, Tensor]:
     """The gradients of y (T, B, 3H) and c0 (B, H), from those of out (T, B, H) and c_last (B, H).
 
-    The activations are calculated again from y: a block's fit in the cache, while those of all T steps
-    would have to be kept beside y or written over it.
+    The activations are calculated again from y, block by block in the cache. Keeping them would take as much memory as
+    y.
     """
     g_out, y, c = (x.to(wide(x.dtype)) for x in (g_out, y, c))
     T, B, H = c.shape
@@ -91,12 +92,12 @@ def scan_backward(g_out: Tensor, g_last: Tensor, y: Tensor, c: Tensor, c0: Tenso
     dy = torch.empty_like(y, memory_format=torch.contiguous_format)
     steps = steps_per_block(T, B * H, y.device)
     scratch = y.new_empty(3, steps, B, H)
-    later = g_last  # what reaches c_t by way of c_{t+1}
+    later = g_last  # the gradient that reaches c_t through c_{t+1}
     for start in reversed(range(0, T, steps)):
         block = slice(start, start + steps)
         z, keep, o = activate(y[block], scratch)
         dz, df, do = dy[block].chunk(3, -1)  # (S, B, H), strided
-        dc = torch.mul(g_out[block], o, out=dz)  # the gradient of c_t, for now in the place of z's
+        dc = torch.mul(g_out[block], o, out=dz)  # the gradient of c_t, in the memory of dz for now
         dc[-1].add_(later)
         for t in range(len(dc) - 2, -1, -1):
             dc[t].addcmul_(keep[t + 1], dc[t + 1])
@@ -110,7 +111,7 @@ def scan_backward(g_out: Tensor, g_last: Tensor, y: Tensor, c: Tensor, c0: Tenso
 
 
 class ForgetMult(torch.autograd.Function):
-    """tanh, both sigmoids, the recurrence and the output gate in one; see `forget_mult`."""
+    """tanh, both sigmoids, the recurrence and the output gate in one function; see `forget_mult`."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, c0: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -133,15 +134,15 @@ def forget_mult(y: Tensor, c0: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The pointwise part of a QRNN layer in one pass (formulas at the top of the file), differentiable once.
 
     Args:
-        y: (T, B, 3H), what the linear product gives, z, f, o side by side; any strides, T at least 1.
-        c0: (B, H), c before the first step; None for zeros.
+        y: (T, B, 3H), the result of the linear product, z, f, o side by side; any strides, T at least 1.
+        c0: (B, H), c before the first step; None: zeros.
 
     Returns:
         out: (T, B, H), of y's dtype.
         c_last: (B, H), c after the last step, of c0's dtype.
 
     Raises:
-        ValueError: shapes or devices do not agree: kernels trust what they get.
+        ValueError: shapes or devices do not agree; the kernels do not check them.
     """
     if y.dim() != 3 or 0 in y.shape or y.shape[2] % 3 or not y.is_floating_point():
         raise ValueError(f"y is {y.dtype} of shape {tuple(y.shape)}; floats (T, B, 3H), none 0, are needed")
@@ -169,11 +170,11 @@ class QRNN(RecurrentLayer):
         super().__init__()
         self.input_size, self.hidden_size, self.window = input_size, hidden_size, 2 if first else 1
         self.linear: nn.Linear = Linear(self.window * input_size, 3 * hidden_size)
-        if wdrop:  # in its place, after it: both draw weights, so the seed of an older run gives the same ones
+        if wdrop:  # after the layer that it replaces: both draw, and a seed gives the same weights as it always did
             self.linear = WeightDropLinear(self.window * input_size, 3 * hidden_size, wdrop)
 
     def reset_parameters(self) -> None:
-        """Uniform ±1/sqrt(inputs), as torch's own linear layer."""
+        """Uniform ±1/sqrt(inputs), as in torch's linear layer."""
         bound = self.linear.in_features**-0.5
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
@@ -186,7 +187,7 @@ class QRNN(RecurrentLayer):
         c, x_last = hidden
         before = torch.cat([x_last, x[:-1]])  # x_{t-1}, (T, B, E)
         out, c = forget_mult(self.linear(torch.cat([x, before], dim=-1)), c[0])
-        return out, (c.unsqueeze(0), x[-1:].clone())  # a clone: what is saved must not drag x along
+        return out, (c.unsqueeze(0), x[-1:].clone())  # a view would keep all of x in memory and in the .state
 
     def init_hidden(self, batch_size: int) -> Hidden:
         bias = self.linear.bias

@@ -1,4 +1,4 @@
-"""Compiles, loads and launches the kernels of `qrnn.cu`. Imported by `qrnn.py` for CUDA tensors only.
+"""Compiles, loads and launches the kernels of `qrnn.cu`. `qrnn.py` imports it for CUDA tensors only.
 
 The text is compiled once per process and architecture by NVRTC (through pynvrtc), loaded once per device and
 launched on torch's current stream of that device (through CuPy).
@@ -31,7 +31,7 @@ def compile_ptx(architecture: str) -> bytes:
 
     Raises:
         ImportError: pynvrtc or cuda-pathfinder is missing.
-        Exception: NVRTC is not found or cannot compile; pynvrtc's and pathfinder's own classes.
+        Exception: NVRTC is missing or cannot compile; of classes of pynvrtc and pathfinder.
     """
     from cuda.pathfinder import load_nvidia_dynamic_lib
     from pynvrtc.compiler import Program
@@ -68,13 +68,13 @@ def warn_once(text: str) -> None:
 
 @functools.cache
 def available(index: int) -> bool:
-    """Whether the kernels run on CUDA device `index`; if not, one warning says why and what to do."""
+    """Whether the kernels run on CUDA device `index`; if not, one warning says why, and how to install them."""
     try:
         load_module(index)
     except ImportError as error:
         warn_once(f"the QRNN runs without its CUDA kernels, slower: {error}; to install them: {INSTALL}")
         return False
-    except Exception as error:  # whatever is wrong with NVRTC or the driver, the scan still works
+    except Exception as error:  # of NVRTC or the driver; the scan works without them
         warn_once(f"the QRNN runs without its CUDA kernels, slower: {error}; to reinstall them: {INSTALL}")
         return False
     return True
@@ -86,17 +86,15 @@ def launch(kernel: str, like: Tensor, lanes: int, *arguments: Tensor | int | Non
 
     index = like.device.index
     function = find_kernel(index, f"{kernel}_{NAMES[like.dtype]}")
-    # numpy scalars, because CuPy passes them on with their own size: 64 bits, as the kernels declare them
-    values = tuple(
-        np.int64(x) if isinstance(x, int) else np.uintp(0 if x is None else x.data_ptr()) for x in arguments
-    )
+    # numpy scalars, because CuPy passes them on with their size: the kernels declare 64 bits
+    values = tuple(np.int64(x) if isinstance(x, int) else np.uintp(0 if x is None else x.data_ptr()) for x in arguments)
     with torch.cuda.device(index), cupy.cuda.Device(index):
         stream = cupy.cuda.Stream.from_external(torch.cuda.current_stream(index))
         function(((lanes + BLOCK - 1) // BLOCK,), (BLOCK,), values, stream=stream)
 
 
 def contiguous(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors as kernels want them: contiguous, of this dtype; None stays None."""
+    """The tensors made contiguous and of this dtype, as the kernels need them; None stays None."""
     return [None if x is None else x.to(dtype).contiguous() for x in tensors]
 
 

@@ -1,4 +1,4 @@
-"""What every kind of recurrent layer offers, and what LSTM and GRU share.
+"""The interface of every kind of recurrent layer, and the common part of LSTM and GRU.
 
 Shapes: T time, B batch, E input features, H hidden, G gates (4 in an LSTM, 3 in a GRU).
 
@@ -19,7 +19,7 @@ Hidden = tuple[Tensor, ...]
 
 
 class RecurrentLayer(nn.Module):
-    """The interface of a layer. A new kind is a subclass, and a row of `LAYERS` in model.py.
+    """The interface of a layer. A new kind is a subclass and a row of `LAYERS` in model.py.
 
     Args:
         input_size, hidden_size: E and H.
@@ -49,7 +49,7 @@ class RecurrentLayer(nn.Module):
 
 
 class WriteInto(torch.autograd.Function):
-    """Copies `value` into `slot`, memory that somebody else laid out, and is the identity for gradients."""
+    """Copies `value` into `slot`, part of a buffer that exists already; for gradients it is the identity."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, slot: Tensor) -> Tensor:
@@ -64,8 +64,8 @@ class WriteInto(torch.autograd.Function):
 class GatedLayer(RecurrentLayer):
     """An LSTM or GRU layer with weight drop on its hidden-to-hidden matrix (AWD, section 2).
 
-    `kernel` computes the recurrence: torch's (oneDNN, cuDNN), or on the CPU one of this folder. The parameters
-    lie in this module, so that the kernel is given the dropped matrix while the raw one is trained and saved.
+    `kernel` computes the recurrence: torch's kernel (oneDNN, cuDNN), or on the CPU one of this folder. The parameters
+    belong to this module: the kernel gets the dropped matrix, while the raw one is trained and saved.
 
     Parameters: weight_ih_l0 (G·H, E), weight_hh_l0_raw (G·H, H) (weight_hh_l0 when `wdrop` is 0),
     bias_ih_l0, bias_hh_l0 (G·H,).
@@ -87,21 +87,21 @@ class GatedLayer(RecurrentLayer):
         self.slot: Tensor | None = None  # the recurrent matrix's place in cuDNN's flat buffer
 
     def reset_parameters(self) -> None:
-        """Uniform ±1/sqrt(H): torch's own default."""
+        """Uniform ±1/sqrt(H), as in torch."""
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -(self.hidden_size**-0.5), self.hidden_size**-0.5)
 
     @staticmethod
     @abstractmethod
     def kernel(x: Tensor, hidden: Hidden, weights: list[Tensor], *rest: Any) -> tuple[Tensor, Hidden]:
-        """As `forward`; weights: input, recurrent, and their biases; rest: what else torch's functions take."""
+        """As `forward`; weights: input, recurrent, and their biases; rest: further arguments of torch's functions."""
 
     def flat(self, weight_hh: Tensor) -> Tensor:
-        """The recurrent matrix in its place between the other weights, which then lie in one flat buffer.
+        """The recurrent matrix, copied to its place between the other weights in cuDNN's flat buffer.
 
-        cuDNN takes its weights from one buffer. Scattered ones, as weight drop makes them, torch copies into
-        a new buffer at every call, and warns. So the buffer is laid out once, the parameters are moved into
-        it as `nn.LSTM.flatten_parameters` would, and the dropped matrix is written to its place per batch.
+        cuDNN reads its weights from one buffer. If they lie elsewhere, as a dropped matrix does, torch copies all of
+        them into a new buffer at every call, and warns. So the buffer is made once, the parameters are moved into it as
+        `nn.LSTM.flatten_parameters` would, and per batch only the dropped matrix is copied.
         """
         others = [self.weight_ih_l0, self.bias_ih_l0, self.bias_hh_l0]
         buffers = {p.untyped_storage().data_ptr() for p in others}
@@ -120,7 +120,7 @@ class GatedLayer(RecurrentLayer):
             weight_hh = self.flat(weight_hh)
         weights = [self.weight_ih_l0, weight_hh, self.bias_ih_l0, self.bias_hh_l0]
         autocast = torch.is_autocast_enabled(x.device.type)
-        if autocast and x.device.type == "cpu":  # few CPUs have a recurrent kernel in half precision
+        if autocast and x.device.type == "cpu":  # on most CPUs torch has no recurrent kernel in half precision
             autocast, x = False, x.to(raw.dtype)
         with torch.autocast(x.device.type, enabled=autocast):
             # biases, 1 layer, no dropout between layers, one direction, time first

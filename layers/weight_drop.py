@@ -1,6 +1,6 @@
-"""Weight drop (DropConnect): a weight matrix with each of its elements dropped, one mask per batch.
+"""Weight drop (DropConnect): single elements of a weight matrix are dropped, with one mask per batch.
 
-Merity, Keskar, Socher, arXiv 1708.02182 ("AWD"), section 2. The same draw serves dropout of single activations.
+Merity, Keskar, Socher, arXiv 1708.02182 ("AWD"), section 2. `Dropout` draws masks for activations in the same way.
 """
 
 from typing import Any
@@ -13,10 +13,10 @@ from products import linear
 
 
 class DropWeight(torch.autograd.Function):
-    """DropConnect on the CPU: `weight` with each element zeroed with probability p, the rest over 1-p.
+    """DropConnect on the CPU: each element of `weight` becomes 0 with probability p, the others are divided by 1-p.
 
-    The mask comes from raw random bits, 16 per element, compared with a threshold (p exact to 2^-16): a draw
-    of `Tensor.bernoulli_` per element costs more than ten times as much: 8 % of an AWD-LSTM's step.
+    The mask is made of random bits, 16 per element, compared with a threshold (p is exact to 2^-16).
+    `Tensor.bernoulli_` takes more than ten times as long: 8 % of an AWD-LSTM's step.
     """
 
     @staticmethod
@@ -37,7 +37,7 @@ class DropWeight(torch.autograd.Function):
 
 
 def drop_weight(raw: Tensor, p: float, training: bool) -> Tensor:
-    """Weight drop (AWD, section 2): one mask per batch over a weight matrix; `raw` itself in evaluation."""
+    """Weight drop (AWD, section 2): one mask per batch over a weight matrix; in evaluation `raw` itself."""
     if not training or p == 0:
         return raw
     if raw.device.type != "cpu":
@@ -46,14 +46,14 @@ def drop_weight(raw: Tensor, p: float, training: bool) -> Tensor:
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout`, each element by itself; its mask, too, is drawn as that of a weight."""
+    """Dropout of single elements, with the mask of `drop_weight`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return drop_weight(x, self.p, self.training)
 
 
 class WeightDropLinear(nn.Linear):
-    """A linear layer whose whole weight is dropped: the parameter is `weight_raw`, (out, in)."""
+    """A linear layer with weight drop on its whole weight: the parameter is `weight_raw`, (out, in)."""
 
     def __init__(self, in_features: int, out_features: int, wdrop: float) -> None:
         super().__init__(in_features, out_features)

@@ -23,9 +23,7 @@ def results(function, inputs: list[Tensor | None], dtype: torch.dtype) -> list[T
     inputs = [None if x is None else x.detach().to(dtype).requires_grad_() for x in inputs]
     outputs = function(*inputs)
     generator = torch.Generator().manual_seed(1)
-    loss = sum(
-        (x.double() * torch.randn(x.shape, generator=generator).double().to(x.device)).sum() for x in outputs
-    )
+    loss = sum((x.double() * torch.randn(x.shape, generator=generator).double().to(x.device)).sum() for x in outputs)
     gradients = torch.autograd.grad(loss, [x for x in inputs if x is not None])
     return [*outputs, *gradients]
 

@@ -291,9 +291,7 @@ def test_too_little_memory_while_a_state_is_put_in_its_place(old, monkeypatch, c
     """It is read, and does not fit beside the model."""
 
     def fail(*_: object, **__: object) -> NoReturn:
-        raise RuntimeError(
-            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
-        )
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
     monkeypatch.chdir(old)
     monkeypatch.setattr(torch.optim.SGD, "load_state_dict", fail)

@@ -365,11 +365,11 @@ def test_a_damaged_cache_is_none(tmp_path, corpus, reads):
         warnings.simplefilter("always")
         for i in {*inside, whole.index(b"\x80\x02") + 1, *range(0, len(whole), 4)}:  # a protocol torch warns of
             damaged.write_bytes(whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1 :])
-            loaded = data.texts.load_cache(damaged, read.digest)
+            loaded = data.load_cache(damaged, read.digest)
             assert loaded is None or (i not in inside and content(Corpus(**loaded)) == first), i
         for size in range(0, len(whole), 4):
             damaged.write_bytes(whole[:size])
-            assert data.texts.load_cache(damaged, read.digest) is None
+            assert data.load_cache(damaged, read.digest) is None
     assert said == []
     del read, loaded  # they are mapped from the files that are now overwritten
     for found in (b"", whole[: len(whole) // 2], b"\0" * len(whole)):
@@ -554,9 +554,7 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[object],
     return lambda function: monkeypatch.setattr("urllib.request.urlretrieve", function)
 
 
-each_dataset = pytest.mark.parametrize(
-    ("name", "folder"), [("penn_treebank", "penn"), ("wikitext_2", "wikitext-2")]
-)
+each_dataset = pytest.mark.parametrize(("name", "folder"), [("penn_treebank", "penn"), ("wikitext_2", "wikitext-2")])
 
 
 @each_dataset

@@ -123,9 +123,7 @@ def test_a_bad_flag_is_one_line_and_status_2(ready, capsys):
 def test_statistics_are_kept_and_taken_again_when_something_has_changed(ready, capsys, monkeypatch):
     corpus, save = ready
     taken = []
-    monkeypatch.setattr(
-        dynamiceval, "gradient_statistics", lambda *args: taken.append(1) or gradient_statistics(*args)
-    )
+    monkeypatch.setattr(dynamiceval, "gradient_statistics", lambda *args: taken.append(1) or gradient_statistics(*args))
     first = run(capsys, corpus, save)
     assert run(capsys, corpus, save) == first
     assert len(taken) == 1

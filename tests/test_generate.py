@@ -11,7 +11,7 @@ import torch
 from toys import ROOT, WORDS, call, double_model, error_line, make_model, one_by_one, save_model
 
 import generate
-from corpus.tokenizer import CorpusText
+from corpus.codec import WordCodec
 from generate import next_word_prob
 
 LOGPROB = torch.randn(40, generator=torch.Generator().manual_seed(3)).mul(2).log_softmax(0)
@@ -101,29 +101,29 @@ def test_top_1_is_the_argmax_of_everything_before(rnn_type, layer):
 
 def test_words_are_apart_by_spaces_and_eos_is_a_newline():
     """No `<eos>` in the text, no space at a line's start, a newline at the end."""
-    text = CorpusText(WORDS)
+    text = WordCodec(WORDS)
     pieces = [text.piece(word) for word in ("w1", "<unk>", "<eos>", "<eos>", "w3", "w4")]
     assert "".join(pieces) + text.end() == "w1 <unk>\n\nw3 w4\n"
 
 
 def test_characters_are_joined():
     """Symbols joined, `_` a space; and plain text back to symbols."""
-    text = CorpusText(CHARACTERS)
+    text = WordCodec(CHARACTERS)
     pieces = [text.piece(symbol) for symbol in ("t", "e", "_", "a", "<eos>", "_", "N", "<eos>")]
     assert "".join(pieces) + text.end() == "te a\n N\n"
     assert text.encode("te  a") == "t e _ _ a"
-    assert not CorpusText([*CHARACTERS, "the"]).characters
+    assert not WordCodec([*CHARACTERS, "the"]).characters
 
 
 def test_bytes_are_utf_8():
     """A character appears once its last byte is there; what is no UTF-8, or cut short, is replaced."""
-    text = CorpusText(BYTES)
+    text = WordCodec(BYTES)
     assert [text.piece(str(byte)) for byte in "aé€".encode()] == ["a", "", "é", "", "", "€"]
     assert text.piece("<eos>") == "\n"
     assert text.piece("255") == "\ufffd"
     assert text.piece("195") + text.end() == "\ufffd\n"
     assert text.encode("aé") == "97 195 169"
-    assert not CorpusText(["<eos>", *map(str, range(50))]).bytes  # figures in a small vocabulary are words
+    assert not WordCodec(["<eos>", *map(str, range(50))]).bytes  # figures in a small vocabulary are words
 
 
 # Next words

@@ -149,9 +149,7 @@ def test_second_run_does_nothing(tmp_path: Path, mirror: Mirror) -> None:
 def test_penn_falls_back_on_the_archive(tmp_path: Path, mirror: Mirror) -> None:
     """With the first source gone, the texts come out of simple-examples.tgz."""
     mirror.files = {
-        "simple-examples.tgz": tarred(
-            {f"./simple-examples/data/ptb.{split}.txt": WORDS[split] for split in SPLITS}
-        )
+        "simple-examples.tgz": tarred({f"./simple-examples/data/ptb.{split}.txt": WORDS[split] for split in SPLITS})
     }
     done = run(tmp_path, mirror.url, "penn")
     assert done.returncode == 0, done.stderr

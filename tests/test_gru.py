@@ -30,9 +30,7 @@ def test_output_and_all_gradients_are_torchs(T, B):
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     inputs = [x, h, *parts]
     found = torch.autograd.grad((out * weight).sum(), inputs)
-    torch.testing.assert_close(
-        found, torch.autograd.grad((expected * weight).sum(), inputs), rtol=1e-10, atol=1e-10
-    )
+    torch.testing.assert_close(found, torch.autograd.grad((expected * weight).sum(), inputs), rtol=1e-10, atol=1e-10)
 
 
 def test_gradients_by_finite_differences():

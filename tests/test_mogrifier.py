@@ -156,9 +156,7 @@ def test_it_is_what_the_layers_gave_that_is_summed_not_what_dropout_left_of_it()
 # The recipe's other parts
 
 
-@pytest.mark.parametrize(
-    "flags", [(), ("--rounds", 0), ("--rounds", 3, "--rank", 2, "--untied", "--n_experts", 2)]
-)
+@pytest.mark.parametrize("flags", [(), ("--rounds", 0), ("--rounds", 3, "--rank", 2, "--untied", "--n_experts", 2)])
 def test_perplexities_are_those_of_float64(trained, corpus, flags):
     run = trained("--epochs", 2, *MELIS, "--dropoutr", 0.2, *flags)
     saved = reference.load(run.path)

@@ -21,9 +21,7 @@ def make(K: int) -> tuple[MixtureOfSoftmaxes, Tensor, Tensor, Tensor, Tensor]:
     return criterion, weight, bias, hiddens, torch.randint(V, (T, B))
 
 
-def definition(
-    criterion: MixtureOfSoftmaxes, weight: Tensor, bias: Tensor, hiddens: Tensor, targets: Tensor
-) -> Tensor:
+def definition(criterion: MixtureOfSoftmaxes, weight: Tensor, bias: Tensor, hiddens: Tensor, targets: Tensor) -> Tensor:
     """-log p(target) of each position, expert by expert, as the paper has it: (N,)."""
     K = criterion.n_experts
     prior = (hiddens @ criterion.prior.weight.T).softmax(1)
@@ -67,9 +65,7 @@ def test_logprob_is_a_distribution_and_holds_the_losses():
     criterion, *inputs, targets = make(4)
     logprob = criterion.logprob(*inputs)
     torch.testing.assert_close(logprob.exp().sum(1), torch.ones(N, dtype=torch.float64))
-    torch.testing.assert_close(
-        -logprob[torch.arange(N), targets.flatten()], definition(criterion, *inputs, targets)
-    )
+    torch.testing.assert_close(-logprob[torch.arange(N), targets.flatten()], definition(criterion, *inputs, targets))
 
 
 def test_one_expert_is_one_softmax_on_tanh_features():
@@ -122,7 +118,7 @@ def test_names_and_shapes_in_the_file():
 def test_last_layer_may_have_a_width_of_its_own(tied):
     args = {**ARGS, "tied": tied, "nhidlast": 5}
     if tied:
-        with pytest.raises(ValueError, match="--nhidlast 5: a tied weight"):
+        with pytest.raises(ValueError, match="--nhidlast 5: with a tied weight"):
             build(args, V)
     else:
         model, _ = build(args, V)

@@ -133,9 +133,7 @@ def test_names_differ(tmp_path):
     assert names == ["x/m", "y/m", "y/m, fine-tuned"]
 
 
-@pytest.mark.parametrize(
-    "low_high", [(50, 60), (55, 120), (80, 700), (3, 20), (20, 90000), (1.9, 2.1), (1e-99, 1e120)]
-)
+@pytest.mark.parametrize("low_high", [(50, 60), (55, 120), (80, 700), (3, 20), (20, 90000), (1.9, 2.1), (1e-99, 1e120)])
 def test_ticks_are_round_and_neither_few_nor_many(low_high):
     """Five to a dozen, whatever the range."""
     found = ticks(*low_high)

@@ -10,7 +10,7 @@ from torch import Tensor
 import products
 from layers.qrnn import QRNN
 from model import LAYERS
-from products import add_product, by_onednn, linear, outer, product
+from products import add_product, linear, outer, product, use_onednn
 from splitcross import SplitCrossEntropyLoss
 
 N, K, M = 37, 19, 23
@@ -25,7 +25,7 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def take(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if choice != "torch.mm" and not products.has_onednn():
         pytest.skip("this torch has no oneDNN product")
-    monkeypatch.setattr(products, "library", lambda: choice)
+    monkeypatch.setattr(products, "preferred_library", lambda: choice)
     monkeypatch.setattr(products, "LARGE", 0)
 
 
@@ -80,9 +80,7 @@ def test_an_outer_product_is_the_product(T):
 @pytest.mark.parametrize("rows", [(N,), (5, 7)])
 def test_linear_and_its_gradients_are_those_of_float64(library, rows, with_bias):
     generator = torch.Generator().manual_seed(1)
-    x, weight, bias, dy = (
-        torch.randn(size, generator=generator) for size in ((*rows, K), (M, K), (M,), (*rows, M))
-    )
+    x, weight, bias, dy = (torch.randn(size, generator=generator) for size in ((*rows, K), (M, K), (M,), (*rows, M)))
     given = [x, weight, bias] if with_bias else [x, weight]
     exact = [tensor.double().requires_grad_() for tensor in given]
     expected = F.linear(*exact)
@@ -152,7 +150,7 @@ def test_the_processor_decides(monkeypatch, tmp_path, vendor, capability, onednn
     monkeypatch.setattr(products, "Path", lambda _: tmp_path / "cpuinfo")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(products, "has_onednn", lambda: onednn)
-    assert products.library.__wrapped__() == expected
+    assert products.preferred_library.__wrapped__() == expected
 
 
 @pytest.mark.parametrize(
@@ -166,11 +164,11 @@ def test_the_processor_decides(monkeypatch, tmp_path, vendor, capability, onednn
     ],
 )
 def test_the_shape_decides_on_amd_with_avx2(monkeypatch, shape, transposed, expected):
-    monkeypatch.setattr(products, "library", lambda: "by shape")
+    monkeypatch.setattr(products, "preferred_library", lambda: "by shape")
     b = torch.empty(shape[::-1]).T if transposed else torch.empty(shape)
     a = torch.empty(2, shape[0])
-    assert by_onednn(a, b) is expected
-    assert not by_onednn(a.double(), b.double())
+    assert use_onednn(a, b) is expected
+    assert not use_onednn(a.double(), b.double())
     for choice in ("torch.mm", "oneDNN"):
-        monkeypatch.setattr(products, "library", lambda choice=choice: choice)
-        assert by_onednn(a, b) is (choice == "oneDNN")
+        monkeypatch.setattr(products, "preferred_library", lambda choice=choice: choice)
+        assert use_onednn(a, b) is (choice == "oneDNN")

@@ -216,9 +216,7 @@ def test_double_backward_through_the_kernels_is_an_error(stand_in):
 @pytest.mark.parametrize(("lanes", "blocks"), [(1, 1), (128, 1), (129, 2), (31_000, 243), (2**40, 2**33)])
 def test_a_launch_covers_all_lanes_on_torchs_stream_and_device(stand_in, monkeypatch, lanes, blocks):
     """Grid, block, stream, and the device of the tensor current while launching, for a second GPU as well."""
-    monkeypatch.setattr(
-        stand_in, "call", lambda name, *a, stream: seen.append((name, *a, stream, stand_in.current))
-    )
+    monkeypatch.setattr(stand_in, "call", lambda name, *a, stream: seen.append((name, *a, stream, stand_in.current)))
     for index in (0, 1):
         seen = []
         like = SimpleNamespace(device=torch.device("cuda", index), dtype=torch.float16)
@@ -390,9 +388,7 @@ def test_on_two_gpus_each_runs_its_own():
     for index in (0, 1):
         require_kernels(index)
     inputs = reference.random_inputs(9, 4, 33)
-    first, second = (
-        reference.results(forget_mult, [x.cuda(index) for x in inputs], torch.float32) for index in (0, 1)
-    )
+    first, second = (reference.results(forget_mult, [x.cuda(index) for x in inputs], torch.float32) for index in (0, 1))
     for x, expected in zip(second, first, strict=True):
         assert x.device.index == 1
         torch.testing.assert_close(x.cpu(), expected.cpu())

@@ -30,7 +30,7 @@ def scored(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[list[list
 @pytest.mark.parametrize("carry", [False, True])
 def test_scores_are_those_of_one_word_at_a_time(tmp_path, capsys, monkeypatch, rnn_type, carry):
     """Each line's figures, and the total's, for state reset and carried, in batches and cut in pieces."""
-    monkeypatch.setattr(surprisal, "POSITIONS", 64)
+    monkeypatch.setattr(surprisal, "BATCH_TOKENS", 64)
     splits = (7, 20) if rnn_type == "QRNN" else ()
     save, file = save_model(tmp_path / "toy.pt", rnn_type, splits), tmp_path / "sentences.txt"
     file.write_text("\n".join(SENTENCES))

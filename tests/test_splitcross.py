@@ -33,9 +33,7 @@ def make(splits: tuple[int, ...], dtype: torch.dtype = torch.float64, scale: flo
     return criterion, weight.requires_grad_(), bias.requires_grad_(), hiddens.requires_grad_(), targets
 
 
-def reference_logprob(
-    criterion: SplitCrossEntropyLoss, weight: Tensor, bias: Tensor, hiddens: Tensor
-) -> np.ndarray:
+def reference_logprob(criterion: SplitCrossEntropyLoss, weight: Tensor, bias: Tensor, hiddens: Tensor) -> np.ndarray:
     w, b, h = (t.detach().double().numpy() for t in (weight, bias, hiddens))
     return reference.log_probs(w, b, h, tuple(criterion.splits), reference.arrays(criterion.state_dict()))
 

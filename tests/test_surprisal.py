@@ -26,8 +26,8 @@ from toys import (
 import prepare
 import score
 import surprisal
+from corpus.codec import make_codec
 from corpus.read import read_corpus
-from corpus.tokenizer import make_text as make_reader
 
 KINDS = {
     "LSTM": {"rnn_type": "LSTM"},
@@ -74,9 +74,7 @@ def encode(line: str, index: dict[str, int] = INDEX) -> list[int]:
     return [*(index.get(word, index.get("<unk>")) for word in line.split()), index["<eos>"]]
 
 
-def slow(
-    kind: str, before: list[int], line: list[int], vocab: list[str] = WORDS
-) -> list[tuple[float, float, int]]:
+def slow(kind: str, before: list[int], line: list[int], vocab: list[str] = WORDS) -> list[tuple[float, float, int]]:
     """Surprisal and entropy in bits, and rank, of the tokens of a line after `before`."""
     source = [*before, *line[:-1]]
     logprob = one_by_one(*double_model(vocab=vocab, **KINDS[kind]), source)[len(before) - 1 :]
@@ -157,7 +155,8 @@ def test_figures_do_not_depend_on_what_is_beside_them(tmp_path, capsys, monkeypa
     write(tmp_path / "context", lines[::-1])
     found = []
     for numbers in ((32, 256, 1024, 128), (1, 1000, 1, 1), (3, 7, 10, 3), (100, 2, 64, 7), (2, 64, 5000, 1000)):
-        for name, number in zip(("LINES", "WINDOW", "POSITIONS", "ROWS"), numbers, strict=True):
+        names = ("BATCH_LINES", "SORT_WINDOW", "BATCH_TOKENS", "BATCH_DISTRIBUTIONS")
+        for name, number in zip(names, numbers, strict=True):
             monkeypatch.setattr(surprisal, name, number)
         found.append(rows_of(capsys, "tokens", "--save", save, text, *flags))
     for other in found[1:]:
@@ -215,7 +214,7 @@ def test_plain_text_is_scored_by_its_tokenizer(tmp_path, capsys, corpora, level)
     index = {word: i for i, word in enumerate(corpus.vocab)}
     save = model(tmp_path, "LSTM", vocab=corpus.vocab, tokenizer=corpus.tokenizer)
     flags = "--save", save, write(tmp_path / "text", PLAIN)
-    reader = make_reader(corpus.tokenizer, corpus.vocab, "here")
+    reader = make_codec(corpus.tokenizer, corpus.vocab, "here")
     ids = [encode(reader.encode(line), index) for line in PLAIN]
     expected = [slow("LSTM", [index["<eos>"]], line, corpus.vocab) for line in ids]
     rows = rows_of(capsys, "tokens", *flags)
@@ -246,9 +245,7 @@ def test_plain_text_is_scored_by_its_tokenizer(tmp_path, capsys, corpora, level)
     rows, err = table(capsys, *flags)[1:]
     assert [int(row[1]) for row in rows] == [len(line) for line in ids]
     loss, tokens = sum(bits) * BITS, sum(map(len, ids))
-    found = re.search(
-        r"\| total \| lines (\d+) \| tokens (\d+) \| unknown (\d+) \| logprob (\S+) \| ppl (\S+)", err
-    )
+    found = re.search(r"\| total \| lines (\d+) \| tokens (\d+) \| unknown (\d+) \| logprob (\S+) \| ppl (\S+)", err)
     assert [int(x) for x in found.groups()[:3]] == [len(PLAIN), tokens, len(unknown)]
     assert [float(x) for x in found.groups()[3:]] == pytest.approx([-loss, math.exp(loss / tokens)], rel=1e-3)
     more = re.search(r"ppl per word (\S+) \| bits per character (\S+)", err)

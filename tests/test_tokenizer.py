@@ -19,8 +19,8 @@ import generate
 import main
 import pointer
 import prepare
+from corpus.codec import count_units, make_codec
 from corpus.read import EOS, read_corpus
-from corpus.tokenizer import count_units, make_text
 from harness import files
 from harness.files import load_model
 from utils import UserError
@@ -135,7 +135,7 @@ def test_a_model_takes_it_along_and_has_figures_of_words_and_characters(folders,
         assert end.count("|") == 4
         assert not {"ppl_per_word", "bits_per_character"} & set(test)
         return
-    text = make_text(tokenizer, read_corpus(str(folder)).vocab, "here")
+    text = make_codec(tokenizer, read_corpus(str(folder)).vocab, "here")
     lines = ["".join(map(text.piece, line.split())) for line in (folder / "test.txt").read_text().split("\n")]
     tokens = len(read_corpus(str(folder)).test) - 1  # the first one is only read
     first = text.piece((folder / "test.txt").read_text().split()[0])
@@ -188,7 +188,7 @@ def test_older_models_have_none():
 def test_units_are_counted_as_in_the_plain_text(folders, level, lines):
     """White-space words and characters, and one of both for each `<eos>`; by any vocabulary's ids."""
     tokenizer, vocab, _ = opened(folders[level])
-    text = make_text(tokenizer, vocab, "here")
+    text = make_codec(tokenizer, vocab, "here")
     vocab = random.Random(1).sample(vocab, len(vocab))
     pieces = " ".join(f"{text.encode(line)} <eos>" for line in lines).split()
     ids = np.array([vocab.index(piece) for piece in pieces], dtype=np.int32)
@@ -224,7 +224,7 @@ def test_text_comes_back_as_it_went_in(folders, level):
     """Characters and subwords: every line exactly; words: English sentences. Streamed, a newline for `<eos>`."""
     tokenizer, vocab, index = opened(folders[level])
     lines = SENTENCES if level == "word" else [*LINES, *SENTENCES]
-    text, back = make_text(tokenizer, vocab, "here"), []
+    text, back = make_codec(tokenizer, vocab, "here"), []
     for line in lines:
         encoded = text.encode(line).split()
         assert set(encoded) <= set(index)
@@ -240,7 +240,7 @@ def test_text_comes_back_as_it_went_in(folders, level):
 def test_tokens_know_their_text_and_word(folders, level):
     """The white-space words are their tokens' texts joined, numbered in order; unknown text is kept."""
     tokenizer, vocab, _ = opened(folders[level])
-    text = make_text(tokenizer, vocab, "here")
+    text = make_codec(tokenizer, vocab, "here")
     lines = [*LINES, *SENTENCES, "qwertz Ωμέγα, said   the cat: “xyzzy!”"]
     for line in lines[:-1] if level == "subword" else lines:  # bytes of a character are no text of their own
         if level == "subword" and not line.isascii():
@@ -258,7 +258,7 @@ def test_tokens_know_their_text_and_word(folders, level):
 def test_bytes_of_a_character_wait_for_the_last(folders):
     """Nothing comes before the character is whole; what is cut short is replaced."""
     tokenizer, vocab, _ = opened(folders["subword"])
-    text = make_text(tokenizer, vocab, "here")
+    text = make_codec(tokenizer, vocab, "here")
     pieces = text.encode("x€").split()
     rare = text.encode("x\u4e59").split()
     assert "".join(map(text.piece, pieces)) == "x€"
@@ -274,7 +274,7 @@ def test_bytes_of_a_character_wait_for_the_last(folders):
 def test_a_token_by_itself_is_shown_as_text(folders, level):
     """What `generate.py --next` prints: no mark of the tokenizer's own, a space where the text has one."""
     tokenizer, vocab, _ = opened(folders[level])
-    text = make_text(tokenizer, vocab, "--save m.pt")
+    text = make_codec(tokenizer, vocab, "--save m.pt")
     shown = [text.shown(word) for word in vocab]
     assert shown[vocab.index(EOS)] == EOS
     assert "\n" not in "".join(shown)
@@ -294,7 +294,7 @@ def test_without_a_tokenizer_the_vocabulary_says_what_text_is():
         (characters, "te  a N", "t e _ _ a _ N"),
         (numbers, "aé", "97 195 169"),
     ):
-        text = make_text(None, vocab, "here")
+        text = make_codec(None, vocab, "here")
         assert text.encode(line) == encoded
         for _ in range(2):
             assert "".join(map(text.piece, [*encoded.split(), "<eos>"])) == f"{line}\n"
@@ -306,7 +306,7 @@ def test_without_a_tokenizer_the_vocabulary_says_what_text_is():
 @pytest.mark.parametrize("tokenizer", ["garbage", "{}", '{"model": {"vocab": {"a": 1}}}', "[]", "null"])
 def test_a_garbage_tokenizer_is_one_line(tokenizer):
     with pytest.raises(UserError, match=r"^--save m\.pt") as error:
-        make_text(tokenizer, ["<eos>", "a"], "--save m.pt")
+        make_codec(tokenizer, ["<eos>", "a"], "--save m.pt")
     assert len(str(error.value).splitlines()) == 1
 
 

@@ -331,9 +331,7 @@ def test_a_file_that_cannot_be_written_is_said_once_and_tried_again(make_run, mo
     assert sorted(p.name for p in model.parent.iterdir()) == ["m.pt", "m.pt.state"]
 
     for failing in ("m.pt", "m.pt.state"):
-        with pytest.raises(
-            files.NotWrittenError, match=rf"{failing}: cannot be written .No space left on device."
-        ):
+        with pytest.raises(files.NotWrittenError, match=rf"{failing}: cannot be written .No space left on device."):
             train.finish(run, "SIGTERM")
         assert save_model(run, 1.0)
     save_state(run)

@@ -16,10 +16,9 @@ from typing import BinaryIO
 import numpy as np
 import pytest
 import torch
+from runner import ROOT, run_cli
 
 from utils import RunError, UserError, keep_freed_memory, map_tensors, out_of_memory, pick_device, replacing
-
-ROOT = Path(__file__).parent.parent
 
 
 def python(code: str) -> str:
@@ -253,3 +252,21 @@ def test_map_tensors_changes_tensors_and_nothing_else():
     assert found == {"a": [1, (2, "s")], "c": 3, "n": None}
     assert isinstance(found["a"][1], tuple)
     assert [x is y for x, y in zip(seen, (a, b, c), strict=True)] == [True] * 3
+
+
+MODULES = ("train", "evaluate", "model", "splitcross", "mos", "data", "optim", "products", "surprisal", "utils")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_that_is_run_says_that_it_is_no_command(name, tmp_path):
+    result = run_cli(cwd=tmp_path, script=f"{name}.py")
+    assert (result.status, result.out) == (2, "")
+    assert result.err.startswith(f"{name}.py: is a module, not a command; ")
+    assert result.err.count("\n") == 1
+
+
+def test_every_file_at_the_top_is_a_command_or_says_that_it_is_none():
+    """A command's docstring says so by a line that runs it; a module's has none."""
+    for path in ROOT.glob("*.py"):
+        runs = f"\n    python {path.name} " in path.read_text(encoding="utf-8").partition("import ")[0]
+        assert runs != (path.stem in MODULES), path.name

@@ -1,13 +1,11 @@
-"""Plain text to the tokens of a corpus, and back: by its tokenizer.json, or else by what its words look like.
+"""Plain text to tokens and back: by the corpus's tokenizer, or without one by rules that the vocabulary shows.
 
-    python prepare.py book.txt --out data/book && python main.py --data data/book --save book.pt
+prepare.py makes the tokenizer, with Hugging Face's package `tokenizers`, and writes it to tokenizer.json. Each model
+that is trained on the corpus holds a copy. Training reads only its vocabulary, and does not need the package.
 
-`prepare.py` makes the tokenizer, by Hugging Face's package of that name; it travels in the models trained on the
-corpus. Training itself only reads its vocabulary, and needs no package.
-
-    words        split from punctuation; rare ones are <unk>
-    characters   `▁` for a space
-    subwords     byte-level BPE: `Ġ` for a space, other bytes that are no letters likewise (GPT-2's table)
+    level word      words apart from punctuation; rare words are <unk>
+    level char      characters; `▁` stands for a space
+    level subword   byte-level BPE; `Ġ` stands for a space, other signs for other bytes that are no letters (GPT-2)
 """
 
 import codecs
@@ -27,37 +25,37 @@ NO_SPACE_AFTER = frozenset("([{$£€“‘#@/—")
 
 
 class Token(NamedTuple):
-    """A piece of a line."""
+    """A token of a line."""
 
-    piece: str  # as the vocabulary has it; `<unk>` where it does not
-    text: str  # as the line has it
-    word: int  # number of the word, apart from others by white space, that it is part of, from 0
+    piece: str  # the token in the vocabulary, or `<unk>`
+    text: str  # the characters of the line
+    word: int  # the number, from 0, of the word that the token is part of; white space separates words
 
 
 def byte_table() -> dict[str, int]:
-    """The byte behind each character of a byte-level piece, as in GPT-2: what cannot be seen lies from 256 on."""
+    """The byte that each character of a byte-level piece stands for, as in GPT-2: invisible ones from 256 on."""
     letters = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in letters]
     return {chr(byte): byte for byte in letters} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def count_units(tokenizer: str | None, vocab: list[str], ids: np.ndarray) -> tuple[int, int] | None:
-    """Words and characters of a text: of characters or subwords; None where the tokens say nothing of them.
+    """The numbers of words and characters in a text of characters or subwords; None when the tokens are words.
 
-    A word is what white space sets apart; the end of each line counts as a word, as `<eos>` does in a corpus of
-    words, and as a character, the newline.
+    White space separates words. The end of each line counts as one word, as `<eos>` does in a corpus of words, and as
+    one character, the newline.
     """
     try:
-        decoder = json.loads(tokenizer)["decoder"] if tokenizer else None  # those of words have none
+        decoder = json.loads(tokenizer)["decoder"] if tokenizer else None  # tokenizers of words have none
         kind = None if decoder is None else decoder["type"]
-    except (ValueError, KeyError, TypeError, RecursionError):  # a damaged one: those who need it say so
+    except (ValueError, KeyError, TypeError, RecursionError):  # damaged: `TokenizerCodec` reports it
         kind = None
     if kind is None:
         return None
     if kind == "ByteLevel":
         table = byte_table()
         special = {EOS: b"\n", UNK: b"?"}
-        # A character that is in no piece is of a word that the tokenizer did not make.
+        # A character that the table lacks belongs to a word that does not come from the tokenizer.
         raw = {c: bytes([table[c]]) if c in table else c.encode() for c in set().union(*vocab)}
         pieces = [special.get(piece) or b"".join(map(raw.__getitem__, piece)) for piece in vocab]
         text = b"".join(map(pieces.__getitem__, ids.tolist())).decode("utf-8", "replace")
@@ -68,14 +66,14 @@ def count_units(tokenizer: str | None, vocab: list[str], ids: np.ndarray) -> tup
     return len(text.split()) + text.count("\n"), len(text)
 
 
-class CorpusText:
-    """A text in the form of a corpus without a tokenizer, words apart by spaces; to running text and back.
+class WordCodec:
+    """The codec of a model without a tokenizer: white space separates the tokens.
 
-    By the look of the vocabulary: numbers from 0 to 255 are bytes (enwik8), single characters have `_` for the
-    space (the Penn Treebank's characters).
+    If all words of the vocabulary are numbers from 0 to 255, they are bytes (enwik8). If all are single characters, `_`
+    stands for a space (the Penn Treebank's characters).
     """
 
-    pieces = False  # whether its tokens make up words, and show how many characters there are
+    splits_words = False  # whether a word can be several tokens
 
     def __init__(self, vocab: list[str]) -> None:
         plain = [word for word in vocab if not (len(word) > 2 and word[0] == "<" and word[-1] == ">")]
@@ -85,20 +83,20 @@ class CorpusText:
         self.line_start = True
 
     def tokens(self, line: str) -> list[Token]:
-        """The tokens of a line that has the corpus's form."""
+        """The tokens of a line in the corpus's form."""
         return [Token(word, word, i) for i, word in enumerate(line.split())]
 
     def encode(self, line: str) -> str:
-        """A line of plain text as the corpus has it."""
+        """A line of plain text in the corpus's form: tokens with spaces between them."""
         if self.bytes:
             return " ".join(map(str, line.encode("utf-8", "surrogateescape")))
         return " ".join("_" if c == " " else c for c in line) if self.characters else line
 
     def piece(self, word: str) -> str:
-        """What the next word adds to the text: a newline for `<eos>`, nothing for part of a character."""
+        """The text that the next token adds: a newline for `<eos>`, nothing for part of a character."""
         if self.bytes:
             byte = b"\n" if word == EOS else bytes([int(word)]) if word.isdecimal() else b"\xff"
-            piece = self.decoder.decode(byte)  # 0xff, in no UTF-8 text, becomes the replacement character
+            piece = self.decoder.decode(byte)  # 0xff, which is never in UTF-8, becomes the replacement character
         elif word == EOS:
             piece = "\n"
         elif self.characters:
@@ -113,16 +111,16 @@ class CorpusText:
         return word
 
     def end(self) -> str:
-        """What is left at the end of the text: a character cut short, and the last newline."""
+        """The rest of the text after the last token: an incomplete character, and the last newline."""
         rest = self.decoder.decode(b"", final=True)
         return rest if self.line_start and not rest else rest + "\n"
 
 
-class TokenizerText:
-    """Plain text, by a tokenizer; the same calls.
+class TokenizerCodec:
+    """The codec of a model with a tokenizer, with the same methods.
 
     Raises:
-        UserError: the package `tokenizers` is not installed, or it does not know what to make of `tokenizer`.
+        UserError: the package `tokenizers` is not installed, or cannot read the tokenizer.
     """
 
     def __init__(self, tokenizer: str, place: str) -> None:
@@ -132,12 +130,12 @@ class TokenizerText:
         except Exception:  # of no narrower class
             raise UserError(f"{place}: holds no tokenizer that can be read; train the model again") from None
         self.new_stream = lambda: tokenizers.decoders.DecodeStream(skip_special_tokens=False)
-        self.pieces = self.tokenizer.decoder is not None
+        self.splits_words = self.tokenizer.decoder is not None
         self.start_line()
 
     def start_line(self) -> None:
         self.line_start, self.before, self.quotes = True, "", 0
-        self.stream, self.pending = self.new_stream(), []  # of a character that is not whole yet
+        self.stream, self.pending = self.new_stream(), []  # tokens of a character that is not complete yet
 
     def tokens(self, line: str) -> list[Token]:
         """The tokens of a line of plain text."""
@@ -155,9 +153,9 @@ class TokenizerText:
         if word == EOS:
             return self.end() or "\n"
         self.line_start = False
-        if self.pieces:
+        if self.splits_words:
             token = self.tokenizer.token_to_id(word)
-            if token is None:  # `<unk>`, which a model of a shortened vocabulary has beside the tokenizer's
+            if token is None:  # `<unk>`, which a shortened vocabulary (--vocab_size) has beside the tokenizer's pieces
                 return word
             self.pending.append(token)
             piece = self.stream.step(self.tokenizer, token) or ""
@@ -169,15 +167,15 @@ class TokenizerText:
         return f" {word}" if space else word
 
     def shown(self, word: str) -> str:
-        """A token by itself, as text, with the space before it; a part of a character as the tokenizer has it."""
+        """A token by itself as text, with the space before it; part of a character as in the vocabulary."""
         token = self.tokenizer.token_to_id(word)
-        if not self.pieces or word in (EOS, UNK) or token is None:
+        if not self.splits_words or word in (EOS, UNK) or token is None:
             return word
         text = self.tokenizer.decode([token])
         return text if text.isprintable() and "\ufffd" not in text else word
 
     def joined(self, word: str) -> bool:
-        """Whether no space belongs before a word: punctuation is put where English has it."""
+        """Whether no space belongs before a word, by the rules of English punctuation."""
         opened = self.quotes % 2 == 1
         if (word == '"' and opened) or (self.before == '"' and opened):
             return True
@@ -190,19 +188,22 @@ class TokenizerText:
         return rest
 
 
-def make_text(tokenizer: str | None, vocab: list[str], place: str) -> CorpusText | TokenizerText:
-    """The text of a saved model; `place` says in an error where that is from.
+Codec = WordCodec | TokenizerCodec
+
+
+def make_codec(tokenizer: str | None, vocab: list[str], place: str) -> Codec:
+    """The codec of a saved model; `place` names the model in errors.
 
     Raises:
-        UserError: see `TokenizerText`; or no line of it could end.
+        UserError: see `TokenizerCodec`; or the vocabulary has no `<eos>`, so that no line could end.
     """
     if EOS not in vocab:
-        raise UserError(f"{place}: has no {EOS} in its vocabulary; use a model of main.py's")
-    return TokenizerText(tokenizer, place) if tokenizer else CorpusText(vocab)
+        raise UserError(f"{place}: has no {EOS} in its vocabulary; use a model that main.py trained")
+    return TokenizerCodec(tokenizer, place) if tokenizer else WordCodec(vocab)
 
 
 def import_tokenizers() -> Any:
-    """The package, imported only when it is needed; UserError where it is not installed."""
+    """The package `tokenizers`, imported only when it is needed; UserError if it is not installed."""
     try:
         import tokenizers
         import tokenizers.decoders
