@@ -21,6 +21,7 @@ on a CUDA device `torch.cuda.max_memory_allocated`. wt103-qrnn takes 17 GB in al
 """
 
 import contextlib
+import functools
 import json
 import math
 import multiprocessing
@@ -30,7 +31,7 @@ import signal
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -64,25 +65,35 @@ def call(pool: ProcessPoolExecutor, function: Callable[..., Any], *args: Any) ->
         raise RunError("a process was killed; is there enough memory? Choose other --settings") from None
 
 
-def begin(make: Callable[..., Work], *args: Any) -> None:
-    """Called once in the process of a variant, before any number of `step_ms` and one `peak_bytes`."""
-    global step
+@functools.cache
+def make_work(kind: str, name: str, tiny: bool, device: torch.device) -> Work:
+    """The work of a variant, made once in its process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends bench.py, which ends this process
     os.environ.pop("THP_MEM_ALLOC_ENABLE", None)  # set in bench.py's process by `keep_freed_memory`
     use_tf32()  # for all variants, as in main.py
-    step = make(*args)
+    return VARIANTS[kind](name, tiny, device)
 
 
-def step_ms(device: torch.device) -> float:
-    """The time of one step.
+def prepare(kind: str, name: str, tiny: bool, device: torch.device) -> None:
+    """Makes the work of a variant, in its process."""
+    make_work(kind, name, tiny, device)
+
+
+def step_ms(kind: str, name: str, tiny: bool, device: torch.device) -> float:
+    """The time of one step, in the process of its variant.
 
     Raises:
         RunError: its loss is not finite, so that its time is not that of training.
     """
-    ms, loss = timed(step, device)
+    ms, loss = timed(make_work(kind, name, tiny, device), device)
     if loss is not None and not math.isfinite(loss):
         raise RunError(f"the loss is {float(loss)}: no training to be timed; choose other --settings")
     return ms
+
+
+def work_ms(work: Work, device: torch.device) -> float:
+    """The time of one call, in this process."""
+    return timed(work, device)[0]
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -96,7 +107,7 @@ def peak_bytes(device: torch.device) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def alternate(title: str, works: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def alternate(title: str, works: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Calls all works in turn, round after round, after warm-up rounds; returns milliseconds, one value per round.
 
     `rounds` 0: as many as the budget allows, 2 to 15.
@@ -127,8 +138,8 @@ def bench_steps(args: Namespace, device: torch.device) -> Iterator[tuple[Row, di
         with contextlib.ExitStack() as stack:
             pools = {kind: stack.enter_context(ProcessPoolExecutor(1, CONTEXT)) for kind in here}
             for kind, pool in pools.items():  # one after the other: the floor's choice needs a quiet machine
-                call(pool, begin, VARIANTS[kind], name, args.tiny, device)
-            steps = {kind: partial(call, pool, step_ms, device) for kind, pool in pools.items()}
+                call(pool, prepare, kind, name, args.tiny, device)
+            steps = {kind: partial(call, pool, step_ms, kind, name, args.tiny, device) for kind, pool in pools.items()}
             ms = alternate(name, steps, args.rounds)
             peak = {kind: call(pool, peak_bytes, device) for kind, pool in pools.items()}
         middle = {kind: median(times) for kind, times in ms.items()}
@@ -150,7 +161,7 @@ def bench_others(args: Namespace, device: torch.device) -> Iterator[tuple[Row, d
     """Table 2: evaluation, pointer, reading a corpus and start-up, in this process."""
     with tempfile.TemporaryDirectory() as folder:
         rows = list(others(args.data, args.tiny, Path(folder), device))
-        works = {name: lambda work=work: timed(work, device)[0] for name, _, work in rows}
+        works = {name: partial(work_ms, work, device) for name, _, work in rows}
         results = alternate("others", works, args.rounds)
     for name, tokens, _ in rows:
         ms = results[name]
@@ -198,7 +209,7 @@ def profile(name: str, tiny: bool, device: torch.device) -> str:
 
 def parse_args() -> Namespace:
     parser = ArgumentParser(__doc__)
-    add = parser.add_argument
+    add: Callable[..., Any] = parser.add_argument
     add("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="rows of table 1 (default: all)")
     tables = "1: training steps; 2: evaluation, pointer, reading a corpus, start-up (default: both)"
     add("--tables", nargs="+", type=int, choices=[1, 2], default=[1, 2], help=tables)

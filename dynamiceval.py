@@ -19,7 +19,7 @@ import contextlib
 import hashlib
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 import torch
@@ -42,6 +42,7 @@ LR = [3e-5, 4e-5, 5e-5, 6e-5, 7e-5, 1e-4]  # searched, for segments of 5 tokens
 LAMB = [1e-3, 2e-3, 3e-3, 5e-3]
 PUBLISHED = {"QRNN": {"lr": 1.2e-4, "lamb": 0.02, "bptt": 20}}  # others: as in the paper's released code
 DEFAULT = {"lr": 5e-5, "lamb": 2e-3, "bptt": 5}
+Gradients = Sequence[Tensor | None]  # one per weight; None if the segment does not use it
 
 
 def weights_of(saved: Opened) -> list[Tensor]:
@@ -51,7 +52,7 @@ def weights_of(saved: Opened) -> list[Tensor]:
 
 def segment_gradients(
     saved: Opened, batches: Iterable[tuple[Tensor, Tensor]], columns: int, each: bool = False
-) -> Iterator[tuple[Tensor, Tensor, Tensor, list[Tensor | None]]]:
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Gradients]]:
     """Segment after segment, the gradients of its mean loss, in training mode but without dropout.
 
     The hidden state goes on from segment to segment, detached.
@@ -63,7 +64,6 @@ def segment_gradients(
     Yields:
         losses: (N,), or the mean (), in nats, on the device.
         states: (T, B, H), the last layer's raw output; target: (T, B).
-        gradients: one per weight; None if the segment does not use it.
     """
     model, criterion, weights = saved.model.train(), saved.criterion.train(), weights_of(saved)
     hidden = model.init_hidden(columns)
@@ -113,7 +113,7 @@ class MovingWeights:
         self.chunk = CHUNK if weights[0].device.type == "cpu" else max(x.numel() for x in ms)
 
     @torch.no_grad()
-    def update(self, gradients: list[Tensor | None]) -> None:
+    def update(self, gradients: Gradients) -> None:
         """One step of all weights, chunk after chunk."""
         for *parts, gradient in zip(self.weights, self.saved, self.decay, self.rate, gradients, strict=True):
             # New views each time: cuDNN's layers can have moved a weight to other memory.
@@ -193,7 +193,7 @@ def find_statistics(saved: Opened, path: str, corpus: Corpus, args: Namespace) -
     weights = weights_of(saved)
     digest = hashlib.sha256("\n".join(saved.vocab).encode())
     for weight in weights:
-        digest.update(weight.detach().cpu().numpy())
+        digest.update(weight.detach().cpu().numpy().data)
     settings = {"batch_size": args.batch_size, "bptt": args.bptt, "max_batches": args.max_batches}
     settings |= {"text": corpus.digest, "weights": digest.hexdigest()}
     with contextlib.suppress(UserError):  # the file is missing or damaged

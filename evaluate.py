@@ -38,7 +38,7 @@ def evaluate(
     criterion.eval()
     columns = ranks.columns(batch_size)
     hidden = model.init_hidden(columns.stop - columns.start)
-    total, count = 0.0, 0
+    total, count = 0.0, 0.0
     for source, target in eval_batches(ids, max(bptt, EVAL_ROWS // batch_size), batch_size):
         check_stop()
         source, target = source[:, columns], target[:, columns]

@@ -10,7 +10,6 @@ Shapes: T time, B batch, V vocabulary.
 """
 
 import itertools
-import sys
 from collections.abc import Iterator
 
 import torch
@@ -108,7 +107,6 @@ GENERATION = [
 
 def main() -> None:
     args = parse_evaluation(__doc__, ("generation", GENERATION))
-    sys.stdout.reconfigure(errors="replace")  # a terminal may lack some of the model's characters
     saved = open_model(args)
     model, criterion, vocab = saved.model, saved.criterion, saved.vocab
     codec, encoder = make_codec(saved.tokenizer, vocab, f"--save {args.save}"), make_encoder(vocab)

@@ -18,7 +18,7 @@ from train import evaluate_start, finish, fit, start_run
 def main() -> int:
     given = vars(ArgumentParser(__doc__, *FLAGS).parse_args())
     start = begin("main.py", given)  # processes, device, settings, a state or model to go on from
-    if start.args.epochs == 0:
+    if start.saved and start.args.epochs == 0:
         return evaluate_only(start.saved, load_corpus(start), start.args.bptt) if start.ranks.is_main else 0
     run = start_run(start)  # corpus, model, optimizer; then the state, if there is one
     if start.saved and start.replaces:

@@ -12,7 +12,7 @@ first: a batch of words is (T, B), and column b goes on where column b of the ba
 Method: Merity, Keskar, Socher, arXiv 1708.02182 ("AWD"), section 4 for the dropouts.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -120,13 +120,17 @@ class RNNModel(nn.Module):
         self.decoder = Decoder(self.encoder, ninp if mixture else last, tie_weights)
         self.reset_parameters()
 
+    @property
+    def layers(self) -> list[RecurrentLayer]:
+        return cast(list[RecurrentLayer], list(self.rnns))
+
     def reset_parameters(self) -> None:
         """Uniform ±0.1 for the embedding and an untied decoder, zero for the decoder's bias; layers draw their own."""
         nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
         nn.init.zeros_(self.decoder.bias)
         if self.decoder.weight is not self.encoder.weight:
             nn.init.uniform_(self.decoder.weight, -0.1, 0.1)
-        for layer in self.rnns:
+        for layer in self.layers:
             layer.reset_parameters()
 
     def forward(
@@ -146,13 +150,16 @@ class RNNModel(nn.Module):
             dropped: the same after their dropouts.
         """
         x = self.locki(embedded_dropout(self.encoder, words, self.dropoute, self.training))  # (T, B, E)
-        new_hidden, raw, dropped = [], [], []
-        for i, (layer, carried) in enumerate(zip(self.rnns, hidden, strict=True)):
+        new_hidden: list[Hidden] = []
+        raw: list[Tensor] = []
+        dropped: list[Tensor] = []
+        for i, (layer, carried) in enumerate(zip(self.layers, hidden, strict=True)):
+            last = i == len(hidden) - 1
             x, carried = layer(x, carried)  # (T, B, H)
-            if layer.summed and i == len(self.rnns) - 1:
+            if layer.summed and last:
                 x = sum(raw, x)
             raw.append(x)
-            x = self.lockh(x) if i < len(self.rnns) - 1 else self.locko(x)
+            x = self.locko(x) if last else self.lockh(x)
             dropped.append(x)
             new_hidden.append(carried)
         output = x.flatten(0, 1)  # (N, E)
@@ -160,7 +167,7 @@ class RNNModel(nn.Module):
 
     def init_hidden(self, batch_size: int) -> list[Hidden]:
         """The state before the first word of a text: zeros, one entry per layer."""
-        return [layer.init_hidden(batch_size) for layer in self.rnns]
+        return [layer.init_hidden(batch_size) for layer in self.layers]
 
 
 def detach(hidden: list[Hidden]) -> list[Hidden]:

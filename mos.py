@@ -97,7 +97,8 @@ class MixtureOfSoftmaxes(nn.Module):
 
     def __init__(self, hidden_size: int, emsize: int, n_experts: int, dropoutl: float = 0.0) -> None:
         super().__init__()
-        self.n_experts, self.splits = n_experts, []
+        self.n_experts = n_experts
+        self.splits: list[int] = []
         self.prior = Linear(hidden_size, n_experts, bias=False)
         self.latent = Linear(hidden_size, n_experts * emsize)
         self.dropout = LockedDropout(dropoutl)
@@ -134,7 +135,9 @@ class MixtureOfSoftmaxes(nn.Module):
             step = max(1, block_rows(len(weight)) // self.n_experts)
             blocks = zip(latents.split(step), log_prior.split(step), targets.split(step), strict=True)
             losses = torch.cat([mixture_losses(x, prior, weight, bias, target) for x, prior, target in blocks])
-        return {"mean": losses.mean, "sum": losses.sum, "none": lambda: losses}[reduction]()
+        if reduction == "none":
+            return losses
+        return losses.mean() if reduction == "mean" else losses.sum()
 
     def logprob(self, weight: Tensor, bias: Tensor | None, hiddens: Tensor) -> Tensor:
         """Log-probabilities of every word: (N, H) -> (N, V), in nats."""

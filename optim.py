@@ -4,6 +4,7 @@ Method: Merity, Keskar, Socher, arXiv 1708.02182 ("AWD"), section 3 and algorith
 """
 
 import copy
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from utils import UserError, not_a_command
 class Optimizer(NamedTuple):
     """A choice of `--optimizer`."""
 
-    kind: type[torch.optim.Optimizer]
+    kind: Callable[..., torch.optim.Optimizer]
     lr: float  # the rate when none is given
     on_stall: str  # when the validation loss stalls: "average" the weights from then on, or "nothing"
     moments: int  # tensors kept per weight; --beta1 belongs to the first
@@ -28,7 +29,7 @@ OPTIMIZERS = {
 
 
 def make_optimizer(
-    parameters: list[Tensor], name: str, lr: float, wdecay: float, beta1: float = 0.9
+    parameters: Sequence[Tensor], name: str, lr: float, wdecay: float, beta1: float = 0.9
 ) -> torch.optim.Optimizer:
     """The optimizer `name` with weight decay, over the parameters of model and criterion.
 
@@ -49,7 +50,7 @@ class Mean:
     late. Plain SGD beside this mean does not have that fault.
     """
 
-    def __init__(self, weights: nn.Module) -> None:
+    def __init__(self, weights: nn.ModuleDict) -> None:
         self.weights, self.count = copy.deepcopy(weights), 0
 
     @torch.no_grad()

@@ -110,7 +110,7 @@ def pointer_loss(
     windows = [min(window, len(ids)) for window in windows]  # there are no more pairs than that
     weight, bias = model.decoder.weight, model.decoder.bias
     hidden = model.init_hidden(1)
-    states, words = weight.new_empty(0, model.rnns[-1].hidden_size), ids.new_empty(0, dtype=torch.long)
+    states, words = weight.new_empty(0, model.layers[-1].hidden_size), ids.new_empty(0, dtype=torch.long)
     total = torch.zeros(len(thetas), len(lambdas), len(windows), dtype=torch.float64)
     for source, target in eval_batches(ids, max(bptt, SEGMENT), 1):
         output, hidden, raw, _ = model(source, hidden, return_h=True)
@@ -170,8 +170,9 @@ def main() -> None:
     corpus = read_corpus(args.data or saved.args.data, saved.vocab)
     log = RunLog(f"{args.save}.log.jsonl")
 
-    def losses(ids: Tensor, *grid: Sequence[float]) -> Tensor:
-        return pointer_loss(saved.model, saved.criterion, ids.to(saved.device), args.bptt, *grid)
+    def losses(ids: Tensor, thetas: Sequence[float], lambdas: Sequence[float], windows: Sequence[int]) -> Tensor:
+        ids = ids.to(saved.device)
+        return pointer_loss(saved.model, saved.criterion, ids, args.bptt, thetas, lambdas, windows)
 
     def finish(split: str, ids: Tensor, loss: float) -> None:
         """Prints and logs the figures of one text."""

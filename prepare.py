@@ -216,9 +216,9 @@ def train_tokenizer(tokenizer: Any, lines: Iterator[str], level: str, vocab_size
     tokenizer.train_from_iterator(lines, trainer)
 
 
-def write_corpus(source: Source, tokenizer: Any, out: Path) -> list[Counter]:
+def write_corpus(source: Source, tokenizer: Any, out: Path) -> list[Counter[str]]:
     """Writes the three texts and the tokenizer; returns for each text its numbers of lines, words, tokens, unknown."""
-    counts = [Counter() for _ in SPLITS]
+    counts: list[Counter[str]] = [Counter() for _ in SPLITS]
     texts = source.read("writing")
     pieces = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
     with ExitStack() as stack:

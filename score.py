@@ -19,7 +19,7 @@ import json
 import math
 import sys
 from argparse import ArgumentTypeError, Namespace
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 
@@ -75,20 +75,23 @@ ROWS_OF = {
 def print_lines(scored: Iterable[Scored], reader: Reader, mode: str, unit: float) -> None:
     """Prints the rows of all lines, and on stderr their totals."""
     header, rows_of, _ = ROWS_OF[mode]
-    total: Counter = Counter()
+    total: dict[str, float] = defaultdict(int)
     for line in scored:
         if not total:  # not earlier: now the file is known to be readable
             print_row(*header)
-        total.update(lines=1, tokens=len(line.logprob), unknown=line.line.unknown, loss=-line.logprob.sum().item())
-        total.update(words=len(line.line.text.split()) + 1, characters=len(line.line.text) + 1)
+        total["loss"] -= line.logprob.sum().item()
+        counts = {"lines": 1, "tokens": len(line.logprob), "unknown": line.line.unknown}
+        counts |= {"words": len(line.line.text.split()) + 1, "characters": len(line.line.text) + 1}
+        for name, count in counts.items():
+            total[name] += count
         for row in rows_of(line, reader, unit):
             print_row(*row)
-    counts = " | ".join(f"{name} {total[name]}" for name in ("lines", "tokens", "unknown"))
+    sizes = " | ".join(f"{name} {total[name]}" for name in ("lines", "tokens", "unknown"))
     figures = f"logprob {-total['loss']:.4f} | ppl {ppl(total['loss'] / total['tokens']):.2f}"
     if reader.codec.splits_words:
         units = unit_figures(total["loss"], total["words"], total["characters"])
         figures += unit_text(units)
-    print(f"| total | {counts} | {figures}", file=sys.stderr)
+    print(f"| total | {sizes} | {figures}", file=sys.stderr)
 
 
 HEADERS = [("good", "bad"), ("sentence_good", "sentence_bad")]  # header rows of two columns that are skipped
@@ -107,7 +110,7 @@ def read_pairs(path: str) -> Iterator[tuple[int, str, str, str]]:
             cells = line.split("\t")
             if len(cells) != 2:
                 raise UserError(f"{path}, line {i}: has {len(cells)} columns; give a good and a bad sentence")
-            yield i, "all", *cells
+            yield i, "all", cells[0], cells[1]
             continue
         try:
             entry = json.loads(line)
@@ -118,7 +121,8 @@ def read_pairs(path: str) -> Iterator[tuple[int, str, str, str]]:
             raise UserError(f"{path}, line {i}: has no {error}; give BLiMP's fields") from None
         if not all(isinstance(cell, str) for cell in fields):
             raise UserError(f"{path}, line {i}: a field is no string; give BLiMP's fields")
-        yield i, *fields
+        paradigm, good, bad = fields
+        yield i, paradigm, good, bad
 
 
 def print_pairs(saved: Opened, reader: Reader, path: str) -> None:
@@ -131,7 +135,9 @@ def print_pairs(saved: Opened, reader: Reader, path: str) -> None:
             for text in pair:
                 yield reader.line(i, text, f"{path}, line {i}")
 
-    right, pairs, alike = Counter(), Counter(), 0
+    right: Counter[str] = Counter()
+    pairs: Counter[str] = Counter()
+    alike = 0
     scored = score_apart(saved, lines(), False)
     for i, (good, bad) in enumerate(zip(scored, scored, strict=True)):
         names = {paradigms[i], "all"}
@@ -169,7 +175,7 @@ def print_best(saved: Opened, reader: Reader, path: str, weight: float) -> None:
                 raise UserError(f"{path}, line {i}: the score {cells[1]!r} is no number") from None
             yield reader.line(i, cells[2], f"{path}, line {i}")
 
-    best: dict[str, tuple[object, ...]] = {}
+    best: dict[str, tuple[str, float, float, float, str]] = {}
     for i, scored in enumerate(score_apart(saved, lines(), False)):
         (id, score), logprob = given[i], scored.logprob.sum().item()
         total = score + weight * logprob
@@ -211,7 +217,6 @@ def check_uses(args: Namespace) -> None:
 def main() -> None:
     args = parse_evaluation(__doc__, ("scores", SCORES), ("with --adaptive", DYNAMIC))
     check_uses(args)
-    sys.stdout.reconfigure(errors="replace")  # a terminal may lack some of the text's characters
     saved = open_model(args)
     reader = Reader(saved, args.save)
     if args.pairs:

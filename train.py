@@ -12,7 +12,7 @@ import os
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,7 @@ class Run:
         self.optimizer = make_optimizer(self.parameters, args.optimizer, args.lr, args.wdecay, args.beta1)
         self.mean: Mean | None = None  # of the weights, once averaging is on
         self.columns = ranks.columns(args.batch_size)  # this rank's columns of the whole batch
+        self.last_row = len(corpus.train) // args.batch_size - 1  # of the batched text, a target only
         self.hidden: list[Hidden] = self.first_hidden()
         self.offsets: Tensor | None = None  # by which the columns are rotated in this epoch, with --shuffle
         self.length_generator = torch.Generator().manual_seed(args.seed)  # batch lengths; all ranks draw the same
@@ -91,7 +92,7 @@ class Run:
         self.unwritten: dict[str, files.NotWrittenError] = {}  # path -> the error of the last attempt to write it
         self.log = RunLog(None)
         self.deadline_s: float | None = None  # of time.monotonic, for --max_minutes
-        self.start_clock()
+        self.counted_until_s = time.perf_counter()  # as of the last `count_time`
 
     def first_hidden(self) -> list[Hidden]:
         """The hidden state that an epoch begins with, for this rank's columns."""
@@ -105,14 +106,12 @@ class Run:
         if self.at.row == 0:
             self.hidden, self.offsets, columns = self.first_hidden(), None, self.args.batch_size
             if self.args.shuffle:
-                rows = len(self.corpus.train) // columns
-                self.offsets = torch.randint(rows, (columns,), generator=self.length_generator)
+                self.offsets = torch.randint(self.last_row + 1, (columns,), generator=self.length_generator)
 
     def rate(self) -> float:
         """The learning rate of the next batch, if it has `bptt` rows."""
-        args, at = self.args, self.at
-        last_row = len(self.corpus.train) // args.batch_size - 1
-        return at.lr * annealed(at.epoch - 1 + at.row / last_row, args.anneal, args.epochs)
+        done = self.at.epoch - 1 + self.at.row / self.last_row  # epochs
+        return self.at.lr * annealed(done, self.args.anneal, self.args.epochs)
 
     def start_averaging(self) -> None:
         """From the next step on the weights enter a running mean; the descent goes on with the raw ones."""
@@ -120,13 +119,8 @@ class Run:
 
     def best_weights(self) -> tuple[RNNModel, Criterion]:
         """The weights to evaluate with: the mean once it holds any, else the raw ones."""
-        if self.mean and self.mean.count:
-            return self.mean.weights["model"], self.mean.weights["criterion"]
-        return self.model, self.criterion
-
-    def start_clock(self) -> None:
-        """From here on time counts as the epoch's."""
-        self.counted_until_s = time.perf_counter()
+        weights = self.mean.weights if self.mean and self.mean.count else self.weights
+        return cast(RNNModel, weights["model"]), cast(Criterion, weights["criterion"])
 
     def count_time(self) -> None:
         """Adds the time since the last call to the epoch's seconds."""
@@ -157,10 +151,6 @@ class Run:
             at.loss_sum, at.loss_count = at.loss_sum + loss, at.loss_count + 1
         self.unread_losses.clear()
 
-    def mean_loss(self) -> float | None:
-        """Since the last log line, as far as losses have been read."""
-        return self.at.loss_sum / self.at.loss_count if self.at.loss_count else None
-
 
 def start_run(start: Start) -> Run:
     """A run at its first step, or where its state says. Collective."""
@@ -178,8 +168,7 @@ def train_batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
     if run.offsets is not None:
         ids = rotate_columns(ids, args.batch_size, run.offsets)
     sampler = VariableLengthSampler(ids, args.bptt, args.batch_size, run.length_generator, run.at.row, args.max_seq_len)
-    for slices in sampler:
-        yield get_batch(ids, slices[run.columns])
+    return (get_batch(ids, slices[run.columns]) for slices in sampler)
 
 
 def train_step(run: Run, source: Tensor, target: Tensor) -> Tensor:
@@ -229,18 +218,17 @@ def train_epoch(run: Run, check_stop: Callable[[], None]) -> None:
         Stop: when `check_stop` does; the run stands between two steps then.
     """
     args, at = run.args, run.at
-    last_row = len(run.corpus.train) // args.batch_size - 1  # the last row is a target only
     run.start_epoch()
-    with EpochBar(at.epoch, at.row * args.batch_size, last_row * args.batch_size) as bar:
+    with EpochBar(at.epoch, at.row * args.batch_size, run.last_row * args.batch_size) as bar:
         for source, target in train_batches(run):
             loss = train_step(run, source, target)
             run.count_step(loss, len(source))
-            bar.show(len(source) * args.batch_size, run.mean_loss())
+            bar.show(len(source) * args.batch_size, at.mean_loss)
             if at.batch % args.log_interval == 0:
                 log_training(run)
             if args.checkpoint_every and at.step % args.checkpoint_every == 0:
                 save_state(run)
-            if at.row < last_row:  # otherwise the epoch is over, and is validated first
+            if at.row < run.last_row:  # otherwise the epoch is over, and is validated first
                 check_stop()
     run.read_losses()
 
@@ -256,7 +244,7 @@ def fit(run: Run, on_stall: str = "") -> str:
     args, at = run.args, run.at
     on_stall = on_stall or ("average" if args.average else OPTIMIZERS[args.optimizer].on_stall)
     run.log.write("start", script=run.script, epoch=at.epoch, batch=at.batch, step=at.step)
-    run.start_clock()
+    run.counted_until_s = time.perf_counter()
     with Stopper(run.deadline_s, run.ranks) as stopper:
 
         def check_stop() -> None:
@@ -296,12 +284,12 @@ def fit(run: Run, on_stall: str = "") -> str:
 def log_training(run: Run) -> None:
     """Prints and logs the mean loss and the speed since the last log line: a synchronisation on CUDA."""
     run.read_losses()
-    at, loss, now_s = run.at, run.mean_loss(), time.perf_counter()
-    since_s, batch, row = run.last_log
-    run.last_log = now_s, at.batch, at.row
+    at, loss, (since_s, batch, row) = run.at, run.at.mean_loss, run.last_log
+    run.last_log = time.perf_counter(), at.batch, at.row
     at.loss_sum, at.loss_count = 0.0, 0
-    ms_per_batch = (now_s - since_s) * 1000 / (at.batch - batch)
-    tokens_per_s = (at.row - row) * run.args.batch_size / (now_s - since_s)
+    elapsed_s = run.last_log[0] - since_s
+    ms_per_batch = elapsed_s * 1000 / (at.batch - batch)
+    tokens_per_s = (at.row - row) * run.args.batch_size / elapsed_s
     batches = len(run.corpus.train) // run.args.batch_size // run.args.bptt
     say_or_drop(
         f"| epoch {at.epoch:3d} | {at.batch:5d}/{batches:5d} batches | lr {run.rate():05.5f} "
@@ -336,8 +324,7 @@ def validate(run: Run, check_stop: Callable[[], None], partial: bool = False) ->
 
 def evaluate_start(run: Run, what: str) -> float:
     """Evaluates the model that a run starts from, and prints it: only a better one will replace it."""
-    args = run.args
-    loss = evaluate(run.model, run.criterion, run.corpus.valid, args.bptt, EVAL_BATCH_SIZE, ranks=run.ranks)
+    loss = evaluate(run.model, run.criterion, run.corpus.valid, run.args.bptt, EVAL_BATCH_SIZE, ranks=run.ranks)
     say(f"| {what} | {figures(loss, 'valid ')}")
     run.at.best_loss = loss if math.isfinite(loss) else None
     return loss

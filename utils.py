@@ -17,7 +17,7 @@ from torch import Tensor
 # removed. This module takes its place, if torch has none, before torchnlp is imported below.
 if "torch._six" not in sys.modules and importlib.util.find_spec("torch._six") is None:
     _six = types.ModuleType("torch._six", "Stand-in for the module that torch 2.0 removed.")
-    _six.int_classes, _six.string_classes = (int,), (str, bytes)
+    vars(_six).update(int_classes=(int,), string_classes=(str, bytes))
     sys.modules["torch._six"] = _six
 
 # Imported "as" themselves: other modules take these names from here, after the module above is in place.

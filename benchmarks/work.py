@@ -28,7 +28,7 @@ from train import Run, train_step
 from utils import RunError, keep_freed_memory
 
 # The published commands: the settings that differ from main.py's defaults.
-PTB = {"batch_size": 20, "dropouti": 0.4, "dropouth": 0.25}
+PTB: dict[str, Any] = {"batch_size": 20, "dropouti": 0.4, "dropouth": 0.25}
 ADAM = {"optimizer": "adam", "alpha": 0.0, "beta": 0.0, "dropoute": 0.0, "dropouti": 0.1, "dropout": 0.1}
 QRNN = {"model": "QRNN", "nlayers": 4}
 WT103 = {"nhid": 2500, "dropouth": 0.1, "wdrop": 0.0, "wdecay": 0.0, "bptt": 140, "batch_size": 60}
@@ -163,8 +163,8 @@ def others(data: str | None, tiny: bool, folder: Path, device: torch.device) -> 
     yield "reading a corpus: from its cache", tokens, partial(read, text, first=False)
 
     write_corpus(toy, 1000, ntoken=50)
-    flags = ["--data", toy, "--save", folder / "m.pt", "--device", device, "--max_steps", 1, "--log-interval", 1]
-    flags += ["--emsize", 8, "--nhid", 12, "--nlayers", 1, "--batch_size", 4]
+    flags: list[object] = ["--data", toy, "--save", folder / "m.pt", "--device", device, "--max_steps", 1]
+    flags += ["--log-interval", 1, "--emsize", 8, "--nhid", 12, "--nlayers", 1, "--batch_size", 4]
     yield "start-up: main.py --help", 0, partial(start_up, "--help", until="usage")
     yield "start-up: main.py, a toy's first step", 0, partial(start_up, *flags, until="| epoch")
 
@@ -194,9 +194,9 @@ def read(folder: Path, first: bool) -> None:
 
 def start_up(*flags: object, until: str) -> None:
     """main.py, a fresh process, up to its first line that begins with `until`."""
-    command = [sys.executable, "-u", Path(__file__).parent.parent / "main.py", *map(str, flags)]
+    command = [sys.executable, "-u", str(Path(__file__).parent.parent / "main.py"), *map(str, flags)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        seen = any(line.startswith(until) for line in process.stdout)
+        seen = any(line.startswith(until) for line in process.stdout or ())
         process.kill()
     if not seen:
         raise RunError(f"main.py ended without a line {until!r}; see above")

@@ -52,17 +52,17 @@ def count_units(tokenizer: str | None, vocab: list[str], ids: np.ndarray) -> tup
         kind = None
     if kind is None:
         return None
+    special = {EOS: "\n", UNK: "?"}
     if kind == "ByteLevel":
         table = byte_table()
-        special = {EOS: b"\n", UNK: b"?"}
         # A character that the table lacks belongs to a word that does not come from the tokenizer.
-        raw = {c: bytes([table[c]]) if c in table else c.encode() for c in set().union(*vocab)}
-        pieces = [special.get(piece) or b"".join(map(raw.__getitem__, piece)) for piece in vocab]
+        raw = {c: bytes([table[c]]) if c in table else c.encode() for piece in vocab for c in piece}
+        pieces = [special[p].encode() if p in special else b"".join(map(raw.__getitem__, p)) for p in vocab]
         text = b"".join(map(pieces.__getitem__, ids.tolist())).decode("utf-8", "replace")
     else:
-        special = {EOS: "\n", UNK: "?", SPACE: " "}
-        pieces = [special.get(piece, piece) for piece in vocab]
-        text = "".join(map(pieces.__getitem__, ids.tolist()))
+        special[SPACE] = " "
+        words = [special.get(piece, piece) for piece in vocab]
+        text = "".join(map(words.__getitem__, ids.tolist()))
     return len(text.split()) + text.count("\n"), len(text)
 
 
@@ -135,7 +135,8 @@ class TokenizerCodec:
 
     def start_line(self) -> None:
         self.line_start, self.before, self.quotes = True, "", 0
-        self.stream, self.pending = self.new_stream(), []  # tokens of a character that is not complete yet
+        self.stream = self.new_stream()
+        self.pending: list[int] = []  # tokens of a character that is not complete yet
 
     def tokens(self, line: str) -> list[Token]:
         """The tokens of a line of plain text."""

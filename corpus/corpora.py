@@ -39,8 +39,9 @@ def penn(out: Path, fetched: Path) -> None:
     if archive.exists():
         with tarfile.open(archive) as tar:
             for member in tar:
-                if member.isfile() and member.name.endswith(tuple(f"data/ptb.{split}.txt" for split in SPLITS)):
-                    (fetched / Path(member.name).name).write_bytes(tar.extractfile(member).read())
+                source = tar.extractfile(member)  # None: a folder
+                if source and member.name.endswith(tuple(f"data/ptb.{split}.txt" for split in SPLITS)):
+                    (fetched / Path(member.name).name).write_bytes(source.read())
     for split in SPLITS:
         shutil.copyfile(fetched / f"ptb.{split}.txt", out / f"{split}.txt")
 
@@ -107,13 +108,13 @@ def documents() -> Iterator[tuple[str, str]]:
     root = Path(sysconfig.get_path("stdlib"))
     apart = {"site-packages", "dist-packages", "test", "tests", "idlelib", "encodings", "pydoc_data"}
     for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root)
-        if apart.isdisjoint(name.parts):
+        file = path.relative_to(root)
+        if apart.isdisjoint(file.parts):
             with contextlib.suppress(SyntaxError, ValueError):
-                yield str(name), "\n\n".join(docstrings(ast.parse(path.read_bytes())))
+                yield str(file), "\n\n".join(docstrings(ast.parse(path.read_bytes())))
     for name in sorted(sys.builtin_module_names):
-        parts = vars(importlib.import_module(name)).values()
-        parts = [part for part in parts if getattr(part, "__module__", name) == name]
+        module = vars(importlib.import_module(name))
+        parts = [part for part in module.values() if getattr(part, "__module__", name) == name]
         parts += [method for part in parts if isinstance(part, type) for method in vars(part).values()]
         texts = (getattr(part, "__doc__", None) for part in parts)
         yield name, "\n\n".join(inspect.cleandoc(text) for text in texts if isinstance(text, str))

@@ -157,12 +157,14 @@ def check(name: str, folder: Path) -> bool:
     if os.environ.get("AWD_CHECKS"):
         known = json.loads(Path(os.environ["AWD_CHECKS"]).read_text()).get(name, {})
     sums = folder / "SHA256SUMS"
-    recorded = dict(reversed(line.split()) for line in sums.read_text().splitlines()) if sums.exists() else {}
-    sound, types, found = True, {"<eos>"}, {}
+    recorded: dict[str, str] = {}
+    if sums.exists():
+        recorded = {line.split()[1]: line.split()[0] for line in sums.read_text().splitlines()}
+    sound, types, digests = True, {"<eos>"}, {}
     print(f"{name:12} {'tokens':>12} {'expected':>12}  sha256")
     for split in SPLITS:
         tokens, digest = count(folder / f"{split}.txt", types, not CORPORA[name].bytewise)
-        found[f"{split}.txt"] = digest
+        digests[f"{split}.txt"] = digest
         expected, known_digest = known.get(split, (None, None))
         known_digest = known_digest or recorded.get(f"{split}.txt")
         right = expected in (None, tokens) and known_digest in (None, digest)
@@ -173,7 +175,7 @@ def check(name: str, folder: Path) -> bool:
     sound &= expected in (None, len(types))
     print(f"  {'types':10} {len(types):12,} {f'{expected:,}' if expected else '-':>12}")
     if sound and not recorded:
-        sums.write_text("".join(f"{digest}  {file}\n" for file, digest in found.items()))
+        sums.write_text("".join(f"{digest}  {file}\n" for file, digest in digests.items()))
     return sound
 
 

@@ -149,5 +149,5 @@ def checksum(corpus: dict[str, Any]) -> str:
     digest = hashlib.sha256()
     for name, part in corpus.items():
         digest.update(name.encode())
-        digest.update(part.numpy() if isinstance(part, Tensor) else json.dumps(part).encode())
+        digest.update(part.numpy().data if isinstance(part, Tensor) else json.dumps(part).encode())
     return digest.hexdigest()

@@ -107,15 +107,17 @@ def read_corpus(data: str, vocab: list[str] | None = None, vocab_size: int = 0, 
     return corpus
 
 
-class FirstSeen(dict):
+class FirstSeen(dict[str, int]):
     """word -> rank of first appearance."""
+
+    place = ""  # the file that is being read
 
     def __missing__(self, word: str) -> int:
         self[word] = rank = len(self)
         return rank
 
 
-class KnownWords(dict):
+class KnownWords(dict[str, int]):
     """word -> id in a given vocabulary, the id of `<unk>` for other words; without `<unk>` an error names the word."""
 
     def __init__(self, vocab: list[str]) -> None:
@@ -140,13 +142,15 @@ def encode_files(
     pieces: list[str],
 ) -> Corpus:  # fmt: skip
     """Reads three texts, training first; see `read_corpus`. Memory: some 8 bytes per token for a moment."""
-    table = KnownWords(vocab) if vocab else FirstSeen()
-    encoded, types = [], 0
+    table: KnownWords | FirstSeen = KnownWords(vocab) if vocab else FirstSeen()
+    encoded: list[list[np.ndarray]] = []
+    types = 0
     with tqdm(
         total=sum(path.stat().st_size for path in files), unit="B", unit_scale=True,
         desc=f"reading {data}", delay=2, mininterval=0.5, leave=False,
     ) as bar:  # fmt: skip
-        for table.place in map(str, files):
+        for path in files:
+            table.place = str(path)
             blocks = [
                 np.fromiter(map(table.__getitem__, words), np.int32, len(words))
                 for words in read_words(table.place, bar)
@@ -160,12 +164,15 @@ def encode_files(
                     table.setdefault(piece, len(table))
                 types = len(table)  # those of the training text and of its tokenizer
     if vocab is None:  # block by block: numpy needs 8 bytes per token for counting and indexing
-        counts = sum(np.bincount(block, minlength=types) for block in encoded[0])
+        counts = np.zeros(types, np.int64)
+        for block in encoded[0]:
+            counts += np.bincount(block, minlength=types)
         vocab, final = by_frequency(list(table), counts, vocab_size, min_count)
         for block in itertools.chain(*encoded):
             block[:] = final[block]
     dtype = np.int16 if len(vocab) <= 1 << 15 else np.int32
-    return Corpus(vocab, *(torch.from_numpy(np.concatenate(blocks, dtype=dtype)) for blocks in encoded), digest)
+    train, valid, test = (torch.from_numpy(np.concatenate(blocks, dtype=dtype)) for blocks in encoded)
+    return Corpus(vocab, train, valid, test, digest)
 
 
 def by_frequency(words: list[str], counts: np.ndarray, vocab_size: int, min_count: int) -> tuple[list[str], np.ndarray]:
@@ -175,13 +182,13 @@ def by_frequency(words: list[str], counts: np.ndarray, vocab_size: int, min_coun
     """
     known = dict(zip(words, counts.tolist(), strict=False))  # in order of first appearance
     if vocab_size or min_count:
-        frequent = [word for word in sorted(known, key=known.get, reverse=True) if word not in (EOS, UNK)]
+        frequent = [word for word in sorted(known, key=known.__getitem__, reverse=True) if word not in (EOS, UNK)]
         frequent = [word for word in frequent if known[word] >= min_count]
         keep = {EOS, UNK, *(frequent[: vocab_size - 2] if vocab_size else frequent)}
         rest = sum(count for word, count in known.items() if word not in keep)
         known = {word: count for word, count in known.items() if word in keep}
         known[UNK] = known.get(UNK, 0) + rest
-    vocab = sorted(known, key=known.get, reverse=True)  # stable: ties stay in order of first appearance
+    vocab = sorted(known, key=known.__getitem__, reverse=True)  # stable: ties stay in order of first appearance
     if UNK not in known:
         vocab += words[len(counts) :]
     index = {word: i for i, word in enumerate(vocab)}

@@ -4,6 +4,7 @@ Rank 0 alone writes. If the disk does not take a file, the old file is kept, a w
 on and tries again at the next checkpoint.
 """
 
+import math
 import os
 from argparse import Namespace
 from collections.abc import Callable
@@ -44,6 +45,11 @@ class Position:
         for name in ("epoch", "row", "batch", "step", "loss_count"):
             if type(getattr(self, name)) is not int:
                 raise TypeError(f"its {name} is {getattr(self, name)!r}")
+
+    @property
+    def mean_loss(self) -> float:
+        """Of the batches since the last log line, as far as their losses are known; nan without any."""
+        return self.loss_sum / self.loss_count if self.loss_count else math.nan
 
     def restart_epoch(self) -> None:
         """Goes back to the epoch's first row."""

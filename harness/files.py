@@ -251,8 +251,14 @@ def to_evaluate(saved: dict[str, Any], device: torch.device) -> Opened:
     model, criterion = build({**saved["args"], **dict.fromkeys(DROPOUTS, 0.0)}, len(saved["vocab"]))
     model.load_state_dict(fit_names(saved["model"], model))
     criterion.load_state_dict(saved["criterion"])
-    modules = (module.to(device).eval() for module in (model, criterion))
-    return Opened(*modules, saved["vocab"], Namespace(**saved["args"]), device, saved["tokenizer"])
+    return Opened(
+        model=model.to(device).eval(),
+        criterion=criterion.to(device).eval(),
+        vocab=saved["vocab"],
+        args=Namespace(**saved["args"]),
+        device=device,
+        tokenizer=saved["tokenizer"],
+    )
 
 
 def open_model(args: Namespace) -> Opened:

@@ -9,7 +9,7 @@ import math
 import time
 from argparse import Namespace
 from collections.abc import Callable, Collection
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from model import LAYERS
 from optim import OPTIMIZERS
@@ -192,7 +192,7 @@ class ArgumentParser(argparse.ArgumentParser):
         """The given values, and the defaults of the other flags."""
         return Namespace(**{**{flag.name: flag.default for flag in flags}, **defaults, **vars(self.parse_args())})
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
 
 

@@ -33,7 +33,7 @@ def figures(loss: float, prefix: str = "", bpc: bool = True) -> str:
     return f"{text} | {prefix}bpc {loss / math.log(2):8.3f}" if bpc else text
 
 
-def unit_figures(total: float, words: int, characters: int) -> dict[str, float]:
+def unit_figures(total: float, words: float, characters: float) -> dict[str, float]:
     """The perplexity per word and the bits per character of a text's whole loss, in nats."""
     return {"ppl_per_word": ppl(total / words), "bits_per_character": total / characters / math.log(2)}
 
@@ -99,9 +99,9 @@ class EpochBar(tqdm):
             sys.stdout.write("\r\x1b[K")  # as in `above_bar`
             sys.stdout.flush()
 
-    def show(self, tokens: int, loss: float | None) -> None:
-        """Moves the bar by `tokens`, and shows the mean loss since the last log line if it is known."""
-        if loss is not None:
+    def show(self, tokens: int, loss: float) -> None:
+        """Moves the bar by `tokens`, and shows the mean loss since the last log line; nan: it is not known."""
+        if not math.isnan(loss):
             self.set_postfix_str(f"loss {loss:.2f}, ppl {ppl(loss):.2f}", refresh=False)
         self.update(tokens)
 

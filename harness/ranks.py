@@ -11,9 +11,10 @@ GPU. Without torchrun there is one rank, and nothing is sent.
 import os
 import signal
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from utils import UserError, map_tensors
 
+T = TypeVar("T")
 PATIENCE = timedelta(minutes=30)  # a rank that keeps the others waiting for longer counts as hung
 LARGE = 1 << 20  # elements; larger gradients are averaged in place, smaller ones joined in one tensor
 REASONS = ("", "--max_steps", "--max_minutes", "SIGINT", "SIGTERM")  # to stop; the last one has priority
@@ -112,7 +114,7 @@ class Ranks:
         """Gives this rank other dropout masks than the others have. Initial weights are drawn before that."""
         torch.manual_seed((seed + SEED_STRIDE * self.rank + step) % 2**63)
 
-    def from_rank_0(self, tree: Any) -> Any:
+    def from_rank_0(self, tree: T) -> T:
         """Rank 0's plain data and CPU tensors, on every rank. Collective."""
         if self.size == 1:
             return tree
@@ -123,7 +125,7 @@ class Ranks:
         map_tensors(lambda tensor: dist.broadcast(tensor, 0), tree)
         return tree
 
-    def broadcast_weights(self, parameters: list[Tensor]) -> None:
+    def broadcast_weights(self, parameters: Sequence[Tensor]) -> None:
         """Overwrites the parameters with rank 0's. Collective."""
         for parameter in parameters if self.size > 1 else []:
             dist.broadcast(parameter.data, 0)
@@ -159,7 +161,7 @@ class Ranks:
             return hidden
         return [tuple(torch.cat([*self.gather(tensor)], dim=1) for tensor in layer) for layer in hidden]
 
-    def average_gradients(self, parameters: list[Tensor]) -> None:
+    def average_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Averages the gradients over ranks, in place. Collective.
 
         A parameter without a gradient on this rank counts as zeros. An infinite gradient (fp16) becomes infinite on all
@@ -167,11 +169,13 @@ class Ranks:
         """
         if self.size == 1:
             return
+        gradients: list[Tensor] = []
         for parameter in parameters:
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad = gradient.contiguous()  # most are contiguous already
-        large = [p.grad for p in parameters if p.numel() > LARGE]
-        small = [p.grad for p in parameters if p.numel() <= LARGE]
+            gradients.append(parameter.grad)
+        large = [gradient for gradient in gradients if gradient.numel() > LARGE]
+        small = [gradient for gradient in gradients if gradient.numel() <= LARGE]
         joined = torch.cat([gradient.flatten() for gradient in small])
         for work in [dist.all_reduce(tensor, async_op=True) for tensor in (joined, *large)]:
             work.wait()

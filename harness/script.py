@@ -4,10 +4,11 @@ Exit status 2: wrong usage or data. 1: a run that failed. 130: Ctrl-C twice. 143
 """
 
 import contextlib
+import io
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -26,13 +27,15 @@ def run_script(main: Callable[[], int | None], parallel: bool = False) -> None:
         sys.exit(0)
     keep_freed_memory()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # while there is nothing to save
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack some characters of a text
     message = ""
     try:
         with contextlib.nullcontext() if ranks.is_main else silence():
             status = main() or 0
         sys.stdout.flush()
     except SystemExit as end:  # --help, SIGTERM
-        status = end.code or 0
+        status = end.code if isinstance(end.code, int) else 0
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     except Exception as error:
@@ -73,7 +76,7 @@ def describe(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def silence():
+def silence() -> Iterator[None]:
     """Discards everything that is printed while entered, because rank 0 prints for all."""
     with (
         open(os.devnull, "w") as nowhere,

@@ -57,7 +57,7 @@ def begin(script: str, given: dict[str, Any]) -> Start:
     ranks.start(device)
     use_tf32()
     find = find_training if script == "main.py" else find_finetuning
-    found = ranks.from_rank_0(find(script, given) if ranks.is_main else None)
+    found = ranks.from_rank_0(find(script, given) if ranks.is_main else {})
     return Start(script=script, device=device, ranks=ranks, began_s=began_s, **found)
 
 
@@ -148,7 +148,7 @@ def load_corpus(start: Start) -> Corpus:
     ranks, batch_size = (start.ranks, args.batch_size) if args.epochs else (ALONE, 1)  # 0: only rank 0 evaluates
     if not ranks.is_main:
         ranks.agree("")
-    corpus = read_corpus(args.data, stored and stored["vocab"], args.vocab_size, args.min_count)
+    corpus = read_corpus(args.data, stored["vocab"] if stored else None, args.vocab_size, args.min_count)
     check_length(corpus.train, batch_size, f"{args.data}: training text")
     check_length(corpus.valid, EVAL_BATCH_SIZE, f"{args.data}: validation text")
     if ranks.is_main:

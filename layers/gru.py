@@ -84,9 +84,10 @@ class GRU(GatedLayer):
     gates, state_tensors, cudnn_mode = 3, 1, 3
 
     @staticmethod
-    def kernel(x: Tensor, hidden: Hidden, weights: list[Tensor], *rest: Any) -> tuple[Tensor, Hidden]:
+    def kernel(x: Tensor, hidden: Hidden, weights: list[Tensor], training: bool) -> tuple[Tensor, Hidden]:
         if x.device.type == "cpu" and torch.is_grad_enabled() and x.size(1) <= COLUMNS:
             out = GRUScan.apply(x, hidden[0][0], *weights)
             return out, (out[-1:].clone(),)  # a view would keep all of `out` in memory and in the .state
-        out, h = torch.gru(x, hidden[0], weights, *rest)
+        # with biases, 1 layer, no dropout, one direction, time first
+        out, h = torch.gru(x, hidden[0], weights, True, 1, 0.0, training, False, False)
         return out, (h,)

@@ -70,11 +70,12 @@ class LSTM(GatedLayer):
     gates, state_tensors, cudnn_mode = 4, 2, 2
 
     @staticmethod
-    def kernel(x: Tensor, hidden: Hidden, weights: list[Tensor], *rest: Any) -> tuple[Tensor, Hidden]:
+    def kernel(x: Tensor, hidden: Hidden, weights: list[Tensor], training: bool) -> tuple[Tensor, Hidden]:
         (T, B, _), (h, c) = x.shape, hidden
         if B == 1 and T <= STEPS and x.device.type == "cpu" and torch.is_grad_enabled():
             weight_ih, weight_hh, bias_ih, bias_hh = weights
             out, c = ShortLSTM.apply(x[:, 0], h[0, 0], c[0, 0], weight_ih, weight_hh, bias_ih + bias_hh)
             return out[:, None], (out[None, -1:].clone(), c[None, None])
-        out, h, c = torch.lstm(x, hidden, weights, *rest)
+        # with biases, 1 layer, no dropout, one direction, time first
+        out, h, c = torch.lstm(x, hidden, weights, True, 1, 0.0, training, False, False)
         return out, (h, c)

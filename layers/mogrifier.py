@@ -15,8 +15,9 @@ sigmoids, and c; the backward pass calculates other elementwise results again. T
 over all steps.
 """
 
+from collections.abc import Sequence
 from itertools import islice
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,11 +34,11 @@ class Round(NamedTuple):
     bias: Tensor  # (to,)
 
 
-def take_rounds(weights: list[Tensor], full: bool) -> list[Round]:
+def take_rounds(weights: Sequence[Tensor], full: bool) -> list[Round]:
     """The rounds' weights: all but the first three."""
-    size, rest = (2, 3)[not full], weights[3:]
+    size, rest = (2 if full else 3), weights[3:]
     parts = [rest[k : k + size] for k in range(0, len(rest), size)]
-    return [Round(*([None] * full), *part) for part in parts]
+    return [Round(None, b=part[0], bias=part[1]) if full else Round(*part) for part in parts]
 
 
 def gate(x: Tensor, sigma: Tensor) -> Tensor:
@@ -224,7 +225,7 @@ class Mogrifier(RecurrentLayer):
         with torch.no_grad():
             self.bias[self.hidden_size : 2 * self.hidden_size] = 1
         for round in self.rounds:
-            round.reset_parameters()
+            cast(RoundWeights, round).reset_parameters()
 
     def init_hidden(self, batch_size: int) -> Hidden:
         size = (1, batch_size, self.hidden_size)
@@ -234,8 +235,8 @@ class Mogrifier(RecurrentLayer):
         mask = None
         if self.training and self.dropoutr:
             mask = torch.empty_like(hidden[0][0]).bernoulli_(1 - self.dropoutr).div_(1 - self.dropoutr)  # (B, H)
-        weights = [self.weight_ih, self.weight_hh, self.bias]
-        weights += [tensor for round in self.rounds for tensor in round.tensors]
+        weights: list[Tensor] = [self.weight_ih, self.weight_hh, self.bias]
+        weights += [tensor for round in self.rounds for tensor in cast(RoundWeights, round).tensors]
         with torch.autocast(x.device.type, enabled=False):  # rounding errors would add up from step to step
             h, c = (tensor[0].to(self.bias.dtype) for tensor in hidden)
             out, c = MogrifierScan.apply(x.to(self.bias.dtype), h, c, mask, self.rank == 0, *weights)

@@ -93,16 +93,10 @@ def launch(kernel: str, like: Tensor, lanes: int, *arguments: Tensor | int | Non
         function(((lanes + BLOCK - 1) // BLOCK,), (BLOCK,), values, stream=stream)
 
 
-def contiguous(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors made contiguous and of this dtype, as the kernels need them; None stays None."""
-    return [None if x is None else x.to(dtype).contiguous() for x in tensors]
-
-
 def forward(y: Tensor, c0: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """y (T, B, 3H) of S, c0 (B, H) of A or None -> out, c (T, B, H) of S, c_last (B, H) of A."""
     T, B, H = y.shape[0], y.shape[1], y.shape[2] // 3
-    (y,) = contiguous(y.dtype, y)
-    (c0,) = contiguous(wide(y.dtype), c0)
+    y, c0 = y.contiguous(), None if c0 is None else c0.to(wide(y.dtype)).contiguous()
     out, c = y.new_empty(T, B, H), y.new_empty(T, B, H)
     c_last = y.new_empty(B, H, dtype=wide(y.dtype))
     launch("forget_mult_forward", y, B * H, y, c0, out, c, c_last, T, B, H)
@@ -112,8 +106,9 @@ def forward(y: Tensor, c0: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
 def backward(g_out: Tensor, g_last: Tensor, y: Tensor, c: Tensor, c0: Tensor | None) -> tuple[Tensor, Tensor]:
     """The gradients of y (T, B, 3H) of S and c0 (B, H) of A, from those of out (T, B, H), c_last (B, H)."""
     T, B, H = c.shape
-    g_out, y, c = contiguous(y.dtype, g_out, y, c)
-    g_last, c0 = contiguous(wide(y.dtype), g_last, c0)
+    g_out, y, c = (x.to(y.dtype).contiguous() for x in (g_out, y, c))
+    g_last = g_last.to(wide(y.dtype)).contiguous()
+    c0 = None if c0 is None else c0.to(wide(y.dtype)).contiguous()
     dy = torch.empty_like(y)
     dc0 = torch.empty_like(g_last)
     launch("forget_mult_backward", y, B * H, g_out, g_last, y, c, c0, dy, dc0, T, B, H)

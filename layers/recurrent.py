@@ -80,8 +80,8 @@ class GatedLayer(RecurrentLayer):
         self.hidden_size, self.wdrop = hidden_size, wdrop
         rows = self.gates * hidden_size
         self.weight_ih_l0 = nn.Parameter(torch.empty(rows, input_size))
-        recurrent = nn.Parameter(torch.empty(rows, hidden_size))
-        self.register_parameter("weight_hh_l0_raw" if wdrop else "weight_hh_l0", recurrent)
+        self.recurrent_name = "weight_hh_l0_raw" if wdrop else "weight_hh_l0"
+        self.register_parameter(self.recurrent_name, nn.Parameter(torch.empty(rows, hidden_size)))
         self.bias_ih_l0 = nn.Parameter(torch.empty(rows))
         self.bias_hh_l0 = nn.Parameter(torch.empty(rows))
         self.slot: Tensor | None = None  # the recurrent matrix's place in cuDNN's flat buffer
@@ -93,8 +93,8 @@ class GatedLayer(RecurrentLayer):
 
     @staticmethod
     @abstractmethod
-    def kernel(x: Tensor, hidden: Hidden, weights: list[Tensor], *rest: Any) -> tuple[Tensor, Hidden]:
-        """As `forward`; weights: input, recurrent, and their biases; rest: further arguments of torch's functions."""
+    def kernel(x: Tensor, hidden: Hidden, weights: list[Tensor], training: bool) -> tuple[Tensor, Hidden]:
+        """As `forward`; weights: input, recurrent, and their biases."""
 
     def flat(self, weight_hh: Tensor) -> Tensor:
         """The recurrent matrix, copied to its place between the other weights in cuDNN's flat buffer.
@@ -114,7 +114,7 @@ class GatedLayer(RecurrentLayer):
         return WriteInto.apply(weight_hh, self.slot.detach())
 
     def forward(self, x: Tensor, hidden: Hidden) -> tuple[Tensor, Hidden]:
-        raw = self.weight_hh_l0_raw if self.wdrop else self.weight_hh_l0
+        raw = self.get_parameter(self.recurrent_name)
         weight_hh = drop_weight(raw, self.wdrop, self.training)
         if x.device.type == "cuda" and torch.backends.cudnn.is_acceptable(raw):
             weight_hh = self.flat(weight_hh)
@@ -123,8 +123,7 @@ class GatedLayer(RecurrentLayer):
         if autocast and x.device.type == "cpu":  # on most CPUs torch has no recurrent kernel in half precision
             autocast, x = False, x.to(raw.dtype)
         with torch.autocast(x.device.type, enabled=autocast):
-            # biases, 1 layer, no dropout between layers, one direction, time first
-            return self.kernel(x, hidden, weights, True, 1, 0.0, self.training, False, False)
+            return self.kernel(x, hidden, weights, self.training)
 
     def init_hidden(self, batch_size: int) -> Hidden:
         size = (1, batch_size, self.hidden_size)

@@ -207,8 +207,7 @@ def test_only_plain_runs_as_torch_comes(kind: str, keeps: str | None) -> None:
     """Ours and the floor keep freed memory as main.py does; plain does not, though it begins with the setting."""
     with ProcessPoolExecutor(1, FORK_SERVER) as pool:
         pool.submit(keep_freed_memory).result()  # stands in for what a process inherits from bench.py
-        pool.submit(bench.begin, bench.VARIANTS[kind], "small", True, CPU).result()
-        assert pool.submit(bench.step_ms, CPU).result() > 0
+        assert pool.submit(bench.step_ms, kind, "small", True, CPU).result() > 0
         assert pool.submit(os.getenv, "THP_MEM_ALLOC_ENABLE").result() == keeps
 
 
@@ -225,6 +224,6 @@ def test_start_up_is_timed_to_a_line() -> None:
 
 def test_a_loss_that_is_not_finite_ends_the_bench(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps on NaN are no measure of training."""
-    monkeypatch.setattr(bench, "step", lambda: torch.tensor(float("nan")), raising=False)
+    monkeypatch.setattr(bench, "make_work", lambda *_: lambda: torch.tensor(float("nan")))
     with pytest.raises(RunError, match="nan"):
-        bench.step_ms(CPU)
+        bench.step_ms("ours", "small", True, CPU)
