@@ -147,7 +147,7 @@ def dynamic_loss(
     Args:
         ids: (n,), the text; its first token is only read.
         bptt: tokens per segment: the weights move after each segment.
-        pointer: θ, λ and window of the cache pointer, whose probabilities are mixed in; None: no pointer.
+        pointer: θ, λ and window of the cache pointer; None: without it.
 
     Returns:
         The loss, and how many of the n - 1 tokens have been scored.

@@ -100,8 +100,8 @@ GENERATION = [
     Flag("--no_unk", SWITCH, True, "never draw <unk> (the default)"),
     Flag("--unk", {"dest": "no_unk", "action": "store_false"}, True, "draw <unk> too"),
     Flag("--seed", SEED, 1111, "of the draws"),
-    Flag("--next", {**POSITIVE, "metavar": "K"}, None, "instead print the K most probable words after the prompt, "
-         "with the model's own probabilities"),
+    Flag("--next", {**POSITIVE, "metavar": "K"}, None, "print the K most probable words after the prompt instead, "
+         "with their probabilities under the model"),
 ]  # fmt: skip
 
 

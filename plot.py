@@ -108,7 +108,7 @@ def draw_surprisal(bars: list[Bar], format: str, unit: str) -> bytes:
     if bars[0].entropy is not None:
         dots = {"marker": "D", "markersize": 6, "markeredgecolor": "white", "linestyle": "", "color": COLOURS[1]}
         panel.plot(places, [bar.entropy for bar in bars], label="entropy before it", **dots)
-        panel.legend(frameon=False)
+        figure.legend(loc="outside upper right", ncols=2, frameon=False)
     names = [bar.name for bar in bars]
     panel.set_xticks(places, names, rotation=40, ha="right", rotation_mode="anchor", parse_math=False)
     panel.set_xlim(-0.6, len(bars) - 0.4)

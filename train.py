@@ -1,4 +1,4 @@
-"""A training run: what a step changes, the step, and the epochs. main.py and finetune.py start it.
+"""A training run: its weights and position, the training step, the epochs. main.py and finetune.py start it.
 
 Losses are nats per token, without the regularisation. Shapes: T time, B batch, N = T·B.
 
@@ -35,7 +35,7 @@ NO_TIME = ("SIGTERM", "--max_minutes")  # a run that ends for one of these neith
 
 
 class Run:
-    """What a training step changes, and all that it needs.
+    """Everything that a training step needs and changes.
 
     Args:
         script: main.py or finetune.py; only the same script can resume the run.
@@ -236,7 +236,7 @@ def train_epoch(run: Run, check_stop: Callable[[], None]) -> None:
 def fit(run: Run, on_stall: str = "") -> str:
     """Trains up to the last epoch; after each one validates, saves the best model and the run's state.
 
-    `on_stall`: what a stalled validation loss does: "stop", or what the optimizer's row says.
+    `on_stall`: when the validation loss stalls, "stop", "average" or "nothing"; "": as in the optimizer's row.
 
     Returns:
         Why it ended: "epochs", "SIGINT", "SIGTERM" or the flag that said so.
@@ -322,10 +322,10 @@ def validate(run: Run, check_stop: Callable[[], None], partial: bool = False) ->
     return loss
 
 
-def evaluate_start(run: Run, what: str) -> float:
+def evaluate_start(run: Run, title: str) -> float:
     """Evaluates the model that a run starts from, and prints it: only a better one will replace it."""
     loss = evaluate(run.model, run.criterion, run.corpus.valid, run.args.bptt, EVAL_BATCH_SIZE, ranks=run.ranks)
-    say(f"| {what} | {figures(loss, 'valid ')}")
+    say(f"| {title} | {figures(loss, 'valid ')}")
     run.at.best_loss = loss if math.isfinite(loss) else None
     return loss
 

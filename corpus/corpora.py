@@ -1,4 +1,4 @@
-"""The corpora: where they are fetched, how what was fetched becomes text, and what is known of that text.
+"""The table of corpora: addresses, the function that makes the texts, and their known counts and checksums.
 
 A new corpus is a row of `CORPORA`, and a converter if it is of a new kind. corpus/fetch.py does the rest. Needs
 nothing but the standard library.
@@ -24,17 +24,17 @@ SPLITS = ("train", "valid", "test")
 
 
 class Row(NamedTuple):
-    """A corpus: fetched from one of its sources, in turn, or made from its base, or from Python alone."""
+    """A corpus: it is fetched from one of its sources, or made from its base, or from Python alone."""
 
-    convert: Callable[..., None]  # convert(out, folder): the folder of what was fetched, or of the base
-    sources: list[list[str]]  # the addresses of one source give the corpus together
+    convert: Callable[..., None]  # convert(out, folder): makes the texts in `out`; folder: the download, or the base
+    sources: list[list[str]]  # all addresses of one source together give the corpus; sources are tried in turn
     checks: dict[str, Any]  # {split: [tokens with <eos>, sha256 or None], "types": ...}
-    base: str | None = None
-    bytewise: bool = False  # <eos> is a newline byte: a text that ends without one has none there
+    base: str | None = None  # the name of another corpus
+    bytewise: bool = False  # <eos> is a newline byte, so a text without a final newline has no <eos> at its end
 
 
 def penn(out: Path, fetched: Path) -> None:
-    """ptb.{train,valid,test}.txt as they are, or out of Mikolov's archive."""
+    """ptb.{train,valid,test}.txt unchanged, or from Mikolov's archive."""
     archive = fetched / "simple-examples.tgz"
     if archive.exists():
         with tarfile.open(archive) as tar:
@@ -47,7 +47,7 @@ def penn(out: Path, fetched: Path) -> None:
 
 
 def wikitext(out: Path, fetched: Path) -> None:
-    """wiki.{train,valid,test}.tokens out of the archive."""
+    """wiki.{train,valid,test}.tokens from the archive."""
     (archive,) = fetched.glob("*.zip")
     folder = archive.stem.removesuffix("-v1")
     with zipfile.ZipFile(archive) as zip_file:
@@ -58,7 +58,7 @@ def wikitext(out: Path, fetched: Path) -> None:
 
 
 def pennchar(out: Path, words: Path) -> None:
-    """The Penn Treebank spelled out: a line's words joined by `_`, one character per token."""
+    """The Penn Treebank by characters: the words of a line joined by `_`, one character per token."""
     for split in SPLITS:
         with open(words / f"{split}.txt", encoding="utf-8") as source:
             text = "".join(" ".join("_".join(line.split())) + "\n" for line in source)
@@ -66,9 +66,9 @@ def pennchar(out: Path, words: Path) -> None:
 
 
 def enwik8(out: Path, fetched: Path) -> None:
-    """Each byte a token, written as its number; the newline byte is the end of a line, so that it is <eos>.
+    """Each byte is a token, written as its number. The newline byte ends a line, so it becomes <eos>.
 
-    90, 5 and 5 million bytes. Where a cut falls inside a line, the reader ends that line: one <eos> more.
+    90, 5 and 5 million bytes. If a cut lies inside a line, that line gets one <eos> more.
     """
     with zipfile.ZipFile(fetched / "enwik8.zip") as zip_file:
         data = zip_file.read("enwik8")
@@ -82,11 +82,11 @@ def enwik8(out: Path, fetched: Path) -> None:
 
 
 def pydocs(out: Path) -> None:
-    """English out of Python's own documentation: its language reference and its modules' docstrings.
+    """English from Python's documentation: its language reference and the docstrings of its modules.
 
-    Sentences in words, lower-cased, numbers to N, no sentence twice, code left out. A document (a topic or a
-    module) goes to one split: of twenty in an order fixed by their names one to valid, one to test. The
-    vocabulary is the training text's words seen twice or more, 10,000 types at most, the rest <unk>.
+    Sentences of lower-case words, with N for numbers, without code and without repeated sentences. A document (a topic
+    or a module) goes to one split: of each twenty, in an order given by their names, one to valid and one to test. The
+    vocabulary has the words that the training text contains twice or more, at most 10,000; the others are <unk>.
     """
     order = sorted(documents(), key=lambda document: hashlib.sha256(document[0].encode()).digest())
     places: dict[str, str] = {}  # sentence: the split where it was seen first
@@ -103,7 +103,7 @@ def pydocs(out: Path) -> None:
 
 def documents() -> Iterator[tuple[str, str]]:
     """(name, text): the topics of `help()`, and each module of the standard library with a docstring."""
-    with contextlib.suppress(ImportError):  # some distributions leave it out
+    with contextlib.suppress(ImportError):  # some distributions of Python do not have it
         yield from importlib.import_module("pydoc_data.topics").topics.items()
     root = Path(sysconfig.get_path("stdlib"))
     apart = {"site-packages", "dist-packages", "test", "tests", "idlelib", "encodings", "pydoc_data"}
@@ -121,7 +121,7 @@ def documents() -> Iterator[tuple[str, str]]:
 
 
 def docstrings(node: ast.AST) -> Iterator[str]:
-    """The docstrings of a module, its classes and its functions, from the outside in."""
+    """The docstrings of a module, its classes and its functions, in this order."""
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         yield ast.get_docstring(node) or ""
         for child in node.body:
@@ -129,10 +129,10 @@ def docstrings(node: ast.AST) -> Iterator[str]:
 
 
 def sentences(text: str) -> Iterator[str]:
-    """The sentences of a text, spaces between words and punctuation; code and tables are left out."""
+    """The sentences of a text without its code and tables, with spaces between words and punctuation."""
     for paragraph in re.split(r"\n\s*\n", text):
         lines = [line.strip() for line in paragraph.splitlines()]
-        prose = " ".join(line for line in lines if line.strip("=-*~^#+| "))  # underlines of headings left out
+        prose = " ".join(line for line in lines if line.strip("=-*~^#+| "))  # without underlines of headings
         code = "::=" in prose or any(line.startswith((">>>", "...")) for line in lines)
         if code or len(re.sub(r"[^\W\d_]| ", "", prose)) > 0.15 * len(prose):
             continue
@@ -190,5 +190,5 @@ CORPORA = {
         {"train": [90_000_000, None], "valid": [5_000_000, None], "test": [5_000_000, None], "types": 205},
         bytewise=True,
     ),
-    "pydocs": Row(pydocs, [], {}),  # what a Python carries is not the same in any two releases
+    "pydocs": Row(pydocs, [], {}),  # the documentation differs from one release of Python to the next
 }

@@ -1,15 +1,15 @@
 """Fetches the corpora: `./getdata.sh` runs this.
 
     ./getdata.sh                      Penn Treebank and WikiText-2
-    ./getdata.sh pydocs               English out of Python's own documentation: no network needed
+    ./getdata.sh pydocs               English from Python's documentation; needs no network
     ./getdata.sh all                  every corpus: CORPORA
     ./getdata.sh --check [NAME...]    compare what is there with the known counts and checksums
 
-A corpus NAME comes to ./data/NAME/{train,valid,test}.txt, all of it or nothing; one that is there is left alone.
-When a download breaks off, the same command goes on where it stopped.
+A corpus NAME comes to ./data/NAME/{train,valid,test}.txt, all of it or nothing. One that is there already is not
+changed. When a download breaks off, the same command goes on where it stopped.
 
 Environment:
-    AWD_MIRROR=URL    fetch from there alone, under the files' own names: URL/ptb.train.txt,
+    AWD_MIRROR=URL    fetch from this address only, with the same file names: URL/ptb.train.txt,
                       URL/wikitext-2-v1.zip, ... (all addresses are in corpus/corpora.py)
     AWD_CHECKS=FILE   JSON that replaces the known counts and checksums, for a mirror with other text
 """
@@ -33,7 +33,7 @@ from urllib.request import Request, urlopen
 from corpus.corpora import CORPORA, SPLITS
 
 DAMAGED = (OSError, EOFError, KeyError, ValueError, tarfile.TarError, zipfile.BadZipFile, zlib.error)
-BROKEN = (OSError, HTTPException)  # how a download ends too early
+BROKEN = (OSError, HTTPException)  # the errors of a download that ends too early
 TRIES = 9
 
 
@@ -90,7 +90,7 @@ def fetch(url: str, folder: Path) -> bool:
 
 
 def make(name: str, out: Path, *folder: Path) -> bool:
-    """Makes a corpus of what was fetched, or of its base; whether its counts and checksums are right."""
+    """Makes a corpus from the download, or from its base; returns whether its counts and checksums are right."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     try:
@@ -102,7 +102,7 @@ def make(name: str, out: Path, *folder: Path) -> bool:
 
 
 def make_from_sources(name: str, out: Path, work: Path) -> bool:
-    """Tries one source after the other, until what it sends is the corpus."""
+    """Fetches a corpus from one source after the other, until one gives the right texts."""
     for number, addresses in enumerate(CORPORA[name].sources, start=1):
         folder = work / str(number)
         if not all(fetch(url, folder) for url in addresses):
@@ -110,10 +110,10 @@ def make_from_sources(name: str, out: Path, work: Path) -> bool:
         if make(name, out, folder):
             return True
         source = os.environ.get("AWD_MIRROR") or addresses[0].rpartition("/")[0]
-        tell(f"{name}: what came from {source} is damaged or not the corpus; thrown away")
+        tell(f"{name}: the files from {source} are damaged or not the corpus; they were removed")
         shutil.rmtree(folder)
     tell(
-        f"{name}: no source gave it; run ./getdata.sh {name} again later (what has come is kept), "
+        f"{name}: no source gave it; run ./getdata.sh {name} again later (it goes on where it stopped), "
         f"set AWD_MIRROR, or put train.txt, valid.txt, test.txt into data/{name}"
     )
     return False
@@ -149,9 +149,9 @@ def get(name: str) -> bool:
 
 
 def check(name: str, folder: Path) -> bool:
-    """Prints a corpus's counts beside the known ones, and how its checksums compare; False if any is wrong.
+    """Prints a corpus's counts beside the known ones, and whether its checksums are right; False if any is wrong.
 
-    The first time it leaves SHA256SUMS in the folder, which later checks hold the files against.
+    The first time it writes SHA256SUMS to the folder. Later checks compare the files with it.
     """
     known = CORPORA[name].checks
     if os.environ.get("AWD_CHECKS"):
@@ -192,7 +192,7 @@ def count(path: Path, types: set[str], ends_last_line: bool) -> tuple[int, str]:
 
 
 def check_all(names: list[str]) -> bool:
-    """Checks these corpora, or all that are there; says of each wrong one what to do."""
+    """Checks these corpora, or all that are there; prints for each wrong one how to mend it."""
     names = names or [name for name in CORPORA if is_there(name)]
     if not names:
         tell("no corpus is in ./data; run ./getdata.sh")
@@ -202,7 +202,7 @@ def check_all(names: list[str]) -> bool:
             tell(f"{name}: not complete in data/{name}; run ./getdata.sh {name}")
             sound = False
         elif not check(name, Path("data", name)):
-            tell(f"{name}: data/{name} is not what it should be; remove it and run ./getdata.sh {name}")
+            tell(f"{name}: data/{name} is not right; remove it and run ./getdata.sh {name}")
             sound = False
     return sound
 

@@ -56,10 +56,10 @@ class Position:
         self.row = self.batch = self.loss_count = 0
         self.loss_sum = self.epoch_s = 0.0
 
-    def not_finite(self, what: str, step: int) -> RunError:
+    def not_finite(self, problem: str, step: int) -> RunError:
         """The error of a run that has diverged by `step`."""
         return RunError(
-            f"{what} at epoch {self.epoch}, step {step}, base rate {self.lr:g}; the saved model is as it was: try "
+            f"{problem} at epoch {self.epoch}, step {step}, base rate {self.lr:g}; the saved model is as it was: try "
             "a lower --lr or --clip"
         )
 

@@ -52,8 +52,8 @@ class Flag(NamedTuple):
     kind: dict[str, Any]  # further arguments of argparse's `add_argument`
     default: Any
     help: str
-    shapes_model: bool = False  # a saved model has its own value, which cannot be changed
-    stored: bool = True  # a resumed run takes it from the file: it says what is computed, not how or for how long
+    shapes_model: bool = False  # the value of a saved model cannot be changed
+    stored: bool = True  # a resumed run takes it from the file
     inherited: bool = True  # finetune.py takes it from the model that it starts from
 
     @property
@@ -105,7 +105,7 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("--nhid", POSITIVE, 1150, "hidden units per layer", **SHAPES_MODEL),
         Flag("--nlayers", {"type": number(int, 1, most=DEPTH)}, 3, "number of recurrent layers", **SHAPES_MODEL),
         Flag("--tied", SWITCH, True, "decoder weight = embedding weight", **SHAPES_MODEL),
-        Flag("--untied", {"dest": "tied", "action": "store_false"}, None, "a decoder weight of its own"),
+        Flag("--untied", {"dest": "tied", "action": "store_false"}, None, "a separate decoder weight"),
         Flag("--n_experts", COUNT, 0, "softmaxes in the mixture; 0: one softmax without latents", **SHAPES_MODEL),
         Flag("--nhidlast", COUNT, 0, "hidden units of the last layer; 0: emsize if tied or with --n_experts, "
              "otherwise nhid", **SHAPES_MODEL),
@@ -203,7 +203,7 @@ def parse_evaluation(doc: str, *groups: tuple[str, Collection[Flag]]) -> Namespa
     """
     saved = [
         Flag("--save --checkpoint", {"required": True, "dest": "save"}, None, "the saved model"),
-        Flag("--data", {}, None, "the text, where the script reads one (default: the model's own)"),
+        Flag("--data", {}, None, "the corpus, if the script reads one (default: that of the model)"),
         *(flag for flag in FLAGS[RUN] if flag.name == "device"),  # --device, --cuda
     ]
     parser = ArgumentParser(doc)
@@ -235,14 +235,14 @@ def inherited_args(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_stored(stored: dict[str, Any], place: str) -> None:
-    """Raises UserError when a file's settings have a value that their flag would not take."""
+    """Raises UserError when a file has a value that the flag would not accept."""
     for name, value in stored.items():
         if name in BY_NAME and BY_NAME[name].stored and not BY_NAME[name].takes(value):
             raise UserError(f"{place}: its args say {name} {value!r}; use another copy")
 
 
 def check_shape(given: dict[str, Any], stored: dict[str, Any], path: str) -> None:
-    """Raises UserError when a flag contradicts what the file says about the model's shape."""
+    """Raises UserError when a flag contradicts the shape of the model in the file."""
     stored = {**DEFAULTS, **stored}  # a setting that is newer than the file has its default
     for name, value in given.items():
         if name in BY_NAME and BY_NAME[name].shapes_model and value != stored[name]:

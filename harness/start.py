@@ -92,15 +92,15 @@ def find_training(script: str, given: dict[str, Any]) -> dict[str, Any]:
     """
     path, state = find_state(script, given)
     auto = given.get("resume") == "auto"
-    what = f"goes on with {path}" if state else f"warm start from {path}, which has no .state"
-    what = f"evaluates {path}" if given.get("epochs") == 0 else what
+    plan = f"goes on with {path}" if state else f"warm start from {path}, which has no .state"
+    plan = f"evaluates {path}" if given.get("epochs") == 0 else plan
     if state and state["script"] != script:
-        what = f"{state['script']} has gone on with {path}, its training is over: evaluates it"
+        plan = f"{state['script']} has gone on with {path}, its training is over: evaluates it"
         given, state = {**given, "epochs": 0}, None
     if auto and not state and not os.path.exists(path):
-        what, path = f"no run of {path} yet, starts one", ""
+        plan, path = f"no run of {path} yet, starts one", ""
     if auto:
-        say(f"| --resume auto: {what}")
+        say(f"| --resume auto: {plan}")
     saved = files.load_model(path, "--resume") if path and not state else None
     contents = state or saved
     stored = contents["args"] if contents else {}

@@ -1,1 +1,1 @@
-"""Every kind of recurrent layer, and what they share: weight drop, and the weights of LSTM and GRU."""
+"""Every kind of recurrent layer; their interface; weight drop."""

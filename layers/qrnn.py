@@ -26,7 +26,7 @@ from products import Linear, wide
 
 GRAIN = 2**15  # elements below which torch runs an elementwise operation on one thread
 sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input  # g · s · (1 - s), into an existing tensor
-tanh_backward = torch.ops.aten.tanh_backward.grad_input  # g · (1 - z²), likewise
+tanh_backward = torch.ops.aten.tanh_backward.grad_input  # g · (1 - z²), into an existing tensor
 
 
 def pick_kernels(x: Tensor) -> ModuleType | None:

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Run a row of results/README.md again from nothing, or go on with it after a stop: training, then every evaluation
-# (none of `original` and the characters: their rows are training's own figures).
+# Runs a row of results/README.md again: the training, then every evaluation. If it was stopped in training, it goes on
+# there. The rows of `original` and of the characters have no evaluation, because training prints all their figures.
 #
-#     results/run.sh hour            # or another NAME below
-#     results/run.sh melis 2e-3      # at another learning rate
-#     SEED=142 results/run.sh base   # from another seed
+#     results/run.sh hour            # any NAME of the list below
+#     results/run.sh melis 2e-3      # with another learning rate
+#     SEED=142 results/run.sh base   # with another seed
 #
-# Models and logs go to runs/, which is not tracked.
+# Models and logs go to runs/, which git ignores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-seed=${SEED:-141} again=${SEED:+-seed$SEED}  # what the names of another seed end in
+seed=${SEED:-141} again=${SEED:+-seed$SEED}  # the end of a name when SEED is given
 small="--emsize 200 --nlayers 2 --batch_size 20 --lr ${2:-20} --dropout 0.2 --dropouth 0.1 --dropouti 0.2
        --dropoute 0.02 --wdrop 0.2 --epochs 6 --seed $seed"
 recipe="--nlayers 2 --batch_size 20 --bptt 70 --optimizer adam --beta1 0 --average --alpha 0 --beta 0 --wdecay 3.6e-6
@@ -45,7 +45,7 @@ case $name in
                      --dropouti 0.4 --lr ${2:-30} --epochs 550 --seed ${SEED:-9001}" ;;
     char-lstm) flags="$chars --nhid 450 --nlayers 2" data=pennchar evaluate= ;;
     char-qrnn) flags="$chars --model QRNN --nhid 400 --nlayers 4" data=pennchar evaluate= ;;
-    *) echo "results/run.sh: no run is called '$name'; choose hour, hour-epyc, hour-epyc-tuned, split, split-tuned," \
+    *) echo "results/run.sh: there is no run '$name'. Choose hour, hour-epyc, hour-epyc-tuned, split, split-tuned," \
             "ten, base, gru, qrnn, shuffle, mos, awd-adam, melis, mogrifier, original, ptb-qrnn, char-lstm or char-qrnn" >&2; exit 2 ;;
 esac
 name=$name${2:+-$2}$again from=${from:+$from$again}
@@ -54,7 +54,8 @@ name=$name${2:+-$2}$again from=${from:+$from$again}
 mkdir -p runs
 model="--data data/$data --save runs/$name.pt"
 if [ "$from" ]; then
-    [ -f "runs/$from.pt" ] || { echo "results/run.sh: '$name' goes on from '$from'; run that first" >&2; exit 2; }
+    [ -f "runs/$from.pt" ] || { echo "results/run.sh: '$name' fine-tunes the model of '$from', but there is no" \
+        "runs/$from.pt. Train it first." >&2; exit 2; }
     python finetune.py --data "data/$data" --save "runs/$from.pt" --output "runs/$name.pt" $flags --resume auto
 else
     python main.py $model $flags --resume auto
@@ -65,5 +66,5 @@ python pointer.py $model --search --search_windows 500 2000 | tee "runs/$name.po
 best=$(sed -n 's/^| best on val: //p' "runs/$name.pointer")
 python dynamiceval.py $model $search | tee "runs/$name.dynamic"
 rates=$(sed -n 's/^| best on val: //p' "runs/$name.dynamic")
-rates=${rates:-$search}  # without a search those that are given, or else the published ones
+rates=${rates:-$search}  # no search: the given settings, or else the published ones
 python dynamiceval.py $model --pointer $best $rates

@@ -29,11 +29,11 @@ CONTRACT = (
     "--seed 1111 --nonmono 5 --log-interval 200 --alpha 2 --beta 1 --wdecay 1.2e-6 --optimizer sgd --when -1"
 )
 FORMAT_1 = Path(__file__).parent / "models"  # saved before the table was made
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-# What follows the name of a script that has a model, in the lines of code
-COMMANDS = re.findall(
-    r"^    .*?\b(main|finetune|pointer|dynamiceval|generate|score)\.py ([^&>\n]*)", README, re.MULTILINE
-)
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# The flags behind the name of a script that has a model, in the lines of code of all pages, each once
+COMMAND = re.compile(r"^    .*?\b(main|finetune|pointer|dynamiceval|generate|score)\.py ([^&>|\n]*)", re.MULTILINE)
+COMMANDS = sorted({found for page in PAGES for found in COMMAND.findall(page.read_text(encoding="utf-8"))})
 OF_MAIN = tuple(FLAGS)
 OF_FINETUNE = tuple(group for group in FLAGS if group != MAIN)
 
@@ -125,7 +125,7 @@ def test_the_help_leaves_the_models_shape_to_the_model(capsys, script):
 
 
 @pytest.mark.parametrize(("script", "line"), COMMANDS)
-def test_a_script_takes_the_flags_that_the_readme_gives_it(script, line, monkeypatch):
+def test_a_script_takes_the_flags_that_the_pages_give_it(script, line, monkeypatch):
     """As far as the command line goes: what would open a file is cut off."""
 
     def taken(*_):
@@ -138,8 +138,8 @@ def test_a_script_takes_the_flags_that_the_readme_gives_it(script, line, monkeyp
         module.main()
 
 
-def test_the_readmes_commands_are_found():
-    assert len(COMMANDS) > 30
+def test_the_commands_of_the_pages_are_found():
+    assert len(COMMANDS) > 60
 
 
 def test_check_shape():
