@@ -11,72 +11,18 @@ Shapes: N positions (T·B), H features of the last layer, K experts, E embedding
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from products import Linear, add_product, exact_or_bf16, linear, product
-from splitcross import SplitCrossEntropyLoss, block_rows
+from products import Linear, exact_or_bf16, linear
+from splitcross import BlockedCrossEntropy, SplitCrossEntropyLoss, block_rows
 from utils import LockedDropout, not_a_command
 
 
-class MixtureCrossEntropy(torch.autograd.Function):
-    """The sum of the positions' losses divided by `count`, and its gradients, one block of logits after the other.
-
-    Written plainly, the loss holds (N, K, V) several times. Here a block of logits gives the targets' probabilities.
-    With r_k = π_k·p_k(target) / p(target), the share of expert k in them, it is turned in place into the gradient of
-    the expert's logits, -r_k · (1[target] - p_k), and is overwritten by the next block.
-
-    latents (N, K, E), log_prior (N, K), weight (V, E), bias (V,), targets (N,) -> the sum / count, in nats.
-    `dtype`: that of the products' factors; bias, softmax and sums have the weight's.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, latents: Tensor, log_prior: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, count: int,
-        dtype: torch.dtype,
-    ) -> Tensor:  # fmt: skip
-        (N, K, _), V = latents.shape, len(weight)
-        step = max(1, block_rows(V) // K)
-        block = latents.new_empty(min(N, step) * K, V, dtype=dtype)
-        factors = latents.to(dtype), weight.to(dtype)
-        d_latents, d_prior = torch.empty_like(latents), torch.empty_like(log_prior)
-        d_weight, d_bias = torch.empty_like(weight), torch.zeros_like(bias)
-        total = latents.new_zeros(())
-        for start in range(0, N, step):
-            logits = powers = grad = None  # frees the last block: oneDNN allocates its result, and ignores `block`
-            rows = slice(start, start + step)
-            x = factors[0][rows].flatten(0, 1)  # (n·K, E)
-            target = targets[rows].repeat_interleave(K)[:, None]  # (n·K, 1)
-            logits = product(x, factors[1].T, bias, out=block[: len(x)])  # (n·K, V), in the weight's precision
-            highest = logits.amax(1, keepdim=True)
-            expected = logits.gather(1, target)
-            powers = logits.sub_(highest).exp_()
-            norm = powers.sum(1, keepdim=True)
-            joint = log_prior[rows] + (expected - highest - norm.log()).view(-1, K)  # log π_k + log p_k(target)
-            total -= joint.logsumexp(1).sum()
-            share = joint.softmax(1).div_(count).view(-1, 1)  # r_k / count, (n·K, 1)
-            grad = powers.mul_(share / norm)  # r_k · p_k, and r_k · (p_k - 1) at the target
-            grad.scatter_add_(1, target, -share)
-            d_prior[rows] = -share.view(-1, K)
-            d_bias.add_(grad.sum(0))
-            grad = grad.to(dtype)
-            add_product(d_latents[rows].view(len(x), -1), grad, factors[1], first=True)
-            add_product(d_weight, grad.T, x, first=start == 0)
-        ctx.save_for_backward(d_latents, d_prior, d_weight, d_bias)
-        return total / count
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # In training `grad` is 1, and the gradients are returned without a copy: one is as large as the weight.
-        return *(x if grad == 1 else x * grad for x in ctx.saved_tensors), None, None, None
-
-
 def mixture_losses(latents: Tensor, log_prior: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
-    """The loss of each position, (N,), written plainly; arguments as above."""
+    """The loss of each position, (N,), written plainly; arguments as in `BlockedCrossEntropy`."""
     logprob = F.log_softmax(linear(latents, weight, bias), dim=-1)  # (N, K, V)
     chosen = logprob.gather(2, targets[:, None, None].expand(-1, latents.size(1), 1)).squeeze(2)  # (N, K)
     return -(log_prior + chosen).logsumexp(1)
@@ -131,7 +77,7 @@ class MixtureOfSoftmaxes(nn.Module):
         with torch.autocast(hiddens.device.type, enabled=False):
             if torch.is_grad_enabled() and reduction != "none":
                 count = len(targets) if reduction == "mean" else 1
-                return MixtureCrossEntropy.apply(latents, log_prior, weight, bias, targets, count, dtype)
+                return BlockedCrossEntropy.apply(latents, log_prior, weight, bias, targets, count, True, dtype)
             step = max(1, block_rows(len(weight)) // self.n_experts)
             blocks = zip(latents.split(step), log_prior.split(step), targets.split(step), strict=True)
             losses = torch.cat([mixture_losses(x, prior, weight, bias, target) for x, prior, target in blocks])
@@ -170,7 +116,7 @@ def sampled(
         log_prior = log_prior.to(weight.dtype).reshape(len(targets), -1) - math.log(samples)
         bias, dtype = weight.new_zeros(len(weight)) if bias is None else bias, exact_or_bf16(weight)
         with torch.autocast(hiddens.device.type, enabled=False):
-            return MixtureCrossEntropy.apply(latents, log_prior, weight, bias, targets, len(targets), dtype)
+            return BlockedCrossEntropy.apply(latents, log_prior, weight, bias, targets, len(targets), True, dtype)
 
     return loss
 

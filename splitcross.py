@@ -36,51 +36,69 @@ def default_splits(ntoken: int) -> list[int]:
 class BlockedCrossEntropy(torch.autograd.Function):
     """The sum of the positions' losses divided by `count`, and its gradients, one block of logits after the other.
 
-    `F.linear` and `F.cross_entropy` hold (N, V) three times. Here a block of logits is turned into its gradient in
-    place, multiplied into the gradients of weight and hiddens, and overwritten by the next block. `train`: calculate
-    gradients. `dtype`: that of the products' factors, half precision under autocast. Bias, softmax and sums have the
-    weight's dtype: logits lie near 9, where bfloat16's steps are 1/16, and with a rounded bias the mean gradient would
-    be wrong by 1.5 % instead of 0.2 %.
+    A position has K softmaxes, whose probabilities are mixed by a prior: a mixture (mos.py), or K = 1 without a prior.
+    `F.linear` and `F.cross_entropy` hold (N, K, V) three times. Here a block of logits is turned into its gradient in
+    place, multiplied into the gradients of weight and latents, and overwritten by the next block. With r_k =
+    π_k·p_k(target) / p(target), the share of softmax k in the target's probability, the gradient of its logits is
+    -r_k · (1[target] - p_k).
+
+    latents (N, K, E), log_prior (N, K) or None, weight (V, E), bias (V,), targets (N,) -> the sum / count, in nats.
+    `train`: calculate gradients. `dtype`: that of the products' factors, half precision under autocast. Bias, softmax
+    and sums have the weight's dtype: logits lie near 9, where bfloat16's steps are 1/16, and with a rounded bias the
+    mean gradient would be wrong by 1.5 % instead of 0.2 %.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hiddens: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, count: int, train: bool,
-        dtype: torch.dtype,
+        ctx: Any, latents: Tensor, log_prior: Tensor | None, weight: Tensor, bias: Tensor, targets: Tensor, count: int,
+        train: bool, dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
-        N, V, exact = len(hiddens), len(weight), weight.dtype
-        rows = min(N, block_rows(V))
-        block = hiddens.new_empty(rows, V, dtype=dtype)
-        factors = hiddens.to(dtype), weight.to(dtype)
+        (N, K, _), V = latents.shape, len(weight)
+        step = max(1, block_rows(V) // K)  # positions
+        block = latents.new_empty(min(N, step) * K, V, dtype=dtype)
+        factors = latents.to(dtype), weight.to(dtype)
         if train:
-            d_hiddens, d_weight = torch.empty_like(hiddens, dtype=exact), torch.empty_like(weight)
-            d_bias = torch.zeros_like(bias)
-        total = 0.0
-        for start in range(0, N, rows):
+            d_latents, d_prior = weight.new_empty(latents.shape), weight.new_empty(N, K)
+            d_weight, d_bias = torch.empty_like(weight), torch.zeros_like(bias)
+        total: float | Tensor = 0.0
+        for start in range(0, N, step):
             logits = powers = grad = None  # frees the last block: oneDNN allocates its result, and ignores `block`
-            x, target = factors[0][start : start + rows], targets[start : start + rows, None]
-            logits = product(x, factors[1].T, bias, out=block[: len(x)])  # (rows, V), in the weight's precision
+            rows = slice(start, start + step)
+            x = factors[0][rows].flatten(0, 1)  # (n·K, E)
+            target = targets[rows].repeat_interleave(K)[:, None]  # (n·K, 1)
+            logits = product(x, factors[1].T, bias, out=block[: len(x)])  # (n·K, V), in the weight's precision
             highest = logits.amax(1, keepdim=True)
             expected = logits.gather(1, target)
             powers = logits.sub_(highest).exp_()
             norm = powers.sum(1, keepdim=True)
-            total += (norm.log() + highest - expected).sum(dtype=torch.float64).item()
-            if train:
-                grad = powers.div_(norm.mul_(count))  # p / count, and (p - 1) / count at the target
-                grad.scatter_add_(1, target, torch.full_like(expected, -1 / count))
-                d_bias.add_(grad.sum(0))
-                grad = grad.to(dtype)
-                add_product(d_hiddens[start : start + rows], grad, factors[1], first=True)
-                add_product(d_weight, grad.T, x, first=start == 0)
+            if log_prior is None:
+                total += (norm.log() + highest - expected).sum(dtype=torch.float64).item()
+                if not train:
+                    continue
+                grad = powers.div_(norm.mul_(count))  # p / count
+                at_target = torch.full_like(expected, -1 / count)
+            else:
+                joint = log_prior[rows] + (expected - highest - norm.log()).view(-1, K)  # log π_k + log p_k(target)
+                total = total - joint.logsumexp(1).sum()
+                share = joint.softmax(1).div_(count).view(-1, 1)  # r_k / count, (n·K, 1)
+                grad = powers.mul_(share / norm)  # r_k · p_k / count
+                at_target = -share
+                d_prior[rows] = at_target.view(-1, K)
+            grad.scatter_add_(1, target, at_target)
+            d_bias.add_(grad.sum(0))
+            grad = grad.to(dtype)
+            add_product(d_latents[rows].view(len(x), -1), grad, factors[1], first=True)
+            add_product(d_weight, grad.T, x, first=start == 0)
         if train:
-            ctx.save_for_backward(d_hiddens, d_weight, d_bias)
-        return weight.new_tensor(total / count)
+            ctx.save_for_backward(d_latents, d_prior, d_weight, d_bias)
+        return torch.as_tensor(total / count, dtype=weight.dtype, device=weight.device)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # In training `grad` is 1, and the gradients are returned without a copy: one is as large as the weight.
-        return *(x if grad == 1 else x * grad for x in ctx.saved_tensors), None, None, None, None
+        d_latents, d_prior, *rest = (x if grad == 1 else x * grad for x in ctx.saved_tensors)
+        return d_latents, d_prior if ctx.needs_input_grad[1] else None, *rest, None, None, None, None
 
 
 def linear_cross_entropy(
@@ -108,7 +126,7 @@ def blocked_cross_entropy(
     bias = weight.new_zeros(len(weight)) if bias is None else bias
     train = torch.is_grad_enabled() and (hiddens.requires_grad or weight.requires_grad or bias.requires_grad)
     with torch.autocast("cpu", enabled=False):
-        return BlockedCrossEntropy.apply(hiddens, weight, bias, targets, count, train, dtype)
+        return BlockedCrossEntropy.apply(hiddens[:, None], None, weight, bias, targets, count, train, dtype)
 
 
 class SplitCrossEntropyLoss(nn.Module):
