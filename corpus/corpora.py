@@ -81,7 +81,7 @@ def enwik8(out: Path, fetched: Path) -> None:
             target.writelines(f"\n{line}" for line in lines)
 
 
-def pydocs(out: Path) -> None:
+def pydocs(out: Path, unused: Path) -> None:
     """English from Python's documentation: its language reference and the docstrings of its modules.
 
     Sentences of lower-case words, with N for numbers, without code and without repeated sentences. A document (a topic

@@ -14,7 +14,6 @@ Environment:
     AWD_CHECKS=FILE   JSON that replaces the known counts and checksums, for a mirror with other text
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -33,12 +32,15 @@ from urllib.request import Request, urlopen
 from corpus.corpora import CORPORA, SPLITS
 
 DAMAGED = (OSError, EOFError, KeyError, ValueError, tarfile.TarError, zipfile.BadZipFile, zlib.error)
-BROKEN = (OSError, HTTPException)  # the errors of a download that ends too early
 TRIES = 9
 
 
 def tell(text: str) -> None:
     print(f"getdata.sh: {text}", file=sys.stderr, flush=True)
+
+
+def size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def download(url: str, part: Path) -> None:
@@ -47,22 +49,16 @@ def download(url: str, part: Path) -> None:
     Raises:
         OSError, HTTPException: the connection broke, or there is no such file.
     """
-    done = part.stat().st_size if part.exists() else 0
-    headers = {"User-Agent": "getdata.sh", **({"Range": f"bytes={done}-"} if done else {})}
+    headers = {"User-Agent": "getdata.sh", **({"Range": f"bytes={size(part)}-"} if size(part) else {})}
     with urlopen(Request(url, headers=headers), timeout=60) as response:
-        mode, done = ("ab", done) if response.status == 206 else ("wb", 0)  # 200: it sends the whole file again
-        with open(part, mode) as file:
-            while block := response.read(1 << 18):
-                file.write(block)
-                done += len(block)
-                if sys.stderr.isatty():
-                    print(f"\r{done / 1e6:10.1f} MB", end="", file=sys.stderr)
-        if response.length:  # read() ends without an error when the server hangs up
+        with open(part, "ab" if response.status == 206 else "wb") as file:  # 200: it sends the whole file again
+            shutil.copyfileobj(response, file)
+        if response.length:  # reading ends without an error when the server hangs up
             raise ConnectionError(f"{response.length} bytes are missing")
 
 
 def fetch(url: str, folder: Path) -> bool:
-    """Brings a file into `folder`, whole; goes on after a break, and starts again where a server refuses that."""
+    """Brings a file into `folder`, whole; goes on after a break, and starts again if the server refuses that."""
     name, mirror = url.rpartition("/")[2], os.environ.get("AWD_MIRROR")
     file, part = folder / name, folder / f"{name}.part"
     if file.exists():
@@ -71,52 +67,33 @@ def fetch(url: str, folder: Path) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     tell(f"fetching {url}")
     for number in range(1, TRIES + 1):
-        before = part.stat().st_size if part.exists() else 0
+        before = size(part)
         try:
             download(url, part)
             part.rename(file)
             return True
-        except BROKEN as error:
-            now = part.stat().st_size if part.exists() else 0
+        except (OSError, HTTPException) as error:
             if isinstance(error, HTTPError) and error.code == 416 and before:  # nothing comes after this byte
                 part.unlink()
-            elif now > before:
-                tell(f"the connection broke after {now} bytes; going on from there (try {number} of {TRIES})")
+            elif size(part) > before:
+                tell(f"the connection broke after {size(part)} bytes; going on from there (try {number} of {TRIES})")
                 time.sleep(1)
             else:
                 tell(f"{url}: {getattr(error, 'reason', None) or error}")
-                return False
+                break
     return False
 
 
-def make(name: str, out: Path, *folder: Path) -> bool:
+def make(name: str, out: Path, folder: Path) -> bool:
     """Makes a corpus from the download, or from its base; returns whether its counts and checksums are right."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     try:
-        CORPORA[name].convert(out, *folder)
+        CORPORA[name].convert(out, folder)
         return check(name, out)
     except DAMAGED as error:
         tell(f"{name}: {error}")
         return False
-
-
-def make_from_sources(name: str, out: Path, work: Path) -> bool:
-    """Fetches a corpus from one source after the other, until one gives the right texts."""
-    for number, addresses in enumerate(CORPORA[name].sources, start=1):
-        folder = work / str(number)
-        if not all(fetch(url, folder) for url in addresses):
-            continue
-        if make(name, out, folder):
-            return True
-        source = os.environ.get("AWD_MIRROR") or addresses[0].rpartition("/")[0]
-        tell(f"{name}: the files from {source} are damaged or not the corpus; they were removed")
-        shutil.rmtree(folder)
-    tell(
-        f"{name}: no source gave it; run ./getdata.sh {name} again later (it goes on where it stopped), "
-        f"set AWD_MIRROR, or put train.txt, valid.txt, test.txt into data/{name}"
-    )
-    return False
 
 
 def is_there(name: str) -> bool:
@@ -131,18 +108,27 @@ def get(name: str) -> bool:
         return True
     if row.base and not get(row.base):
         return False
-    out = work / "out"
-    if row.sources:
-        made = make_from_sources(name, out, work)
+    for number, addresses in enumerate(row.sources or [[]], start=1):
+        folder = Path("data", row.base) if row.base else work / str(number)
+        if not all(fetch(url, folder) for url in addresses):
+            continue
+        if make(name, work / "out", folder):
+            break
+        if addresses:
+            source = os.environ.get("AWD_MIRROR") or addresses[0].rpartition("/")[0]
+            tell(f"{name}: the files from {source} are damaged or not the corpus; they were removed")
+            shutil.rmtree(folder)
     else:
-        made = make(name, out, *([Path("data", row.base)] if row.base else []))
-    if not made:
+        tell(
+            f"{name}: no source gave it; run ./getdata.sh {name} again later (it goes on where it stopped), "
+            f"set AWD_MIRROR, or put train.txt, valid.txt, test.txt into data/{name}"
+        )
         return False
     target.mkdir(parents=True, exist_ok=True)  # other files may lie there: they stay
     for file in ("SHA256SUMS", "test.txt", "valid.txt", "train.txt"):  # with the last one the corpus is complete
-        os.replace(out / file, target / file)
+        os.replace(work / "out" / file, target / file)
     shutil.rmtree(work)
-    with contextlib.suppress(OSError):
+    if not any(work.parent.iterdir()):
         work.parent.rmdir()
     print(f"{name}: {target} is complete", flush=True)
     return True
@@ -191,24 +177,19 @@ def count(path: Path, types: set[str], ends_last_line: bool) -> tuple[int, str]:
     return tokens, digest.hexdigest()
 
 
-def check_all(names: list[str]) -> bool:
-    """Checks these corpora, or all that are there; prints for each wrong one how to mend it."""
-    names = names or [name for name in CORPORA if is_there(name)]
-    if not names:
-        tell("no corpus is in ./data; run ./getdata.sh")
-    sound = bool(names)
-    for name in names:
-        if not is_there(name):
-            tell(f"{name}: not complete in data/{name}; run ./getdata.sh {name}")
-            sound = False
-        elif not check(name, Path("data", name)):
-            tell(f"{name}: data/{name} is not right; remove it and run ./getdata.sh {name}")
-            sound = False
+def check_and_tell(name: str) -> bool:
+    """Checks a corpus in ./data, and says how to mend it."""
+    if not is_there(name):
+        tell(f"{name}: not complete in data/{name}; run ./getdata.sh {name}")
+        return False
+    sound = check(name, Path("data", name))
+    if not sound:
+        tell(f"{name}: data/{name} is not right; remove it and run ./getdata.sh {name}")
     return sound
 
 
-def stopped(*_: object) -> None:
-    """At SIGTERM."""
+def stop(*_: object) -> None:
+    """Ends the program at SIGTERM."""
     tell("stopped; the same command goes on from here")
     sys.exit(143)
 
@@ -223,12 +204,14 @@ def main(arguments: list[str]) -> int:
             tell(f"{name}: no such corpus; there are: {' '.join(CORPORA)}, all")
             return 2
     names = list(CORPORA) if "all" in names else names
-    signal.signal(signal.SIGTERM, stopped)
+    signal.signal(signal.SIGTERM, stop)
     try:
-        if "--check" in arguments:
-            return 0 if check_all(names) else 1
-        results = [get(name) for name in names or ["penn", "wikitext-2"]]
-        return 0 if all(results) else 1
+        if "--check" not in arguments:
+            return 0 if all([get(name) for name in names or ["penn", "wikitext-2"]]) else 1
+        names = names or [name for name in CORPORA if is_there(name)]
+        if not names:
+            tell("no corpus is in ./data; run ./getdata.sh")
+        return 0 if names and all([check_and_tell(name) for name in names]) else 1
     except KeyboardInterrupt:
         tell("interrupted; the same command goes on from here")
         return 130
