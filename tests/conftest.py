@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -31,6 +32,11 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
 
 
+def load(path: Path | str) -> dict[str, Any]:
+    """What a file of a model, or its .state, contains."""
+    return torch.load(path, weights_only=True)
+
+
 class Trained(NamedTuple):
     """A finished run: its folder, how it ended, and the files that it left."""
 
@@ -40,11 +46,11 @@ class Trained(NamedTuple):
 
     @property
     def saved(self) -> dict[str, Any]:
-        return torch.load(self.path, weights_only=True)
+        return load(self.path)
 
     @property
     def state(self) -> dict[str, Any]:
-        return torch.load(f"{self.path}.state", weights_only=True)
+        return load(f"{self.path}.state")
 
     def log(self, kind: str) -> list[dict[str, Any]]:
         return [entry for entry in read_log(Path(f"{self.path}.log.jsonl")) if entry["kind"] == kind]
@@ -100,3 +106,10 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
         return done[key]
 
     return train
+
+
+@pytest.fixture
+def base(trained: Callable[..., Trained], tmp_path: Path) -> Path:
+    """A folder with a model of two epochs, without its state."""
+    shutil.copy(trained("--epochs", 2).path, tmp_path / "m.pt")
+    return tmp_path

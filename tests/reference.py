@@ -1,4 +1,6 @@
-"""A saved model evaluated in float64 NumPy from the equations alone: slow, obvious, no code of the toolkit.
+"""Layers, output layers and a saved model in float64, from the equations alone: slow, obvious, no code of the toolkit.
+
+Every kind of layer has its definition here, a row of `LAYERS` below. Tests compare the toolkit's layers with it.
 
 Shapes: T time, B batch, E input and H output features of a layer, N = T·B, V vocabulary, K clusters.
 """
@@ -53,18 +55,25 @@ def gru(x: Array, p: dict[str, Array]) -> Array:
     return np.stack(out)
 
 
+def forget_mult(y: torch.Tensor, c0: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """y (T, B, 3H), z, f, o side by side, c0 (B, H) or None -> out (T, B, H), c after the last step (B, H).
+
+    In torch, because tests need its gradients too.
+    """
+    z, f, o = y.chunk(3, dim=2)
+    c, out = torch.zeros_like(z[0]) if c0 is None else c0, []
+    for z_t, f_t, o_t in zip(z, f, o, strict=True):
+        c = torch.sigmoid(f_t) * torch.tanh(z_t) + (1 - torch.sigmoid(f_t)) * c
+        out.append(torch.sigmoid(o_t) * c)
+    return torch.stack(out), c
+
+
 def qrnn(x: Array, p: dict[str, Array]) -> Array:
     """(T, B, E) -> (T, B, H); rows z, f, o; a weight of 2E columns looks at x_t and x_{t-1}."""
     before = np.concatenate([np.zeros_like(x[:1]), x[:-1]])
     window = [x] if p["linear.weight"].shape[1] == x.shape[2] else [x, before]
-    z, f, o = np.split(np.concatenate(window, 2) @ p["linear.weight"].T + p["linear.bias"], 3, axis=2)
-    z, f, o = np.tanh(z), sigmoid(f), sigmoid(o)
-    c = np.zeros_like(z[0])
-    out = []
-    for z_t, f_t, o_t in zip(z, f, o, strict=True):
-        c = f_t * z_t + (1 - f_t) * c
-        out.append(o_t * c)
-    return np.stack(out)
+    y = np.concatenate(window, 2) @ p["linear.weight"].T + p["linear.bias"]
+    return forget_mult(torch.from_numpy(y))[0].numpy()
 
 
 def mogrifier(x: Array, p: dict[str, Array]) -> Array:
@@ -88,18 +97,21 @@ def mogrifier(x: Array, p: dict[str, Array]) -> Array:
     return np.stack(out)
 
 
+# Each takes x (T, B, E) and the layer's parameters by their names in the file, without `_raw`; the state before is
+# zero.
 LAYERS = {"LSTM": lstm, "GRU": gru, "QRNN": qrnn, "Mogrifier": mogrifier}
+SUMMED = {"Mogrifier"}  # kinds whose softmax is given the sum of the outputs of all layers
 
 
 def layers(kind: str, model: dict[str, Array], words: Array) -> list[Array]:
-    """Every layer's output over words (T, B), from a state of zeros: (T, B, ·) each."""
+    """The output of every layer over words (T, B), (T, B, ·) each; of a SUMMED kind the last one is the sum of all."""
     x, outputs = model["encoder.weight"][words], []
     while any(name.startswith(f"rnns.{len(outputs)}.") for name in model):
         prefix = f"rnns.{len(outputs)}."
         own = {name.removeprefix(prefix): value for name, value in model.items() if name.startswith(prefix)}
         x = LAYERS[kind](x, own)
         outputs.append(x)
-    return outputs
+    return [*outputs[:-1], sum(outputs)] if kind in SUMMED else outputs
 
 
 def log_softmax(logits: Array) -> Array:
@@ -138,8 +150,7 @@ def log_probs(
 def losses(saved: dict[str, Any], words: Array, targets: Array) -> Array:
     """-log p of targets (T, B), the words read being (T, B): (T, B), in nats."""
     model = saved["model"]
-    outputs = layers(saved["args"]["model"], model, words)
-    hiddens = sum(outputs) if saved["args"]["model"] == "Mogrifier" else outputs[-1]
+    hiddens = layers(saved["args"]["model"], model, words)[-1]
     weight = model.get("decoder.weight", model["encoder.weight"])
     logp = log_probs(
         weight,

@@ -20,7 +20,9 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-TIMEOUT = 100  # seconds until a run counts as hung; a run takes seconds on two quiet cores
+# When a run counts as hung. It takes a few seconds of processor time, and any number of seconds on a busy machine.
+PROCESSOR_S = 100  # the kernel ends it
+WALL_S = 500  # for one that waits for ever; pytest gives a test somewhat longer
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["pytest", "torch", "torch._dynamo", "utils"])  # what torch.optim imports
@@ -34,6 +36,15 @@ class Result(NamedTuple):
     err: str
 
 
+def assert_refused(result: Result, status: int, *named: str) -> None:
+    """The status, and one line on stderr that contains all of `named`."""
+    assert result.status == status, result
+    assert len(result.err.splitlines()) == 1, result.err
+    assert "Traceback" not in result.out + result.err
+    for name in named:
+        assert name in result.err, result.err
+
+
 class Running:
     """A script that runs; its outputs go to two files, which can be read while it does."""
 
@@ -42,7 +53,7 @@ class Running:
 
     def wait_for(self, seen: Callable[[str], object]) -> None:
         """Returns once `seen(stdout so far)` is true; fails when the script ends before that."""
-        end = time.monotonic() + TIMEOUT
+        end = time.monotonic() + WALL_S
         while not seen(self.out.read_text()):
             alive = self.process.is_alive() and time.monotonic() < end
             assert alive or seen(self.out.read_text()), self.out.read_text() + self.err.read_text()
@@ -53,12 +64,14 @@ class Running:
             os.kill(self.process.pid, number)
 
     def result(self) -> Result:
-        self.process.join(TIMEOUT)
-        hung = self.process.is_alive()
+        self.process.join(WALL_S)
+        hung = f"no end after {WALL_S} s" if self.process.is_alive() else ""
         if hung:
             self.process.kill()
             self.process.join()
-        assert not hung, f"no end after {TIMEOUT} s:\n{self.out.read_text()}"
+        elif self.process.exitcode == -signal.SIGXCPU:
+            hung = f"no end after {PROCESSOR_S} s of processor time"
+        assert not hung, f"{hung}:\n{self.out.read_text()}"
         return Result(self.process.exitcode, self.out.read_text(), self.err.read_text())
 
 
@@ -100,7 +113,7 @@ def run_fresh(*argv: object, cwd: Path, script: str = "main.py") -> Result:
     """The same by a new interpreter: what a shell does, with hash seeds and imports of its own."""
     end = subprocess.run(
         [sys.executable, "-u", ROOT / script, *map(str, argv)],
-        cwd=cwd, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=TIMEOUT,
+        cwd=cwd, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=WALL_S,
     )  # fmt: skip
     return Result(end.returncode, end.stdout, end.stderr)
 
@@ -135,6 +148,7 @@ def _run(
     os.environ.update(ENVIRONMENT | environment)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    resource.setrlimit(resource.RLIMIT_CPU, (PROCESSOR_S, PROCESSOR_S + 10))
     file_limit, memory_limit = limits
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))

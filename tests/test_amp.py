@@ -2,53 +2,56 @@
 
 import copy
 import math
+import operator
 import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL
+from conftest import SMALL, load
 from runner import run_cli
 from torch import Tensor
+from toys import flags_of
 
+from layers.recurrent import GatedLayer
 from model import LAYERS, LSTM
 from mos import MixtureOfSoftmaxes
 from products import has_bf16
 from splitcross import SplitCrossEntropyLoss, linear_cross_entropy
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU", "QRNN"])
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_mixed_precision_learns_what_float32_learns(trained, kind, amp):
+@pytest.mark.parametrize("kind", LAYERS)
+def test_mixed_precision_learns_what_float32_learns(trained, kind):
     """The validation loss after an epoch is that of float32 to the precision of eight bits.
 
     A processor without bfloat16 stays with float32.
     """
-    exact = trained("--epochs", 1, "--model", kind).saved["metrics"]["valid_loss"]
-    mixed = trained("--epochs", 1, "--model", kind, "--amp", amp).saved["metrics"]["valid_loss"]
-    assert math.isclose(mixed, exact, rel_tol=0.02)
-    assert (mixed != exact) is (amp == "fp16" or has_bf16())
+    exact = trained("--epochs", 1, *flags_of(kind))
+    for amp in ("bf16", "fp16"):
+        mixed = trained("--epochs", 1, *flags_of(kind), "--amp", amp)
+        assert math.isclose(mixed.saved["metrics"]["valid_loss"], exact.saved["metrics"]["valid_loss"], rel_tol=0.02)
+        steps = ([entry["loss"] for entry in run.log("train")] for run in (mixed, exact))
+        assert operator.ne(*steps) is (amp == "fp16" or has_bf16())
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU", "QRNN"])
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+@pytest.mark.parametrize(("kind", "amp"), [*((kind, "fp16") for kind in LAYERS), ("LSTM", "bf16")])
 def test_runs_in_mixed_precision_resume_bit_for_bit(trained, corpus, tmp_path, kind, amp):
     """Stopped after five steps and resumed, weights and loss scale end where the whole run ends."""
-    flags = ("--model", kind, "--amp", amp)
+    flags = (*flags_of(kind), "--amp", amp)
     whole = trained("--epochs", 1, *flags)
     first = ("--data", corpus, *SMALL, "--save", "m.pt", "--epochs", 1, *flags)
     assert run_cli(*first, "--max_steps", 5, cwd=tmp_path).status == 0
     assert run_cli("--resume", "m.pt", "--max_steps", 0, cwd=tmp_path).status == 0
-    state = torch.load(tmp_path / "m.pt.state", weights_only=True)
+    state = load(tmp_path / "m.pt.state")
     assert state["scaler"] == whole.state["scaler"]
-    assert bool(state["scaler"]) == ("fp16" in flags), "bfloat16 has the range of float32"
+    assert bool(state["scaler"]) == (amp == "fp16"), "bfloat16 has the range of float32"
     assert all(torch.equal(state["weights"][k], v) for k, v in whole.state["weights"].items())
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU", "QRNN"])
+@pytest.mark.parametrize("kind", LAYERS)
 def test_a_state_in_half_precision_goes_on_in_float32(trained, tmp_path, kind):
     """What cuDNN's layers carry under --amp is half as wide; a run without it, or on a CPU, can take it up."""
-    run = trained("--epochs", 2, "--max_steps", 5, "--model", kind)
+    run = trained("--epochs", 2, "--max_steps", 5, *flags_of(kind))
     state = run.state
     state["hidden"] = [tuple(tensor.half() for tensor in carried) for carried in state["hidden"]]
     shutil.copy(run.path, tmp_path)
@@ -123,7 +126,7 @@ def flatten(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@pytest.mark.parametrize("kind", [kind for kind, layer in LAYERS.items() if issubclass(layer, GatedLayer)])
 def test_dropped_weights_lie_in_one_flat_buffer(flatten, kind):
     """Laid out once; a batch's matrix goes to its place, its gradient to the raw weights; no other moves."""
     layer = LAYERS[kind](3, 5, wdrop=0.5, first=True)

@@ -10,10 +10,14 @@ from typing import NoReturn
 import pytest
 import torch
 import toys
-from conftest import SMALL, write_corpus
-from runner import Result, run_cli
+from conftest import SMALL, load, write_corpus
+from runner import Result, assert_refused, run_cli
 
+import dynamiceval
+import generate
 import main
+import pointer
+import score
 from harness import files
 from utils import UserError
 
@@ -22,15 +26,6 @@ def contents(folder: Path) -> dict[str, bytes]:
     """Every file's bytes, the outputs and the corpus' cache left out."""
     found = (p for p in folder.rglob("*") if p.is_file() and ".runs" not in p.parts)
     return {str(p.relative_to(folder)): p.read_bytes() for p in found if not p.name.startswith(".cache")}
-
-
-def assert_refused(result: Result, status: int, *named: str) -> None:
-    """The status, and one line on stderr that holds all of `named`."""
-    assert result.status == status, result
-    assert len(result.err.splitlines()) == 1, result.err
-    assert "Traceback" not in result.out + result.err
-    for name in named:
-        assert name in result.err, result.err
 
 
 @pytest.fixture
@@ -87,26 +82,24 @@ def folder_instead(path: Path) -> None:
     path.mkdir()
 
 
-@pytest.mark.parametrize("split", ["train", "valid", "test"])
 @pytest.mark.parametrize(
-    "damage",
-    [Path.unlink, cut_file, one_word, latin_1, latin_1_late, folder_instead],
-    ids=lambda f: f.__name__,
+    ("split", "damage"),
+    [
+        *(("train", f) for f in (Path.unlink, cut_file, one_word, latin_1, latin_1_late, folder_instead)),
+        *(("valid", f) for f in (cut_file, one_word)),
+        ("test", latin_1),
+    ],
+    ids=lambda x: getattr(x, "__name__", x),
 )
 def test_a_bad_split(old, split, damage):
     """Missing, empty, too short, not UTF-8 (at its start or end), a folder: the split is named."""
-    path = write_corpus(old / "bad") / f"{split}.txt"
-    damage(path)
-    flags = ["--data", "bad", "--save", "m.pt", "--epochs", 1]
-    if damage is one_word and split == "test":  # a single prediction is enough for the test
-        assert run_cli(*SMALL, *flags, cwd=old).status == 0
-    else:
-        refuse(old, 2, f"{split}.txt" if damage is not one_word else split, flags=flags)
+    damage(write_corpus(old / "bad") / f"{split}.txt")
+    refuse(old, 2, f"{split}.txt" if damage is not one_word else split, flags=["--data", "bad", "--save", "m.pt"])
 
 
-def test_a_corpus_that_is_not_there(old):
-    """The folder is named, and so is the way to get a corpus."""
-    refuse(old, 2, "data/nowhere", flags=["--data", "data/nowhere", "--save", "m.pt"])
+def test_a_single_prediction_is_enough_for_a_test(old):
+    one_word(write_corpus(old / "short") / "test.txt")
+    assert run_cli(*SMALL, "--data", "short", "--save", "m.pt", "--epochs", 1, cwd=old).status == 0
 
 
 def test_a_corpus_shorter_than_a_batch(old):
@@ -140,6 +133,7 @@ def test_a_corpus_shorter_than_a_batch(old):
         ("--model", "RNN"),
         ("--optimizer", "lion"),
         ("--max_steps", "-2"),
+        ("--max_minutes", "-1"),
         ("--checkpoint_every", "x"),
         ("--log-interval", "0"),
         ("--seed", "one"),
@@ -150,6 +144,8 @@ def test_a_corpus_shorter_than_a_batch(old):
         ("--anneal", "-1"),
         ("--anneal", "8000"),
         ("--device", "abacus"),
+        ("--device", "cuda"),
+        ("--data", "data/nowhere"),
         ("--splits", "9 5"),
         ("--splits", "0"),
         ("--splits", "5 4000"),
@@ -162,34 +158,15 @@ def test_a_bad_flag(refuse_here, corpus, flag, value):
     refuse_here(2, flag.strip("-"), value.split()[-1], flags=flags)
 
 
-def test_a_device_that_is_not_there(old, corpus):
-    """A GPU where none is to be seen."""
-    refuse(old, 2, "--device cuda", flags=["--data", corpus, "--save", "m.pt", "--device", "cuda"])
-
-
 # Places to write to
 
 
-def test_saving_to_a_folder_that_is_not_there(old, corpus):
-    """Told before any training."""
-    refuse(old, 2, "nowhere", flags=["--data", corpus, "--save", "nowhere/m.pt", "--max_steps", 1])
-
-
-def test_saving_below_a_file(old, corpus):
-    """A file where a folder is needed."""
-    refuse(old, 2, "m.pt/m.pt", flags=["--data", corpus, "--save", "m.pt/m.pt", "--max_steps", 1])
-
-
-def test_saving_over_a_folder(old, corpus):
-    """A folder where the file should go, found before any training."""
-    (old / "there").mkdir()
-    refuse(old, 2, "there", flags=["--data", corpus, "--save", "there", "--max_steps", 1])
-
-
-def test_saving_over_a_device(old, corpus):
-    """A file would take its place."""
-    (old / "there").symlink_to(os.devnull)
-    refuse(old, 2, "there", flags=["--data", corpus, "--save", "there", "--max_steps", 1])
+def test_places_that_cannot_be_saved_to(old, corpus):
+    """No such folder, a file where a folder is needed, a folder, a device: told before any training."""
+    (old / "folder").mkdir()
+    (old / "device").symlink_to(os.devnull)
+    for place in ("nowhere/m.pt", "m.pt/m.pt", "folder", "device"):
+        refuse(old, 2, place.removesuffix("/m.pt"), flags=["--data", corpus, "--save", place, "--max_steps", 1])
 
 
 def test_a_read_only_folder(old, corpus):
@@ -214,7 +191,7 @@ def test_a_full_disk(old, corpus, fits):
     after = contents(old)
     assert set(after) == set(before), "no temporary file is left"
     assert after["m.pt.state"] == before["m.pt.state"]
-    assert torch.load(old / "m.pt", weights_only=True)["vocab"]
+    assert load(old / "m.pt")["vocab"]
     if limit == 3000:
         assert after["m.pt"] == before["m.pt"]
 
@@ -334,6 +311,29 @@ def test_a_device_that_fails_ends_the_run(old, corpus, monkeypatch, capsys, mome
         name: before[name] for name in ("m.pt", "m.pt.state")
     }
     assert set(after) == set(before)
+
+
+# Models that are opened
+
+
+@pytest.mark.parametrize("script", [pointer, dynamiceval, generate, score], ids=lambda script: script.__name__)
+def test_a_model_that_cannot_be_evaluated(script, tmp_path, capsys):
+    """Missing, cut, foreign, contradicted, not given, or on a device that is not there: one line, nothing on stdout."""
+    save, cut, text = toys.save_model(tmp_path / "toy.pt"), tmp_path / "cut.pt", tmp_path / "text.txt"
+    cut.write_bytes(save.read_bytes()[:900])
+    text.write_text("w1 w2\n")
+    for flags, named in (
+        (["--save", tmp_path / "none.pt"], "none.pt"),
+        (["--save", cut], "cut.pt"),
+        (["--save", text], "text.txt"),
+        (["--save", save, "--emsize", 99], "--emsize 99"),
+        (["--save", save, "--device", "cuda:99"], "cuda:99"),
+        ([], "--save"),
+    ):
+        assert toys.call(script, *flags, *[text] * (script is score)) == 2
+        result = Result(2, *capsys.readouterr())
+        assert_refused(result, 2, named)
+        assert not result.out
 
 
 # Files to resume from
@@ -478,7 +478,7 @@ def missing_tensor(saved: dict) -> None:
 )
 def test_a_model_whose_parts_do_not_fit(old, refuse_here, corpus, damage):
     """A part missing, a size that is not the tensors', a vocabulary of another length: one line."""
-    saved = torch.load(old / "m.pt", weights_only=True)
+    saved = load(old / "m.pt")
     damage(saved)
     torch.save(saved, old / "m.pt")
     (old / "m.pt.state").unlink()
@@ -492,7 +492,7 @@ def test_a_model_whose_parts_do_not_fit(old, refuse_here, corpus, damage):
 @pytest.mark.parametrize("replaced", [False, True])
 def test_a_state_with_a_part_missing_or_odd(old, refuse_here, corpus, part, replaced):
     """A state that is not whole is refused in one line."""
-    state = torch.load(old / "m.pt.state", weights_only=True)
+    state = load(old / "m.pt.state")
     if replaced:
         state[part] = {"odd": torch.zeros(1)}
     else:
@@ -501,39 +501,39 @@ def test_a_state_with_a_part_missing_or_odd(old, refuse_here, corpus, part, repl
     refuse_here(2, "m.pt.state", flags=["--data", corpus, "--resume", "m.pt", "--save", "m.pt", "--epochs", 2])
 
 
-@pytest.mark.parametrize("name", ["epoch", "row", "batch", "step", "loss_count"])
-def test_a_state_of_no_position(old, refuse_here, corpus, name):
+def test_a_state_of_no_position(old, refuse_here, corpus):
     """A count that is none."""
-    state = torch.load(old / "m.pt.state", weights_only=True)
-    state["at"][name] = 1.5
-    torch.save(state, old / "m.pt.state")
-    flags = ["--data", corpus, "--resume", "m.pt", "--save", "m.pt", "--epochs", 2]
-    refuse_here(2, "m.pt.state", f"its {name} is 1.5", flags=flags)
+    state = load(old / "m.pt.state")
+    for name in ("epoch", "row", "batch", "step", "loss_count"):
+        torch.save({**state, "at": {**state["at"], name: 1.5}}, old / "m.pt.state")
+        flags = ["--data", corpus, "--resume", "m.pt", "--save", "m.pt", "--epochs", 2]
+        refuse_here(2, "m.pt.state", f"its {name} is 1.5", flags=flags)
 
 
 def test_a_state_of_an_older_version(old, refuse_here):
     """It is refused; the model beside it is good for a warm start, and the line says so."""
-    state = torch.load(old / "m.pt.state", weights_only=True)
+    state = load(old / "m.pt.state")
     torch.save({**state, "format": "awd-lm state 1"}, old / "m.pt.state")
     refuse_here(2, "m.pt.state", "remove it to warm-start", flags=["--resume", "m.pt", "--epochs", 2])
 
 
 def test_a_model_that_holds_nan(old):
     """No figure of it would mean anything: status 1, and the weight is named."""
-    saved = torch.load(old / "m.pt", weights_only=True)
+    saved = load(old / "m.pt")
     saved["model"]["decoder.bias"][3] = torch.nan
     torch.save(saved, old / "m.pt")
     refuse(old, 1, "m.pt", "decoder.bias", flags=["--resume", "m.pt", "--epochs", 0])
 
 
 def test_resuming_from_nothing(old, corpus):
-    """A file that is not there is named with its flag."""
-    refuse(old, 2, "--resume", "none.pt", flags=["--data", corpus, "--resume", "none.pt", "--save", "m.pt"])
+    """A file that is not there is named with its flag, even when its name begins like the value `auto`."""
+    for name in ("none.pt", "auto.pt"):
+        refuse(old, 2, "--resume", name, flags=["--data", corpus, "--resume", name, "--save", "m.pt"])
 
 
 def test_a_checkpoint_of_another_vocabulary(old):
     """Text with a word that the model does not know, and no <unk> for it, names the word."""
-    saved = torch.load(old / "m.pt", weights_only=True)
+    saved = load(old / "m.pt")
     saved["vocab"][saved["vocab"].index("<unk>")] = "known"
     torch.save(saved, old / "m.pt")
     (old / "m.pt.state").unlink()
@@ -562,23 +562,13 @@ def test_a_state_of_the_same_text_in_another_order(old, corpus, split):
     refuse(old, 2, "other", "m.pt.state", flags=["--data", "other", "--resume", "m.pt", "--epochs", 2])
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--nhid", 11],
-        ["--emsize", 9],
-        ["--nlayers", 3],
-        ["--model", "GRU"],
-        ["--untied"],
-        ["--splits", 5, 12],
-        ["--vocab_size", 20],
-        ["--min_count", 2],
-    ],
-    ids=lambda f: f[0],
-)
 @pytest.mark.parametrize("warm", [False, True])
-def test_a_flag_that_contradicts_the_shape(old, refuse_here, corpus, flags, warm):
+def test_a_flag_that_contradicts_the_shape(old, refuse_here, corpus, warm):
     """Sizes, kind, tying and splits are the model's; another one on the command line is an error."""
     if warm:
         (old / "m.pt.state").unlink()
-    refuse_here(2, flags[0], "m.pt", flags=["--data", corpus, "--resume", "m.pt", "--epochs", 2, *flags])
+    for flags in (
+        *(["--nhid", 11], ["--emsize", 9], ["--nlayers", 3], ["--model", "GRU"], ["--untied"]),
+        *(["--splits", 5, 12], ["--vocab_size", 20], ["--min_count", 2]),
+    ):
+        refuse_here(2, flags[0], "m.pt", flags=["--data", corpus, "--resume", "m.pt", "--epochs", 2, *flags])

@@ -1,12 +1,14 @@
 """Batches: the text is covered once, targets are sources shifted by one, lengths are drawn as they should."""
 
+import itertools
 import string
 
 import pytest
 import torch
+from reference import columns
 from torch import Tensor
 
-from data import VariableLengthSampler, check_length, eval_batches, get_batch
+from data import VariableLengthSampler, check_length, eval_batches, get_batch, rotate_columns
 from utils import UserError
 
 LETTERS = torch.arange(26)
@@ -16,12 +18,6 @@ def sampler(ids: Tensor, bptt: int, batch_size: int, seed: int = 0, **more: int)
     return VariableLengthSampler(ids, bptt, batch_size, torch.Generator().manual_seed(seed), **more)
 
 
-def columns(ids: Tensor, batch_size: int) -> Tensor:
-    """The text in B columns, column b the b-th stretch, the remainder trimmed: (T, B)."""
-    rows = len(ids) // batch_size
-    return ids[: rows * batch_size].view(batch_size, rows).T
-
-
 def test_columns_of_the_alphabet():
     """The layout as drawn at the top of data.py: a-g-m-s, b-h-n-t, ..., y and z trimmed."""
     sources, targets = map(torch.cat, zip(*eval_batches(LETTERS, 2, 4), strict=True))
@@ -29,13 +25,11 @@ def test_columns_of_the_alphabet():
     assert "".join(string.ascii_lowercase[i] for i in targets.flatten()) == "bhntcioudjpvekqwflrx"
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 7])
-@pytest.mark.parametrize("bptt", [1, 12, 70])
 @pytest.mark.parametrize("n", [14, 401, 3000])
-def test_training_covers_the_text_once(n, batch_size, bptt):
+def test_training_covers_the_text_once(n):
     """Sources in order are all rows but the last, targets all rows but the first, column by column."""
     ids = torch.arange(n)
-    for seed in range(3):
+    for batch_size, bptt, seed in itertools.product((1, 4, 7), (1, 12, 70), range(3)):
         batches = [get_batch(ids, slices) for slices in sampler(ids, bptt, batch_size, seed)]
         text = columns(ids, batch_size)
         assert torch.equal(torch.cat([source for source, _ in batches]), text[:-1])
@@ -43,18 +37,23 @@ def test_training_covers_the_text_once(n, batch_size, bptt):
         assert all(source.shape == target.shape for source, target in batches)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 10])
-@pytest.mark.parametrize("bptt", [1, 12, 70, 10_000])
 @pytest.mark.parametrize("n", [20, 401, 3000])
-def test_evaluation_covers_the_text_once(n, batch_size, bptt):
+def test_evaluation_covers_the_text_once(n):
     """Every row but the first is predicted exactly once; each batch has `bptt` rows, the last one what is left."""
     ids = torch.arange(n)
-    batches = list(eval_batches(ids, bptt, batch_size))
-    text = columns(ids, batch_size)
-    whole, rest = divmod(len(text) - 1, bptt)
-    assert [len(source) for source, _ in batches] == [bptt] * whole + [rest] * (rest > 0)
-    assert torch.equal(torch.cat([source for source, _ in batches]), text[:-1])
-    assert torch.equal(torch.cat([target for _, target in batches]), text[1:])
+    for batch_size, bptt in itertools.product((1, 4, 10), (1, 12, 70, 10_000)):
+        batches = list(eval_batches(ids, bptt, batch_size))
+        text = columns(ids, batch_size)
+        whole, rest = divmod(len(text) - 1, bptt)
+        assert [len(source) for source, _ in batches] == [bptt] * whole + [rest] * (rest > 0)
+        assert torch.equal(torch.cat([source for source, _ in batches]), text[:-1])
+        assert torch.equal(torch.cat([target for _, target in batches]), text[1:])
+
+
+def test_partial_shuffling_rotates_every_column_by_its_own_offset():
+    ids = torch.arange(3 * 7 + 2)  # two tokens too many for three columns
+    rotated = rotate_columns(ids, 3, torch.tensor([0, 1, 6])).view(3, 7).tolist()
+    assert rotated == [[0, 1, 2, 3, 4, 5, 6], [8, 9, 10, 11, 12, 13, 7], [20, 14, 15, 16, 17, 18, 19]]
 
 
 def test_batches_are_what_an_embedding_takes():

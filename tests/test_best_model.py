@@ -8,22 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 import toys
-from conftest import SMALL, read_log, write_corpus
-from runner import run_cli, start
-from test_resume_cli import SHORT, load
+from conftest import SMALL, load, read_log, write_corpus
+from runner import assert_refused, run_cli, start
+from test_resume_cli import SHORT
 
 import main
 import train
 from harness import files
 
 RUINOUS = ["--lr", 100, "--clip", 9]
-
-
-@pytest.fixture
-def base(trained, tmp_path) -> Path:
-    """A model of two epochs, alone in a folder."""
-    shutil.copy(trained("--epochs", 2).path, tmp_path / "m.pt")
-    return tmp_path
 
 
 def other_language(folder: Path) -> Path:
@@ -155,17 +148,17 @@ def test_a_cut_epoch_counts_the_seconds_before_the_cut(corpus, tmp_path):
     state["at"]["epoch_s"] += 1000
     torch.save(state, tmp_path / "m.pt.state")
     assert run_cli("--resume", "m.pt", "--max_steps", 0, cwd=tmp_path).status == 0
-    assert 1000 < read_log(tmp_path / "m.pt.log.jsonl")[-2]["epoch_s"] < 1060
+    assert 1000 < read_log(tmp_path / "m.pt.log.jsonl")[-2]["epoch_s"] < 1500
 
 
-def test_the_mean_has_to_fit_on_the_disk_too(trained, corpus, tmp_path):
-    """Space for the weights alone is too little before the first step: averaging will double the state."""
+def test_a_disk_that_is_too_small_is_told_before_the_first_step(trained, corpus, tmp_path):
+    """Space for the weights alone is too little, because averaging will double the state. No file is left."""
     count = int(re.search(r"Model total parameters: (\d+)", trained("--epochs", 2).result.out)[1])
     flags = ["--data", corpus, *SMALL, "--save", "m.pt", "--epochs", 1]
     result = run_cli(*flags, cwd=tmp_path, file_limit=6 * count)  # bytes: one and a half times the weights
-    assert (result.status, len(result.err.splitlines())) == (1, 1), result
-    assert "m.pt.state: cannot be written" in result.err
+    assert_refused(result, 1, "m.pt.state: cannot be written")
     assert "batches" not in result.out
+    assert [p.name for p in tmp_path.iterdir()] == [".runs"]
 
 
 def test_a_stop_loses_no_loss(corpus, tmp_path):

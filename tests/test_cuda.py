@@ -11,9 +11,9 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import SMALL, read_log
+from conftest import SMALL, load, read_log
 from torch import Tensor, nn
-from toys import call, make_model, make_text
+from toys import MODELS, call, flags_of, make_model, make_text
 
 import dynamiceval
 import finetune
@@ -29,24 +29,19 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
 ]
 GPU = "cuda"
-OUTPUTS = {"one softmax": {}, "split": {"splits": (10, 30)}, "mixture": {"n_experts": 3}}
-FLAGS = {  # of the same output layers, and of what else has code of its own on a GPU
-    **{"one softmax": [], "split": ["--splits", 10, 30], "mixture": ["--n_experts", 3]},
+FLAGS = {  # of toys.MODELS, and of what else has code of its own on a GPU
+    **{kind: flags_of(kind) for kind in LAYERS},
+    **{"split softmax": ["--splits", 10, 30], "mixture": ["--n_experts", 3]},
     **{"samples": ["--samples", 2], "Adam": ["--optimizer", "adam", "--average", "--lr", 1e-2]},
 }
+ON_GPU = [*SMALL, "--device", GPU]
 # relative errors of losses and gradients; torch multiplies float32 matrices in TF32 inside cuDNN's layers
 PRECISIONS = {"float64": 1e-10, "float32": 1e-2, "bf16": 1e-1, "fp16": 2e-2}
 
 
-def flags_of(kind: str) -> list[object]:
-    """The small model of this kind, on the GPU."""
-    own = ["--nhid", 8, "--wdrop", 0, "--rounds", 3, "--rank", 2, "--dropoutr", 0.1] if kind == "Mogrifier" else []
-    return [*SMALL, "--model", kind, *own, "--device", GPU]
-
-
-def learn(kind: str, output: str, samples: int, device: str, precision: str = "float64") -> list[Tensor]:
+def learn(name: str, samples: int, device: str, precision: str = "float64") -> list[Tensor]:
     """The losses of two segments, the second going on where the first ends, and the sums of their gradients."""
-    _, model, criterion = make_model(kind, **OUTPUTS[output])
+    _, model, criterion = make_model(**MODELS[name])
     amp = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     parts = nn.ModuleDict({"model": model, "criterion": criterion}).train()
     parts.to(device, torch.float64 if precision == "float64" else torch.float32)
@@ -62,12 +57,11 @@ def learn(kind: str, output: str, samples: int, device: str, precision: str = "f
     return [x.detach().cpu().double() for x in (*losses, *(parameter.grad for parameter in parts.parameters()))]
 
 
-@pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize(("output", "samples"), [*((output, 1) for output in OUTPUTS), ("one softmax", 2)])
+@pytest.mark.parametrize(("name", "samples"), [*((name, 1) for name in MODELS), ("LSTM", 2)])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_loss_and_gradients_are_those_of_the_cpu(kind, output, samples, precision):
-    """Every kind of layer with every kind of output layer, nothing dropped."""
-    ours, theirs = learn(kind, output, samples, GPU, precision), learn(kind, output, samples, "cpu")
+def test_loss_and_gradients_are_those_of_the_cpu(name, samples, precision):
+    """Every kind of layer and every kind of output layer, nothing dropped."""
+    ours, theirs = learn(name, samples, GPU, precision), learn(name, samples, "cpu")
     for x, expected in zip(ours, theirs, strict=True):
         assert (x - expected).norm() <= PRECISIONS[precision] * expected.norm()
 
@@ -78,24 +72,23 @@ def test_a_run_goes_on_where_it_was_stopped(kind, amp, corpus, tmp_path, monkeyp
     """The generators, too, are resumed; to rounding, because some sums on a GPU come in any order. cuDNN has its
     weights in one piece: no warning says that they are copied at each call."""
     monkeypatch.chdir(tmp_path)
-    run = partial(call, main, "--data", corpus, *flags_of(kind), "--amp", amp, "--epochs", 1)
+    flags = [*FLAGS[kind], *(["--dropoutr", 0.1] if "dropoutr" in LAYERS[kind].options else [])]
+    run = partial(call, main, "--data", corpus, *ON_GPU, *flags, "--amp", amp, "--epochs", 1)
     assert run("--save", "whole.pt") == 0
     assert run("--save", "m.pt", "--max_steps", 5) == 0
     assert call(main, "--resume", "m.pt", "--max_steps", 0) == 0
-    found, expected = (torch.load(f"{name}.pt.state", weights_only=True) for name in ("m", "whole"))
+    found, expected = (load(f"{name}.pt.state") for name in ("m", "whole"))
     for name, tensor in expected["weights"].items():
         assert (found["weights"][name] - tensor).norm() <= 1e-2 * tensor.norm(), name
     assert found["scaler"] == expected["scaler"]
     assert not [warning for warning in recwarn if "contiguous" in str(warning.message)]
 
 
-@pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("output", ["one softmax", "split", "mixture"])
-def test_evaluations_on_the_gpu_are_those_on_the_cpu(kind, output, corpus, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", MODELS)
+def test_evaluations_on_the_gpu_are_those_on_the_cpu(name, corpus, tmp_path, monkeypatch, capsys):
     """Trained and fine-tuned there; then pointer, dynamic evaluation, both, and scores on either device."""
     monkeypatch.chdir(tmp_path)
-    flags = ["--data", corpus, *flags_of(kind), *FLAGS[output], "--epochs", 2, "--save", "m.pt"]
-    assert call(main, *flags) == 0
+    assert call(main, "--data", corpus, *ON_GPU, *FLAGS[name], "--epochs", 2, "--save", "m.pt") == 0
     assert call(finetune, "--save", "m.pt", "--epochs", 1, "--device", GPU) == 0
     (tmp_path / "lines.txt").write_text("w1 w2 w3\nw4 w5\n")
     losses, rows = [], []
@@ -126,18 +119,18 @@ def numbers(table: str) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("flags", FLAGS)
+@pytest.mark.parametrize("name", ["LSTM", "split softmax", "mixture", "samples", "Adam"])
 @pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
-def test_every_setting_trains(flags, amp, corpus, tmp_path, monkeypatch):
+def test_every_setting_trains(name, amp, corpus, tmp_path, monkeypatch):
     """Two epochs, and the model has learnt something: its loss lies below that of 41 words with equal odds."""
     monkeypatch.chdir(tmp_path)
-    given = ["--data", corpus, *flags_of("LSTM"), "--lr", 2, *FLAGS[flags], "--amp", amp, "--epochs", 2]
+    given = ["--data", corpus, *ON_GPU, "--lr", 2, *FLAGS[name], "--amp", amp, "--epochs", 2]
     assert call(main, *given, "--save", "m.pt") == 0
-    assert torch.load("m.pt", weights_only=True)["metrics"]["valid_loss"] < math.log(41) - 0.2
+    assert load("m.pt")["metrics"]["valid_loss"] < math.log(41) - 0.2
 
 
 def test_a_stop_loses_no_loss(corpus, tmp_path, monkeypatch):
     """Seven steps at an interval of five, whose losses are still on the device: the state holds the last two."""
     monkeypatch.chdir(tmp_path)
-    assert call(main, "--data", corpus, *flags_of("LSTM"), "--save", "m.pt", "--max_steps", 7) == 0
-    assert torch.load("m.pt.state", weights_only=True)["at"]["loss_count"] == 2
+    assert call(main, "--data", corpus, *ON_GPU, "--save", "m.pt", "--max_steps", 7) == 0
+    assert load("m.pt.state")["at"]["loss_count"] == 2

@@ -3,12 +3,10 @@
 python -m pytest tests/test_data.py
 """
 
-import contextlib
 import json
 import multiprocessing
 import os
 import random
-import resource
 import shutil
 import signal
 import sys
@@ -23,7 +21,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from runner import run_cli
+from runner import WALL_S, run_cli
+from toys import file_limit
 
 import corpus.read as data
 from corpus.corpora import SPLITS
@@ -108,13 +107,13 @@ NASTY = [
 ]
 
 
-@pytest.mark.parametrize("block", [1, 2, 3, 7, 64])
 @pytest.mark.parametrize("text", NASTY)
-def test_words_are_those_of_the_slow_reference_at_any_block_size(tmp_path, monkeypatch, text, block):
+def test_words_are_those_of_the_slow_reference_at_any_block_size(tmp_path, monkeypatch, text):
     """Where a block ends never shows: inside a letter, a word, a white space or a byte order mark."""
-    monkeypatch.setattr(data, "BLOCK", block)
     (tmp_path / "t").write_bytes(text.encode())
-    assert words_of(tmp_path / "t") == slow_words(text)
+    for block in (1, 2, 3, 7, 64):
+        monkeypatch.setattr(data, "BLOCK", block)
+        assert words_of(tmp_path / "t") == slow_words(text), block
 
 
 def test_random_texts_at_random_block_sizes(tmp_path, monkeypatch):
@@ -153,13 +152,13 @@ def test_encoding_takes_eight_bytes_per_token(tmp_path, monkeypatch):
     assert (peaks[1] - peaks[0]) / (tokens[1] - tokens[0]) < 8.5
 
 
-@pytest.mark.parametrize(("before", "line"), [(b"", 1), (b"ab\ncd\n", 3), ("é\n".encode() * 100_001, 100_002)])
 @pytest.mark.parametrize("wrong", [b"\xff x\n", b"\xc3\n", b"\xe2\x88", b"\xed\xa0\x80 a\n"])
-def test_text_that_is_not_utf_8_is_placed(tmp_path, before, line, wrong):
+def test_text_that_is_not_utf_8_is_placed(tmp_path, wrong):
     """A foreign byte, a cut letter, a lone surrogate: the error names file and line, in any block."""
-    folder = write(tmp_path, TEXTS | {"train": before + wrong})
-    with pytest.raises(UserError, match=rf"train\.txt: not UTF-8 in line {line};"):
-        read_corpus(folder)
+    for before, line in ((b"", 1), (b"ab\ncd\n", 3), ("é\n".encode() * 100_001, 100_002)):
+        folder = write(tmp_path, TEXTS | {"train": before + wrong})
+        with pytest.raises(UserError, match=rf"train\.txt: not UTF-8 in line {line};"):
+            read_corpus(folder)
 
 
 def test_the_line_is_right_where_a_block_ends(tmp_path, monkeypatch):
@@ -179,6 +178,12 @@ def test_missing_folder_names_the_command():
     """data/penn that is not there: ./getdata.sh penn."""
     with pytest.raises(UserError, match=r"--data nowhere/penn: there is no such folder; run ./getdata.sh penn"):
         read_corpus("nowhere/penn")
+
+
+def test_a_file_instead_of_a_folder_is_told_how_to_become_one(tmp_path):
+    (tmp_path / "book.txt").write_text("a text\n")
+    with pytest.raises(UserError, match=r"book.txt: is a file, not a folder; make a corpus of it with prepare.py"):
+        read_corpus(str(tmp_path / "book.txt"))
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -432,17 +437,6 @@ def test_with_nowhere_to_write_the_corpus_comes_all_the_same(corpus, home, capsy
     ]
 
 
-@contextlib.contextmanager
-def file_limit(size: int) -> Iterator[None]:
-    """No file may grow past `size` bytes, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("room", [0, 1000, 20_000, 100_000])
 def test_a_full_disk_costs_the_cache_alone(tmp_path, home, capsys, room):
     """Wherever in the file the room ends: the corpus comes, one warning, no half file stays."""
@@ -458,20 +452,19 @@ def test_a_full_disk_costs_the_cache_alone(tmp_path, home, capsys, room):
 FORK = multiprocessing.get_context("fork")  # children that have torch already
 
 
-@pytest.mark.timeout(60)
 def test_processes_that_write_at_once_agree(tmp_path, home, reads, monkeypatch):
     """Four of them, none beginning to write before all do: the same corpus in each, and one cache that holds."""
     folder = write(tmp_path / "c", TEXTS | {"train": TEXTS["train"] * 2000})
     gate, answers, save = FORK.Barrier(4), FORK.Queue(), torch.save
 
     def child() -> None:
-        monkeypatch.setattr(torch, "save", lambda *args: (gate.wait(30), save(*args)))
+        monkeypatch.setattr(torch, "save", lambda *args: (gate.wait(WALL_S), save(*args)))
         answers.put(content(read_corpus(folder)))
 
     processes = [FORK.Process(target=child) for _ in range(4)]
     for process in processes:
         process.start()
-    found = [answers.get(timeout=30) for _ in processes]
+    found = [answers.get(timeout=WALL_S) for _ in processes]
     for process in processes:
         process.join()
     assert all(answer == found[0] for answer in found)
@@ -499,7 +492,6 @@ read_corpus(folder)
 """
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("moment", ["write", "fsync", "replace"])
 def test_a_writer_that_is_killed_leaves_no_half_cache(tmp_path, moment):
     """Killed with half of the file written, before fsync, before the rename: the next start is right.

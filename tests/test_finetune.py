@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Trained
-from runner import Result, run_cli, start
+from conftest import Trained, load
+from runner import Result, assert_refused, run_cli, start
 
 from harness.flags import DEFAULTS
 
@@ -19,13 +19,6 @@ def finetune(folder: Path, *flags: object) -> Result:
     return run_cli(*flags, cwd=folder, script="finetune.py")
 
 
-@pytest.fixture
-def base(trained, tmp_path) -> Path:
-    """A model of two epochs, alone in a folder."""
-    shutil.copy(trained("--epochs", 2).path, tmp_path / "m.pt")
-    return tmp_path
-
-
 @pytest.fixture(scope="module")
 def whole(trained, tmp_path_factory) -> Trained:
     """That model after an uninterrupted fine-tuning."""
@@ -34,16 +27,6 @@ def whole(trained, tmp_path_factory) -> Trained:
     result = finetune(folder, "--save", "m.pt", *FLAGS)
     assert result.status == 0, result
     return Trained(folder, result, folder / "m.pt")
-
-
-def load(path: Path) -> dict:
-    return torch.load(path, weights_only=True)
-
-
-def one_line(result: Result, *parts: str) -> bool:
-    """An exit status of 2, and one line on stderr that holds these parts."""
-    lines = result.err.strip().splitlines()
-    return result.status == 2 and len(lines) == 1 and all(part in lines[0] for part in parts)
 
 
 def test_finetuning_gains_and_ends_with_the_test(trained, whole):
@@ -141,7 +124,7 @@ def test_main_does_not_resume_a_fine_tuning(whole):
     """The state says who made it; the wrong script is told which one can go on."""
     before = whole.path.read_bytes()
     result = run_cli("--resume", "m.pt", cwd=whole.folder)
-    assert one_line(result, "m.pt.state", "finetune.py --resume", "--output")
+    assert_refused(result, 2, "m.pt.state", "finetune.py --resume", "--output")
     assert whole.path.read_bytes() == before
 
 
@@ -202,11 +185,14 @@ def test_bad_input_is_one_line_and_harms_nothing(base):
     before = (base / "m.pt").read_bytes()
     (base / "cut.pt").write_bytes(before[: len(before) // 2])
     (base / "foreign.pt").write_bytes(b"not a model")
-    assert one_line(finetune(base, "--save", "none.pt"), "none.pt")
-    assert one_line(finetune(base, "--save", "cut.pt"), "cut.pt", "truncated")
-    assert one_line(finetune(base, "--save", "foreign.pt"), "foreign.pt")
-    assert one_line(finetune(base, "--save", "m.pt", "--nhid", 11), "--nhid 11", "m.pt")
-    assert one_line(finetune(base, "--save", "m.pt", "--data", "nowhere"), "nowhere")
-    assert one_line(finetune(base, "--resume", "m.pt"), "m.pt.state")
-    assert one_line(finetune(base, "--save", "m.pt", "--output", "no/such/folder.pt"), "--output")
+    for flags, *named in (
+        (["--save", "none.pt"], "none.pt"),
+        (["--save", "cut.pt"], "cut.pt", "truncated"),
+        (["--save", "foreign.pt"], "foreign.pt"),
+        (["--save", "m.pt", "--nhid", 11], "--nhid 11", "m.pt"),
+        (["--save", "m.pt", "--data", "nowhere"], "nowhere"),
+        (["--resume", "m.pt"], "m.pt.state"),
+        (["--save", "m.pt", "--output", "no/such/folder.pt"], "--output"),
+    ):
+        assert_refused(finetune(base, *flags), 2, *named)
     assert (base / "m.pt").read_bytes() == before

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SMALL, read_log
-from runner import ENVIRONMENT, ROOT, run_cli
+from runner import ENVIRONMENT, ROOT, WALL_S, run_cli
 from toys import call, error_line
 
 import main
@@ -55,10 +55,6 @@ def test_the_log_of_a_run(trained):
     (switch,) = whole.log("averaging")
     valid = whole.log("valid")
     assert [entry["averaged"] for entry in valid] == [entry["epoch"] > switch["epoch"] for entry in valid]
-    for entry, printed in zip(
-        valid, re.findall(r"valid loss +(\S+) .* valid bpc +(\S+)", whole.result.out), strict=True
-    ):
-        assert printed == (f"{entry['loss']:.2f}", f"{entry['bpc']:.3f}")
 
 
 # The bar
@@ -82,7 +78,7 @@ def on_terminal(*argv: object, cwd: Path, ctrl_c_at: str = "") -> tuple[int, str
                 os.write(master, b"\x03")
                 pressed = True
     os.close(master)
-    return running.wait(60), written.decode()
+    return running.wait(WALL_S), written.decode()
 
 
 def screen(written: str) -> list[str]:
@@ -189,7 +185,7 @@ def test_a_full_disk_costs_the_log_and_nothing_else(tmp_path):
     """TensorBoard is given up with one warning, lines are dropped: no traceback, not from its thread either."""
     modules = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     end = subprocess.run(
-        [sys.executable, "-c", FULL], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        [sys.executable, "-c", FULL], cwd=tmp_path, capture_output=True, text=True, timeout=WALL_S,
         env=os.environ | ENVIRONMENT | {"PYTHONPATH": modules},
     )  # fmt: skip
     assert (end.returncode, end.stdout) == (0, "done\n"), end

@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from runner import Running, run_cli, start
+from conftest import load
+from runner import Running, assert_refused, run_cli, start
 from test_resume_cli import EPOCHS, RUNS, SHORT, assert_same_end, seen
-from toys import call
+from toys import NO_DROPOUT_FLAGS, call
 
 import main
 from harness import files
@@ -27,12 +27,8 @@ from harness import files
 LARGE = ["--emsize", 16, "--nhid", 250, "--nlayers", 2, "--batch_size", 4, "--bptt", 14, "--lr", 5]
 OFTEN = ["--log-interval", 1, "--checkpoint_every", 1, "--device", "cpu"]
 # It gets better epoch after epoch.
-STEADY = ["--lr", 0.3, *(word for name in ("", "h", "i", "e") for word in (f"--dropout{name}", 0)), "--wdrop", 0]
+STEADY = ["--lr", 0.3, *NO_DROPOUT_FLAGS]
 FIT = 200_000  # bytes: more than what is printed, less than a model
-
-
-def load(path: Path) -> dict:
-    return torch.load(path, weights_only=True)
 
 
 def temporaries(folder: Path) -> set[str]:
@@ -163,16 +159,6 @@ def test_a_copy_that_cannot_be_written_is_told_once_and_costs_no_status(corpus, 
     assert re.fullmatch(r"main.py: warning: m.pt.e1: cannot be written \(.*\n", result.err)
 
 
-def test_a_disk_that_is_full_before_the_start_is_told_at_once(corpus, tmp_path):
-    """Status 1 and one line before the first batch; no file is left."""
-    flags = ["--data", corpus, *LARGE, *OFTEN, "--save", "m.pt", "--epochs", 5]
-    result = run_cli(*flags, cwd=tmp_path, file_limit=FIT)
-    assert (result.status, len(result.err.splitlines())) == (1, 1), result
-    assert "m.pt.state: cannot be written" in result.err
-    assert "batches" not in result.out
-    assert [p.name for p in tmp_path.iterdir()] == [".runs"]
-
-
 def test_killed_in_mid_write(corpus, tmp_path):
     """One command, killed again and again while it writes: whole files, nothing piles up, it goes on."""
     flags = ["--data", corpus, *LARGE, *OFTEN, "--save", "m.pt", "--resume", "auto"]
@@ -280,14 +266,4 @@ def test_resume_auto_fine_tunes_a_trained_model(trained, tmp_path):
 def test_resume_auto_needs_a_name(corpus, tmp_path, script):
     """Without --save every job would have a name of its own."""
     result = run_cli("--data", corpus, "--resume", "auto", cwd=tmp_path, script=script)
-    assert (result.status, len(result.err.splitlines())) == (2, 1), result
-    assert "--save" in result.err
-
-
-@pytest.mark.parametrize(("flag", "value"), [("--max_minutes", "-1"), ("--resume", "auto.pt")])
-def test_a_bad_flag(corpus, tmp_path, flag, value):
-    """Status 2 and one line that names the flag and has the value."""
-    result = run_cli("--data", corpus, "--save", "m.pt", flag, value, cwd=tmp_path)
-    assert (result.status, len(result.err.splitlines())) == (2, 1), result
-    assert flag in result.err
-    assert value in result.err
+    assert_refused(result, 2, "--save")

@@ -1,44 +1,39 @@
-"""The model: each dropout acts when it should, never in evaluation; outputs are the float64 reference's."""
+"""The model: each dropout acts where it should, and never in evaluation; outputs are those of the float64 reference.
 
-import copy
+The layers themselves are tested in test_layers.py.
+"""
 
 import numpy as np
 import pytest
 import reference
 import torch
 from torch import Tensor
+from toys import NO_DROPOUT, dropouts_of, has_weight_drop, settings_of
 
 from layers.weight_drop import drop_weight
 from model import LAYERS, RNNModel, build, detach, embedded_dropout
 from splitcross import default_splits
 
 V, T, B = 30, 6, 4
-KINDS = ["LSTM", "GRU", "QRNN"]
-NO_DROPOUT = {"dropout": 0, "dropouth": 0, "dropouti": 0, "dropoute": 0, "wdrop": 0}
+FORMAT_KINDS = ["LSTM", "GRU", "QRNN"]  # whose parameters' names belong to the file format of the first version
 
 
-def make(kind: str = "LSTM", nlayers: int = 2, tied: bool = True, **dropouts: float) -> RNNModel:
-    """A model with the dropouts given and no others; weights large enough for gates to move."""
+def make(kind: str = "LSTM", **settings: object) -> RNNModel:
+    """A model that drops nothing unless `settings` say so; weights large enough for gates to move."""
     torch.manual_seed(0)
-    model = RNNModel(kind, V, 8, 10, nlayers, **NO_DROPOUT | dropouts, tie_weights=tied)
+    model, _ = build(settings_of(kind, emsize=8, nhid=10) | settings, V)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return model
 
 
-def words(seed: int = 1) -> Tensor:
-    return torch.randint(0, V, (T, B), generator=torch.Generator().manual_seed(seed))
+def words() -> Tensor:
+    return torch.randint(0, V, (T, B), generator=torch.Generator().manual_seed(1))
 
 
-def output(model: RNNModel, seed: int | None = None) -> Tensor:
+def output(model: RNNModel) -> Tensor:
     """The output (T, B, ·) on the same words from a state of zeros."""
-    if seed is not None:
-        torch.manual_seed(seed)
     return model(words(), model.init_hidden(B))[0].view(T, B, -1)
-
-
-def raw_weights(model: RNNModel) -> dict[str, Tensor]:
-    return {name: p for name, p in model.named_parameters() if name.endswith("_raw")}
 
 
 # Weight drop
@@ -97,118 +92,14 @@ def test_drop_weight_draws_anew_and_by_torchs_seed():
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
-def test_weight_drop_acts_from_the_second_step_on(kind):
-    """Training passes differ, but not at the first step, where the state is zero; evaluation never does."""
-    model = make(kind, nlayers=1, wdrop=0.5).train()
-    first, second = output(model), output(model)
-    assert torch.equal(first[0], second[0])
-    assert (first[1:] != second[1:]).any(dim=2).all()
-    model.eval()
-    assert torch.equal(output(model), output(model))
+# Parameters
 
 
-def test_weight_drop_acts_on_all_of_a_qrnn():
-    """Training passes of a QRNN differ from the first step on; evaluation never does."""
-    model = make("QRNN", nlayers=1, wdrop=0.5).train()
-    assert (output(model) != output(model)).any(dim=2).all()
-    model.eval()
-    assert torch.equal(output(model), output(model))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_weight_drop_is_one_mask_per_batch(kind):
-    """All steps and columns see the same dropped matrix: the reference with that matrix gives the same."""
-    model = make(kind, nlayers=1, wdrop=0.5).train()
-    ((name, raw),) = raw_weights(model).items()
-    found = output(model, seed=5)
-    torch.manual_seed(5)
-    dropped = drop_weight(raw, 0.5, True)
-    weights = reference.arrays(dict(model.named_parameters()) | {name: dropped})
-    expected = reference.layers(kind, weights, words().numpy())[-1]
-    np.testing.assert_allclose(found.detach().numpy(), expected, rtol=0, atol=2e-6)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradient_reaches_the_raw_weights(kind):
-    """It equals finite differences taken under the same masks, and every layer's raw weight has one."""
-    model = make(kind, wdrop=0.4).double().train()
-
-    def loss() -> Tensor:
-        return output(model, seed=2).square().sum()
-
-    loss().backward()
-    for raw in raw_weights(model).values():
-        flat = raw.data.view(-1)
-        largest = raw.grad.abs().flatten().argmax().item()
-        for i in (largest, 0, flat.numel() // 2):
-            before = flat[i].item()
-            flat[i] = before + 1e-6
-            higher = loss().item()
-            flat[i] = before - 1e-6
-            slope = (higher - loss().item()) / 2e-6
-            flat[i] = before
-            assert raw.grad.flatten()[i].item() == pytest.approx(slope, rel=1e-6, abs=1e-7)
-        assert (raw.grad == 0).double().mean() > 0.1, "dropped elements have no gradient"
-        assert (raw.grad != 0).double().mean() > 0.3
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_weight_drop_survives_evaluation(kind):
-    """train -> eval -> train -> step -> eval: masks act again, and evaluation sees the new weights."""
-    model = make(kind, wdrop=0.5)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for _ in range(3):
-        model.eval()
-        still = output(model)
-        model.train()
-        a, b = output(model), output(model)
-        assert not torch.equal(a, b)
-        optimizer.zero_grad()
-        (a.square().sum() + b.square().sum()).backward()
-        optimizer.step()
-        model.eval()
-        assert not torch.equal(output(model), still)
-    assert all(raw.grad.abs().sum() > 0 for raw in raw_weights(model).values())
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_deepcopy_is_independent(kind):
-    """A copy gives the same outputs, masks weights of its own, and changing it leaves the first alone."""
-    model = make(kind, wdrop=0.5)
-    output(model.train()).sum().backward()
-    other = copy.deepcopy(model)
-    assert torch.equal(output(other, seed=1), output(model, seed=1))
-    model.eval(), other.eval()
-    before = output(model)
-    assert torch.equal(output(other), before)
-    with torch.no_grad():
-        for raw in raw_weights(other).values():
-            raw.zero_()
-    assert torch.equal(output(model), before)
-    assert not torch.equal(output(other), before)
-    assert torch.equal(output(other.train()), output(other)), "masks over zeros cannot show"
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tied", [True, False])
-def test_state_dict_round_trip(kind, tied):
-    """Another model takes the state dict, with nothing missing, and gives the same outputs."""
-    model, other = make(kind, wdrop=0.5, tied=tied), RNNModel(kind, V, 8, 10, 2, wdrop=0.5, tie_weights=tied)
-    missing = other.load_state_dict(model.state_dict())
-    assert not missing.missing_keys
-    assert not missing.unexpected_keys
-    assert torch.equal(output(other.eval()), output(model.eval()))
-    assert torch.equal(other.decoder.weight, model.decoder.weight)
-    assert torch.equal(other.decoder.bias, model.decoder.bias)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("wdrop", [0, 0.5])
+@pytest.mark.parametrize("kind", FORMAT_KINDS)
+@pytest.mark.parametrize(("tied", "wdrop"), [(True, 0.5), (False, 0)])
 def test_parameter_names_and_shapes(kind, tied, wdrop):
     """The names of the file format, to the letter, of parameters and state dict alike; a tied weight once."""
-    model = make(kind, nlayers=2, tied=tied, wdrop=wdrop)
+    model = make(kind, tied=tied, wdrop=wdrop)
     sizes = [(8, 10), (10, 8 if tied else 10)]
     suffix = "_raw" if wdrop else ""
     expected = {"encoder.weight": (V, 8), "decoder.bias": (V,)}
@@ -237,9 +128,8 @@ def assert_uniform(weight: Tensor, bound: float) -> None:
     assert weight.std().item() == pytest.approx(deviation, rel=5 * 0.45 / n**0.5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("wdrop", [0, 0.5])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", FORMAT_KINDS)
+@pytest.mark.parametrize(("tied", "wdrop"), [(True, 0.5), (False, 0)])
 def test_initialisation(kind, wdrop, tied):
     """±0.1 for embedding and decoder, bias zero; ±1/sqrt(H) for LSTM and GRU, ±1/sqrt(inputs) for a QRNN."""
     model = RNNModel(kind, 500, 30, 40, 2, wdrop=wdrop, tie_weights=tied)
@@ -252,56 +142,31 @@ def test_initialisation(kind, wdrop, tied):
             assert_uniform(parameter, fan_in**-0.5)
 
 
-# The table of layers, and what is built from settings
+# What is built from settings
 
 
-@pytest.mark.parametrize("kind", list(LAYERS))
-@pytest.mark.parametrize("wdrop", [0, 0.5])
-@pytest.mark.parametrize("first", [True, False])
-def test_every_row_of_the_table_is_a_layer(kind, wdrop, first):
-    """Zeros to begin with, the same shapes to carry, a gradient for all of it, masks when training only."""
-    if kind == "Mogrifier" and wdrop:  # has none
-        with pytest.raises(ValueError, match="wdrop"):
-            LAYERS[kind](5, 7, wdrop, first=first)
-        return
-    layer = LAYERS[kind](5, 7, wdrop, first=first)
-    layer.reset_parameters()
-    x, zeros = torch.randn(T, B, 5, requires_grad=True), layer.init_hidden(B)
-    assert not any(carried.any() for carried in zeros)
-    assert all(carried.shape[:2] == (1, B) for carried in zeros)
-    out, hidden = layer(x, zeros)
-    assert out.shape == (T, B, 7)
-    assert [carried.shape for carried in hidden] == [carried.shape for carried in zeros]
-    (out.square().sum() + sum(carried.sum() for carried in hidden)).backward()
-    assert all(tensor.grad.abs().sum() > 0 for tensor in [x, *layer.parameters()])
-    assert torch.equal(layer(x, zeros)[0], out) == (wdrop == 0)
-    layer.eval()
-    assert torch.equal(layer(x, zeros)[0], layer(x, zeros)[0])
-
-
-SETTINGS = {"model": "LSTM", "emsize": 8, "nhid": 10, "nlayers": 3, "tied": True, "splits": None}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tied", [True, False])
-def test_build_follows_the_settings(kind, tied):
+@pytest.mark.parametrize("kind", LAYERS)
+def test_build_follows_the_settings(kind):
     """Kind, sizes and dropouts of the model; the criterion is as wide as the decoder."""
-    dropouts = {"dropout": 0.1, "dropouth": 0.2, "dropouti": 0.3, "dropoute": 0.4, "wdrop": 0.5}
-    args = SETTINGS | dropouts | {"model": kind, "tied": tied, "splits": [5, 12]}
-    model, criterion = build(args, V)
-    assert [type(layer) for layer in model.rnns] == [LAYERS[kind]] * 3
-    assert model.encoder.weight.shape == (V, 8)
-    assert (model.locko.p, model.lockh.p, model.locki.p, model.dropoute) == (0.1, 0.2, 0.3, 0.4)
-    assert all(name.endswith("_raw") for name, p in model.rnns.named_parameters() if "weight_hh" in name)
-    assert criterion.splits == [5, 12]
-    assert criterion.tail_vectors.shape == (2, 8 if tied else 10)
-    loss = criterion(model.decoder.weight, model.decoder.bias, output(model), words())
-    assert loss.item() == pytest.approx(np.log(V), rel=0.2)
+    for tied in (True, False):
+        args = settings_of(kind, emsize=8, nhid=10, nlayers=3, tied=tied, splits=[5, 12]) | dropouts_of(kind)
+        args |= {"dropout": 0.1, "dropouth": 0.2, "dropouti": 0.3, "dropoute": 0.4}
+        model, criterion = build(args, V)
+        assert [type(layer) for layer in model.rnns] == [LAYERS[kind]] * 3
+        assert model.encoder.weight.shape == (V, 8)
+        assert (model.drop_output.p, model.drop_between.p, model.drop_input.p, model.dropoute) == (0.1, 0.2, 0.3, 0.4)
+        assert any(name.endswith("_raw") for name, _ in model.rnns.named_parameters()) == has_weight_drop(kind)
+        assert criterion.splits == [5, 12]
+        assert criterion.tail_vectors.shape == (2, 8 if tied else args["nhid"])
+        assert criterion(model.decoder.weight, model.decoder.bias, output(model), words()).isfinite()
+
+
+SETTINGS = settings_of("LSTM", emsize=8, nhid=10) | NO_DROPOUT
 
 
 def test_build_splits_a_large_vocabulary():
     """Without splits in the settings the published ones for that many words; an empty list means none."""
-    args = SETTINGS | NO_DROPOUT | {"emsize": 2, "nhid": 2}
+    args = SETTINGS | {"emsize": 2, "nhid": 2, "splits": None}
     for ntoken in (75_000, 75_001, 80_000):
         assert build(args, ntoken)[1].splits == list(default_splits(ntoken))
     assert build(args | {"splits": []}, 80_000)[1].splits == []
@@ -313,61 +178,37 @@ def test_build_splits_a_large_vocabulary():
         ({"splits": [5, V]}, rf"--splits \[5, {V}\]: .* below the vocabulary's size, {V}"),
         ({"splits": [V + 1]}, rf"--splits \[{V + 1}\]"),
         ({"splits": [12, 5]}, r"\[12, 5\]: have to ascend"),
-        ({"model": "Elman"}, "'Elman': use one of LSTM, GRU, QRNN"),
+        ({"model": "Elman"}, f"'Elman': use one of {', '.join(LAYERS)}"),
     ],
 )
 def test_settings_that_do_not_go_together_are_named(wrong, message):
     """ValueError: splits past the vocabulary or in disorder, a kind of layer that there is not."""
     with pytest.raises(ValueError, match=message):
-        build(SETTINGS | NO_DROPOUT | wrong, V)
-    build(SETTINGS | NO_DROPOUT | {"splits": [5, V - 1]}, V)
+        build(SETTINGS | wrong, V)
+    build(SETTINGS | {"splits": [5, V - 1]}, V)
 
 
 # Evaluation is the equations
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("nlayers", [1, 3])
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("wdrop", [0, 0.5])
-def test_evaluation_is_the_reference(kind, nlayers, tied, wdrop):
-    """In evaluation nothing is dropped: all layers equal the float64 reference."""
-    high = {"dropout": 0.5, "dropouth": 0.5, "dropouti": 0.5, "dropoute": 0.5, "wdrop": wdrop}
-    model = make(kind, nlayers, tied, **high).eval()
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize(("nlayers", "tied"), [(1, True), (3, False)])
+def test_evaluation_is_the_reference(kind, nlayers, tied):
+    """Nothing is dropped in evaluation: every layer's output is that of the float64 reference."""
+    model = make(kind, nlayers=nlayers, tied=tied, **dropouts_of(kind)).eval()
     found, _, raw, dropped = model(words(), model.init_hidden(B), return_h=True)
     expected = reference.layers(kind, reference.arrays(model.state_dict()), words().numpy())
     assert len(raw) == len(dropped) == nlayers
     for layer in range(nlayers):
         for h in (raw[layer], dropped[layer]):
             np.testing.assert_allclose(h.detach().numpy(), expected[layer], rtol=0, atol=2e-6)
-    assert found.shape == (T * B, 8 if tied else 10)
     np.testing.assert_allclose(found.detach().numpy(), expected[-1].reshape(T * B, -1), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("cut", [1, 3])
-def test_what_is_carried_is_everything(kind, cut):
-    """Two segments, the hidden tensors handed on, give what one gives: a QRNN's last input is there too."""
-    model = make(kind).eval()
-    with torch.no_grad():
-        whole, end = model(words(), model.init_hidden(B))
-        first, hidden = model(words()[:cut], model.init_hidden(B))
-        model(words(seed=9), model.init_hidden(B))  # another text in between: the module remembers nothing
-        second, hidden = model(words()[cut:], hidden)
-    torch.testing.assert_close(torch.cat([first, second]), whole, rtol=0, atol=1e-6)
-    for layer, same in zip(hidden, end, strict=True):
-        for a, b in zip(layer, same, strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_detach_cuts_the_graph_and_keeps_the_values(kind):
-    """Zeros to begin with; what is detached holds the same numbers and no graph."""
-    model = make(kind).train()
-    zeros = model.init_hidden(B)
-    assert all((t == 0).all() for layer in zeros for t in layer)
-    _, hidden = model(words(), zeros)
-    assert any(t.requires_grad for layer in hidden for t in layer)
+def test_detach_cuts_the_graph_and_keeps_the_values():
+    model = make().train()
+    _, hidden = model(words(), model.init_hidden(B))
+    assert all(t.requires_grad for layer in hidden for t in layer)
     for layer, cut in zip(hidden, detach(hidden), strict=True):
         for a, b in zip(layer, cut, strict=True):
             assert torch.equal(a, b)
@@ -385,10 +226,9 @@ def is_locked(ratio: Tensor, p: float) -> bool:
     return bool(locked and values and differs)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_locked_dropout_between_and_after_layers(kind):
+def test_locked_dropout_between_and_after_layers():
     """One mask per sequence, `dropouth` between the layers and `dropout` after the last."""
-    model = make(kind, nlayers=3, dropouth=0.5, dropout=0.75).train()
+    model = make(nlayers=3, dropouth=0.5, dropout=0.75).train()
     found, _, raw, dropped = model(words(), model.init_hidden(B), return_h=True)
     for layer, p in enumerate([0.5, 0.5, 0.75]):
         ratio = (dropped[layer] / raw[layer]).round(decimals=4)

@@ -1,4 +1,7 @@
-"""The Mogrifier's cell against a loop in float64, the flags of Melis's recipe, and dropout samples."""
+"""What the Mogrifier alone has: rounds, ranks and its dropouts; the flags of Melis's recipe; dropout samples.
+
+What it shares with other kinds of layers is tested in test_layers.py.
+"""
 
 import math
 
@@ -7,9 +10,8 @@ import pytest
 import reference
 import torch
 from conftest import SMALL
-from runner import run_cli
 from torch import Tensor, nn
-from toys import call, error_line
+from toys import NO_DROPOUT_FLAGS, call, draw, error_line, make_layer
 
 import main
 import mos
@@ -22,18 +24,11 @@ from utils import UserError
 
 E, H = 5, 6
 CELLS = [(rounds, rank) for rounds in (0, 1, 2, 5) for rank in (0, 3)]
-MELIS = ["--model", "Mogrifier", "--emsize", 8, "--nhid", 8, "--optimizer", "adam", "--lr", 0.01]
+MELIS = ["--model", "Mogrifier", "--nhid", 8, "--optimizer", "adam", "--lr", 0.01]
 
 
-def make_layer(rounds: int, rank: int, dropoutr: float = 0.0) -> Mogrifier:
-    layer = Mogrifier(E, H, 0.0, True, rounds, rank, dropoutr).double()
-    for parameter in layer.parameters():
-        nn.init.normal_(parameter, std=0.6)
-    return layer
-
-
-def draw(*size: int) -> Tensor:
-    return torch.randn(*size, dtype=torch.float64, requires_grad=True)
+def make(rounds: int, rank: int, dropoutr: float = 0.0) -> Mogrifier:
+    return make_layer("Mogrifier", E, H, True, rounds=rounds, rank=rank, dropoutr=dropoutr)
 
 
 def tensors_of(layer: Mogrifier) -> list[Tensor]:
@@ -41,32 +36,26 @@ def tensors_of(layer: Mogrifier) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(("rounds", "rank"), CELLS)
-def test_the_layer_is_the_equations_step_by_step(rounds, rank):
-    layer, x = make_layer(rounds, rank), draw(7, 3, E)
-    own = {name: parameter.detach().numpy() for name, parameter in layer.named_parameters()}
-    out, (h, c) = layer(x, layer.init_hidden(3))
-    np.testing.assert_allclose(out.detach().numpy(), reference.mogrifier(x.detach().numpy(), own), rtol=1e-12)
-    torch.testing.assert_close(h, out[-1:])
-    assert c.shape == (1, 3, H)
-
-
-@pytest.mark.parametrize(("rounds", "rank"), CELLS)
-@pytest.mark.parametrize(("T", "B"), [(1, 1), (4, 3)])
 @pytest.mark.parametrize("dropped", [False, True])
-def test_all_gradients(rounds, rank, T, B, dropped):
-    """Of the input, the carried state and every weight; the carried cell's gradient comes back too."""
-    layer = make_layer(rounds, rank)
-    mask = torch.tensor([0.0, 1.5]).double().repeat(B, H // 2) if dropped else None
+def test_the_cell_is_the_equations_step_by_step_and_so_are_its_gradients(rounds, rank, dropped):
+    """For every number of rounds and rank, with and without a mask on the state."""
+    layer, x = make(rounds, rank), draw(4, 3, E)
+    mask = torch.tensor([0.0, 1.5]).double().repeat(3, H // 2) if dropped else None
 
     def scan(x: Tensor, h: Tensor, c: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
         return MogrifierScan.apply(x, h, c, mask, rank == 0, *weights)
 
-    assert torch.autograd.gradcheck(scan, (draw(T, B, E), draw(B, H), draw(B, H), *tensors_of(layer)))
+    if not dropped:
+        own = reference.arrays(layer.state_dict())
+        out, (h, _) = layer(x, layer.init_hidden(3))
+        np.testing.assert_allclose(out.detach().numpy(), reference.mogrifier(x.detach().numpy(), own), rtol=1e-12)
+        assert torch.equal(h, out[-1:])
+    assert torch.autograd.gradcheck(scan, (x, draw(3, H), draw(3, H), *tensors_of(layer)))
 
 
 def test_the_input_gate_never_adds_more_than_the_forget_gate_took():
     """With i at 1 and f at 0.9, c moves to 0.9·c + 0.1·j."""
-    layer = make_layer(0, 0)
+    layer = make(0, 0)
     with torch.no_grad():
         layer.weight_ih.zero_(), layer.weight_hh.zero_()
         layer.bias.copy_(torch.tensor([50.0, math.log(9), 50.0, 0.0]).double().repeat_interleave(H))
@@ -74,26 +63,16 @@ def test_the_input_gate_never_adds_more_than_the_forget_gate_took():
     torch.testing.assert_close(c, torch.full((1, 1, H), 0.9 * 3 + 0.1).double())
 
 
-@pytest.mark.parametrize(("rounds", "rank"), [(0, 0), (5, 3)])
-def test_a_text_cut_in_two_is_the_same_text(rounds, rank):
-    layer, x = make_layer(rounds, rank), draw(9, 2, E)
-    whole, last = layer(x, layer.init_hidden(2))
-    first, carried = layer(x[:4], layer.init_hidden(2))
-    second, end = layer(x[4:], carried)
-    torch.testing.assert_close(torch.cat([first, second]), whole)
-    torch.testing.assert_close(end, last)
-
-
 def test_the_state_has_one_mask_for_all_steps():
     """dropoutr: a unit that is dropped is dropped at every step, and never in evaluation."""
-    layer, x = make_layer(3, 0, dropoutr=0.5), draw(6, 4, E)
+    layer, x = make(3, 0, dropoutr=0.5), draw(6, 4, E)
     torch.manual_seed(1)
     out, _ = layer(x, layer.init_hidden(4))
     torch.manual_seed(1)
     mask = torch.empty(4, H).double().bernoulli_(0.5).div_(0.5)
     zeros = torch.zeros(4, H).double()
     torch.testing.assert_close(out, MogrifierScan.apply(x, zeros, zeros, mask, True, *tensors_of(layer))[0])
-    plain, _ = make_layer(3, 0).eval()(x, layer.init_hidden(4))
+    plain, _ = make(3, 0).eval()(x, layer.init_hidden(4))
     assert not torch.equal(out, plain)
     layer.eval()
     assert torch.equal(layer(x, layer.init_hidden(4))[0], layer(x, layer.init_hidden(4))[0])
@@ -115,33 +94,20 @@ def test_fresh_weights():
     assert {name for name, _ in layer.named_parameters()} == names
 
 
-def test_the_softmax_sees_the_sum_of_the_layers():
-    torch.manual_seed(0)
-    model = RNNModel("Mogrifier", 20, 8, 8, 3, *[0.0] * 5, rounds=2, rank=0)
-    words = torch.randint(20, (5, 2))
-    output, _, raw, _ = model(words, model.init_hidden(2), return_h=True)
-    x, outputs = model.encoder(words), []
-    for layer in model.rnns:
-        x, _ = layer(x, layer.init_hidden(2))
-        outputs.append(x)
-    torch.testing.assert_close(raw[-1], sum(outputs))
-    torch.testing.assert_close(output, sum(outputs).flatten(0, 1))
-
-
-@pytest.mark.parametrize("name", ["locki", "lockh", "locko"])
-def test_dropout_between_layers_is_not_locked(name):
+def test_dropout_between_layers_is_not_locked():
     """Every element is drawn by itself, a share p of them, the rest scaled; in evaluation none is."""
-    torch.manual_seed(0)
     model = RNNModel("Mogrifier", 20, 8, 8, 3, 0.3, 0.3, 0.3, 0.0, 0.0, rounds=0)
-    drop, ones = getattr(model, name), torch.ones(40, 30, 100)
-    kept = drop(ones) != 0
-    torch.testing.assert_close(drop(ones).unique(), torch.tensor([0, 1 / 0.7]))
-    for dim in range(3):  # along which a locked mask would repeat itself
-        counts = kept.double().mean(dim)
-        assert counts.std() == pytest.approx((0.3 * 0.7 / kept.size(dim)) ** 0.5, rel=0.1)
-    assert kept.double().mean() == pytest.approx(0.7, abs=0.005)
-    model.eval()
-    assert torch.equal(drop(ones), ones)
+    for drop in (model.drop_input, model.drop_between, model.drop_output):
+        ones = torch.ones(40, 30, 100)
+        kept = drop(ones) != 0
+        torch.testing.assert_close(drop(ones).unique(), torch.tensor([0, 1 / 0.7]))
+        for dim in range(3):  # along which a locked mask would repeat itself
+            counts = kept.double().mean(dim)
+            assert counts.std() == pytest.approx((0.3 * 0.7 / kept.size(dim)) ** 0.5, rel=0.1)
+        assert kept.double().mean() == pytest.approx(0.7, abs=0.005)
+        model.eval()
+        assert torch.equal(drop(ones), ones)
+        model.train()
 
 
 def test_it_is_what_the_layers_gave_that_is_summed_not_what_dropout_left_of_it():
@@ -156,7 +122,7 @@ def test_it_is_what_the_layers_gave_that_is_summed_not_what_dropout_left_of_it()
 # The recipe's other parts
 
 
-@pytest.mark.parametrize("flags", [(), ("--rounds", 0), ("--rounds", 3, "--rank", 2, "--untied", "--n_experts", 2)])
+@pytest.mark.parametrize("flags", [(), ("--rounds", 3, "--rank", 2, "--untied", "--n_experts", 2)])
 def test_perplexities_are_those_of_float64(trained, corpus, flags):
     run = trained("--epochs", 2, *MELIS, "--dropoutr", 0.2, *flags)
     saved = reference.load(run.path)
@@ -164,24 +130,10 @@ def test_perplexities_are_those_of_float64(trained, corpus, flags):
     assert run.log("test")[0]["loss"] == pytest.approx(reference.mean_loss(saved, ids, 1), rel=1e-6)
 
 
-def test_a_cut_run_ends_bit_for_bit_where_the_whole_one_does(trained, corpus, tmp_path):
-    """With everything that the recipe draws and keeps: state drops, samples, averaging under Adam."""
-    draws = ["--drop_state", 0.3, "--dropoutr", 0.3, "--samples", 2]
-    flags = [*MELIS, "--lr", 0.3, "--beta1", 0, "--average", "--nonmono", 0, *draws]
-    whole = trained("--epochs", 4, *flags)
-    assert whole.log("averaging")
-    folder = tmp_path
-    cut = ["--data", corpus, *SMALL, "--epochs", 4, *flags, "--save", "m.pt"]
-    assert run_cli(*cut, "--max_steps", 7, cwd=folder).status == 0
-    assert run_cli("--resume", "m.pt", cwd=folder).status == 0
-    first, second = (torch.load(path, weights_only=True)["model"] for path in (whole.path, folder / "m.pt"))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
 def test_defaults_of_the_kind(trained):
-    args = torch.load(trained("--epochs", 2, *MELIS, "--dropoutr", 0.2).path, weights_only=True)["args"]
+    args = trained("--epochs", 2, *MELIS, "--dropoutr", 0.2).saved["args"]
     assert [args[name] for name in ("wdrop", "dropoute", "drop_state", "rounds", "rank")] == [0, 0, 0.01, 5, 0]
-    args = torch.load(trained("--epochs", 2).path, weights_only=True)["args"]
+    args = trained("--epochs", 2).saved["args"]
     assert [args[name] for name in ("wdrop", "dropoute", "drop_state")] == [0.5, 0.1, 0]
 
 
@@ -232,7 +184,7 @@ def test_of_samples_the_probabilities_are_averaged(kind, monkeypatch):
 
 
 def test_samples_of_a_model_that_drops_nothing_change_nothing(trained):
-    flags = ["--epochs", 1, *(f for name in ("", "h", "i", "e") for f in (f"--dropout{name}", 0)), "--wdrop", 0]
+    flags = ["--epochs", 1, *NO_DROPOUT_FLAGS]
     one, three = trained(*flags), trained(*flags, "--samples", 3)
     losses = [[entry["loss"] for entry in run.log("valid")] for run in (one, three)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

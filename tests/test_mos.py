@@ -1,10 +1,14 @@
-"""The mixture of softmaxes, against its definition in float64."""
+"""The mixture of softmaxes: its distribution against float64 NumPy, its losses and gradients against that."""
 
+import numpy as np
 import pytest
+import reference
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from toys import Largest, draw
 
 import mos
+import splitcross
 from model import build
 from mos import MixtureOfSoftmaxes
 
@@ -15,80 +19,53 @@ N = T * B
 def make(K: int) -> tuple[MixtureOfSoftmaxes, Tensor, Tensor, Tensor, Tensor]:
     """A criterion in float64, the decoder's weight and bias, the last layer's output, targets (T, B)."""
     criterion = MixtureOfSoftmaxes(H, E, K).double()
-    weight, bias, hiddens = (
-        torch.randn(*size, dtype=torch.float64, requires_grad=True) for size in ((V, E), (V,), (N, H))
-    )
-    return criterion, weight, bias, hiddens, torch.randint(V, (T, B))
+    return criterion, draw(V, E), draw(V), draw(N, H), torch.randint(V, (T, B))
 
 
-def definition(criterion: MixtureOfSoftmaxes, weight: Tensor, bias: Tensor, hiddens: Tensor, targets: Tensor) -> Tensor:
-    """-log p(target) of each position, expert by expert, as the paper has it: (N,)."""
-    K = criterion.n_experts
-    prior = (hiddens @ criterion.prior.weight.T).softmax(1)
-    total = 0
-    for k in range(K):
-        rows = slice(k * E, (k + 1) * E)
-        latent = torch.tanh(hiddens @ criterion.latent.weight[rows].T + criterion.latent.bias[rows])
-        total = total + prior[:, k : k + 1] * (latent @ weight.T + bias).softmax(1)
-    return -total[torch.arange(len(hiddens)), targets.flatten()].log()
+def losses(criterion: MixtureOfSoftmaxes, weight: Tensor, bias: Tensor, hiddens: Tensor, targets: Tensor) -> Tensor:
+    """-log p(target) of each position, (N,), out of whole distributions."""
+    return -criterion.logprob(weight, bias, hiddens).gather(1, targets.view(-1, 1))[:, 0]
 
 
 @pytest.mark.parametrize("K", [1, 2, 5])
+def test_logprob_is_the_reference(K):
+    criterion, *inputs, _ = make(K)
+    expected = reference.log_probs(*(x.detach().numpy() for x in inputs), (), reference.arrays(criterion.state_dict()))
+    np.testing.assert_allclose(criterion.logprob(*inputs).detach().numpy(), expected, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("rows", [1, 7, 1000], ids=["a position at a time", "blocks", "one block"])
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_loss_and_gradients_are_those_of_the_definition(K, rows, reduction, monkeypatch):
-    monkeypatch.setattr(mos, "block_rows", lambda V: rows)
-    criterion, *inputs, targets = make(K)
-    loss = criterion(*inputs, targets, reduction)
-    expected = getattr(definition(criterion, *inputs, targets), reduction)()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
-    parameters = [*inputs, *criterion.parameters()]
-    for found, wanted in zip(
-        torch.autograd.grad(3 * loss, parameters), torch.autograd.grad(3 * expected, parameters), strict=True
-    ):
+def test_loss_and_gradients_are_those_of_the_distribution(rows, monkeypatch):
+    for module in (mos, splitcross):  # without and with gradients
+        monkeypatch.setattr(module, "block_rows", lambda V: rows)
+    for K, reduction in ((1, "mean"), (2, "sum"), (5, "mean")):
+        criterion, *inputs, targets = make(K)
+        loss = criterion(*inputs, targets, reduction)
+        expected = getattr(losses(criterion, *inputs, targets), reduction)()
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+        parameters = [*inputs, *criterion.parameters()]
+        found, wanted = (torch.autograd.grad(3 * x, parameters) for x in (loss, expected))
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-13)
 
 
 def test_losses_of_single_positions_with_and_without_gradients():
     criterion, *inputs, targets = make(3)
-    expected = definition(criterion, *inputs, targets)
-    losses = criterion(*inputs, targets, "none")
-    torch.testing.assert_close(losses, expected, rtol=1e-12, atol=0)
-    gradient, wanted = (torch.autograd.grad(x.square().sum(), inputs[0])[0] for x in (losses, expected))
+    expected = losses(criterion, *inputs, targets)
+    found = criterion(*inputs, targets, "none")
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    gradient, wanted = (torch.autograd.grad(x.square().sum(), inputs[0])[0] for x in (found, expected))
     torch.testing.assert_close(gradient, wanted)
     with torch.no_grad():
         torch.testing.assert_close(criterion(*inputs, targets, "none"), expected, rtol=1e-12, atol=0)
         assert criterion(*inputs, targets, "sum").item() == pytest.approx(expected.sum().item())
 
 
-def test_logprob_is_a_distribution_and_holds_the_losses():
-    criterion, *inputs, targets = make(4)
-    logprob = criterion.logprob(*inputs)
-    torch.testing.assert_close(logprob.exp().sum(1), torch.ones(N, dtype=torch.float64))
-    torch.testing.assert_close(-logprob[torch.arange(N), targets.flatten()], definition(criterion, *inputs, targets))
-
-
-def test_one_expert_is_one_softmax_on_tanh_features():
-    criterion, weight, bias, hiddens, targets = make(1)
-    features = torch.tanh(criterion.latent(hiddens))
-    expected = nn.functional.cross_entropy(features @ weight.T + bias, targets.flatten())
-    assert criterion(weight, bias, hiddens, targets).item() == pytest.approx(expected.item(), rel=1e-12)
-
-
 def test_training_holds_no_tensor_of_positions_times_experts_times_vocabulary(monkeypatch):
-    monkeypatch.setattr(mos, "block_rows", lambda V: 10)
+    monkeypatch.setattr(splitcross, "block_rows", lambda V: 10)
     criterion, *inputs, targets = make(5)
-    sizes = []
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            sizes.append(out.numel() if isinstance(out, Tensor) else 0)
-            return out
-
-    with Watch():
+    with Largest() as largest:
         criterion(*inputs, targets).backward()
-    assert max(sizes) <= max(10 * V, N * 5 * E, 5 * E * H)
+    assert largest.elements <= max(10 * V, N * 5 * E, 5 * E * H)
 
 
 def test_dropoutl_draws_one_mask_per_column():

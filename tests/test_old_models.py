@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_log
+from conftest import load, read_log
 from runner import run_cli
 
 MODELS = Path(__file__).parent / "models"
@@ -53,7 +53,7 @@ def test_a_model_can_be_trained_on(folder, name):
         flags += ["--data", "corpus", "--lr", 1e-9, "--max_steps", 1]
         result = run_cli(*flags, cwd=folder, script=script)
         assert result.status == 0, result
-        loss = torch.load(MODELS / f"{name}.pt", weights_only=True)["metrics"]["valid_loss"]
+        loss = load(MODELS / f"{name}.pt")["metrics"]["valid_loss"]
         assert f" | valid loss {loss:5.2f} |" in result.out[: result.out.index("End of")]
         (folder / f"{name}.pt.state").unlink()
 
@@ -61,7 +61,7 @@ def test_a_model_can_be_trained_on(folder, name):
 @pytest.mark.parametrize("name", ["qrnn", "gru"])
 def test_settings_that_its_args_lack_have_their_defaults(folder, name):
     """As for every setting that is newer than a file."""
-    saved = torch.load(folder / f"{name}.pt", weights_only=True)
+    saved = load(folder / f"{name}.pt")
     saved["args"] = {key: saved["args"][key] for key in ("model", "emsize", "nhid", "nlayers", "tied")}
     torch.save(saved, folder / "bare.pt")
     result = run_cli("--resume", "bare.pt", "--epochs", 0, "--data", "corpus", cwd=folder)

@@ -14,26 +14,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, Trained, read_log, write_corpus
-from runner import ENVIRONMENT, ROOT, TIMEOUT, Result, Running, start
+from conftest import SMALL, Trained, load, read_log, write_corpus
+from runner import ENVIRONMENT, ROOT, WALL_S, Result, Running, start
 from test_resume_cli import assert_same_end, seen
+from toys import NO_DROPOUT_FLAGS, flags_of
 
 from harness.ranks import Ranks
+from model import LAYERS
 from utils import UserError
 
-NO_DROPOUT = [w for name in ("", "h", "i", "e") for w in (f"--dropout{name}", 0)] + ["--wdrop", 0]
 EVERY = [*SMALL, "--save", "m.pt", "--log-interval", 1]  # a batch of 4 columns
 AVERAGING = ["--nonmono", 0, "--clip", 1, "--epochs", 4]
-RUNS = {
-    "LSTM": [2, *AVERAGING],
-    "split QRNN": [2, *AVERAGING, "--model", "QRNN", "--splits", 6, 15],
-    "shuffled mixture": [2, *AVERAGING, "--shuffle", "--n_experts", 3, "--nhidlast", 9, "--dropoutl", 0],
-    "Mogrifier, zero states, Adam": [
-        *[2, "--model", "Mogrifier", "--nhid", 8, "--rank", 2, "--drop_state", 0.3],
-        *["--optimizer", "adam", "--lr", 0.01, "--epochs", 2],
-    ],
-    "3 ranks, GRU, Adam": [
-        *[3, "--batch_size", 6, "--model", "GRU"],
+RUNS = {  # the number of ranks and the flags
+    **{kind: [2, *flags_of(kind), "--epochs", 2] for kind in LAYERS},
+    "averaging, split softmax": [2, *AVERAGING, "--splits", 6, 15],
+    "averaging, shuffled mixture": [2, *AVERAGING, "--shuffle", "--n_experts", 3, "--nhidlast", 9, "--dropoutl", 0],
+    "Adam, zero states": [
+        *[3, "--batch_size", 6, "--drop_state", 0.3],
         *["--optimizer", "adam", "--lr", 0.01, "--epochs", 2],
     ],
 }
@@ -75,10 +72,6 @@ def folders(tmp_path: Path, *names: str) -> list[Path]:
     return [tmp_path / name for name in names]
 
 
-def load(path: Path) -> dict:
-    return torch.load(path, weights_only=True)
-
-
 def assert_same_losses(folder: Path, other: Path, after: int = 0) -> None:
     """Step by step, valid and test: the same to 1e-5, averaged at the same time."""
     one, several = (
@@ -99,10 +92,10 @@ def test_ranks_train_as_one_process(corpus, tmp_path, name):
     size, *flags = RUNS[name]
     one, several = folders(tmp_path, "one", "several")
     for folder, ranks in ((one, 1), (several, size)):
-        result = run_ranks(ranks, "--data", corpus, *EVERY, *NO_DROPOUT, *flags, cwd=folder)
+        result = run_ranks(ranks, "--data", corpus, *EVERY, *NO_DROPOUT_FLAGS, *flags, cwd=folder)
         assert result.status == 0, result
         assert "End of training" in result.out
-    if "Adam" not in name:
+    if "averaging" in name:
         valid = [entry for entry in read_log(one / "m.pt.log.jsonl") if entry["kind"] == "valid"]
         assert {entry["averaged"] for entry in valid} == {False, True}
     assert_same_losses(one, several)
@@ -114,7 +107,7 @@ def test_ranks_fine_tune_as_one_process(corpus, tmp_path):
     """finetune.py goes on from the same model with the same losses."""
     one, several = folders(tmp_path, "one", "several")
     for folder, ranks in ((one, 1), (several, 2)):
-        flags = ["--data", corpus, *EVERY, *NO_DROPOUT]
+        flags = ["--data", corpus, *EVERY, *NO_DROPOUT_FLAGS]
         assert run_ranks(1, *flags, "--epochs", 1, cwd=folder).status == 0
         result = run_ranks(ranks, *flags, "--epochs", 2, cwd=folder, script="finetune.py")
         assert result.status == 0, result
@@ -178,7 +171,7 @@ def test_masks_differ_between_ranks(tmp_path, wdrop):
     text = " ".join(f"w{i * i % 17}" for i in range(60)) + "\n"
     for split in ("train", "valid", "test"):
         (tmp_path / f"{split}.txt").write_text(text * 2)
-    flags = [*EVERY, "--batch_size", 2, *NO_DROPOUT, "--wdrop", wdrop, "--max_steps", 2]
+    flags = [*EVERY, "--batch_size", 2, *NO_DROPOUT_FLAGS, "--wdrop", wdrop, "--max_steps", 2]
     assert run_ranks(2, "--data", ".", *flags, cwd=tmp_path).status == 0
     columns = load(tmp_path / "m.pt.state")["hidden"][0][0]  # (1, 2, H)
     assert torch.equal(columns[:, 0], columns[:, 1]) == (wdrop == 0)
@@ -208,7 +201,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(corpus, tmp_path):
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3)])
 def test_another_number_of_ranks_goes_on(corpus, tmp_path, before, after):
     """Same weights, columns dealt anew: without dropout as if nothing had changed; and it says so."""
-    flags = ["--data", corpus, *EVERY, "--batch_size", 6, *NO_DROPOUT, *AVERAGING]
+    flags = ["--data", corpus, *EVERY, "--batch_size", 6, *NO_DROPOUT_FLAGS, *AVERAGING]
     whole, cut = folders(tmp_path, "whole", "cut")
     assert run_ranks(1, *flags, cwd=whole).status == 0
     assert run_ranks(before, *flags, "--max_steps", 20, cwd=cut).status == 0
@@ -242,7 +235,7 @@ def test_a_killed_rank_ends_all(corpus, tmp_path, killed):
     ranks[killed].kill(signal.SIGKILL)
     begin = time.monotonic()
     results = [rank.result() for rank in ranks]
-    assert time.monotonic() - begin < 60  # far less than what a lost process is waited for
+    assert time.monotonic() - begin < 300  # far less than what a lost process is waited for
     assert results[killed].status == -signal.SIGKILL
     for rank, result in enumerate(results):
         if rank != killed:
@@ -312,13 +305,13 @@ def test_torchrun_goes_on_and_stops(corpus, tmp_path):
             [*line, "--resume", "m.pt", "--max_steps", "0"],
             cwd=tmp_path, env=os.environ | ENVIRONMENT, stdout=stdout, stderr=stderr,
         )  # fmt: skip
-    end = time.monotonic() + TIMEOUT
+    end = time.monotonic() + WALL_S
     while not seen(2, 2)(out.read_text()):
         assert running.poll() is None, err.read_text()
         assert time.monotonic() < end
         time.sleep(0.01)
     running.terminate()
-    assert running.wait(TIMEOUT) != 0
+    assert running.wait(WALL_S) != 0
     assert out.read_text().count("Args:") == 1
     assert out.read_text().endswith("\n| stopped (SIGTERM); --resume m.pt goes on\n")
     step = load(tmp_path / "m.pt.state")["at"]["step"]

@@ -8,38 +8,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import read_log
+from conftest import load, read_log, write_corpus
 from runner import run_cli
-from torch.utils._python_dispatch import TorchDispatchMode
-from toys import WORDS, call, error_line, make_model, make_text, save_model, write_corpus
+from toys import MODELS, WORDS, Largest, call, double_model, error_line, make_model, make_text, save_model
 
 import pointer
 from evaluate import evaluate
+from model import Criterion, RNNModel
 from pointer import mixture_logprob, pointer_loss, pointer_prob
 
 TEXT = make_text(2100)  # three segments of the shortest length that evaluation uses
-MODELS = {
-    "LSTM": {},
-    "GRU": {"rnn_type": "GRU"},
-    "QRNN": {"rnn_type": "QRNN"},
-    "Mogrifier": {"rnn_type": "Mogrifier"},
-    "LSTM split softmax": {"splits": (7, 20)},
-    "QRNN split softmax": {"rnn_type": "QRNN", "splits": (7, 20)},
-    "LSTM mixture": {"n_experts": 3},
-}
 
 
 @cache
-def double_model(name: str):
-    _, model, criterion = make_model(**MODELS[name])
-    return model.double(), criterion.double()
+def cached_model(name: str) -> tuple[RNNModel, Criterion]:
+    return double_model(**MODELS[name])
 
 
 @cache
 @torch.no_grad()
 def token_by_token(name: str) -> tuple[np.ndarray, np.ndarray]:
     """Last layer's raw output (n-1, E) and the model's distribution (n-1, V), a word at a time."""
-    model, criterion = double_model(name)
+    model, criterion = cached_model(name)
     hidden, states, probs = model.init_hidden(1), [], []
     for word in TEXT[:-1]:
         output, hidden, raw, _ = model(word.view(1, 1), hidden, return_h=True)
@@ -69,7 +59,7 @@ def test_pointer_is_the_brute_force_for_every_bptt(name):
     """Loss = brute force to 1e-10, whether the text comes in three segments, in uneven ones, or whole."""
     expected = brute_force(name, theta=0.7, lambdasm=0.2, window=300)
     for bptt in (1, 1500, 5000):
-        loss = pointer_loss(*double_model(name), TEXT, bptt, [0.7], [0.2], [300])
+        loss = pointer_loss(*cached_model(name), TEXT, bptt, [0.7], [0.2], [300])
         assert loss.item() == pytest.approx(expected, abs=1e-10)
 
 
@@ -77,8 +67,8 @@ def test_pointer_is_the_brute_force_for_every_bptt(name):
 def test_every_window_alone_and_beside_others(window):
     """Windows of 0, 1, around the block and the segment, and larger than the text: alone and in a grid."""
     expected = brute_force("LSTM", 1.4, 0.3, window)
-    alone = pointer_loss(*double_model("LSTM"), TEXT, 1, [1.4], [0.3], [window])
-    beside = pointer_loss(*double_model("LSTM"), TEXT, 1, [1.4], [0.3], [50, window, 700])[0, 0, 1]
+    alone = pointer_loss(*cached_model("LSTM"), TEXT, 1, [1.4], [0.3], [window])
+    beside = pointer_loss(*cached_model("LSTM"), TEXT, 1, [1.4], [0.3], [50, window, 700])[0, 0, 1]
     assert alone.item() == pytest.approx(expected, abs=1e-10)
     assert beside.item() == pytest.approx(expected, abs=1e-10)
 
@@ -86,11 +76,11 @@ def test_every_window_alone_and_beside_others(window):
 def test_a_grid_is_its_settings_one_by_one():
     """Every cell of (θ, λ, window) is in its place and the same as the brute force."""
     thetas, lambdas, windows = [0.0, 1.1], [0.0, 0.15, 1.0], [20, 400]
-    losses = pointer_loss(*double_model("GRU"), TEXT[:1500], 70, thetas, lambdas, windows)
+    losses = pointer_loss(*cached_model("GRU"), TEXT[:1500], 70, thetas, lambdas, windows)
     for s, theta in enumerate(thetas):
         for i, lambdasm in enumerate(lambdas):
             for w, window in enumerate(windows):
-                one = pointer_loss(*double_model("GRU"), TEXT[:1500], 70, [theta], [lambdasm], [window])
+                one = pointer_loss(*cached_model("GRU"), TEXT[:1500], 70, [theta], [lambdasm], [window])
                 assert losses[s, i, w].item() == pytest.approx(one.item(), rel=1e-12)
     assert len({round(value, 9) for value in losses[:, 1].flatten().tolist()}) == 4
 
@@ -123,7 +113,7 @@ def test_huge_scores_overflow_nothing():
 
 def test_without_the_pointer_it_is_the_plain_loss():
     """λ = 0 and window 0 are bitwise each other, and evaluate's loss at batch size 1."""
-    model, criterion = double_model("LSTM")
+    model, criterion = cached_model("LSTM")
     none = pointer_loss(model, criterion, TEXT, 70, [1.0], [0.0], [500]).item()
     assert none == pointer_loss(model, criterion, TEXT, 70, [1.0], [0.4], [0]).item()
     assert none == pytest.approx(evaluate(model, criterion, TEXT, 70, 1), rel=1e-13)
@@ -134,7 +124,7 @@ def test_without_the_pointer_it_is_the_plain_loss():
 
 def test_the_first_position_is_not_scaled_by_the_share():
     """With no pair yet p_vocab stands alone: a text of one prediction has the plain loss for every λ."""
-    model, criterion = double_model("LSTM")
+    model, criterion = cached_model("LSTM")
     plain = evaluate(model, criterion, TEXT[:2], 70, 1)
     for lambdasm in (0.5, 1.0):
         loss = pointer_loss(model, criterion, TEXT[:2], 70, [1.0], [lambdasm], [10]).item()
@@ -144,23 +134,13 @@ def test_the_first_position_is_not_scaled_by_the_share():
 def test_memory_is_bounded_by_block_and_window():
     """No tensor made on the way is larger than BLOCK × (window + BLOCK), or than the states themselves."""
 
-    class Largest(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            tensors = [result] if isinstance(result, torch.Tensor) else result
-            for tensor in tensors if isinstance(tensors, tuple | list) else ():
-                self.numel = max(self.numel, tensor.numel())
-            return result
-
     window, n = 200, 3000
     states = torch.randn(n, 4)
     words = torch.randint(50_000, (n,))
     with Largest() as largest:
         pointer_prob(states, words, 0, [1.0], [window])
-    assert largest.numel <= max(pointer.BLOCK * (window + pointer.BLOCK), states.numel())
-    assert largest.numel >= pointer.BLOCK * window
+    assert largest.elements <= max(pointer.BLOCK * (window + pointer.BLOCK), states.numel())
+    assert largest.elements >= pointer.BLOCK * window
 
 
 def printed(out: str) -> dict[str, tuple[float, float]]:
@@ -239,27 +219,18 @@ def test_search_never_looks_at_the_test_text(tmp_path, capsys):
 
 
 def test_bad_input_is_one_line_and_status_2(tmp_path, capsys):
-    """Missing, truncated and foreign models, contradictions, ranges, other corpora, devices."""
+    """Ranges and other corpora; test_bad_input_cli.py has models that cannot be opened."""
     save, data = save_model(tmp_path / "toy.pt"), write_corpus(tmp_path / "data")
-    cut, foreign = tmp_path / "cut.pt", tmp_path / "foreign.pt"
-    cut.write_bytes(save.read_bytes()[:900])
-    torch.save({"weights": torch.ones(3)}, foreign)
     no_unk = save_model(tmp_path / "no_unk.pt", vocab=["<eos>", *WORDS[2:40]])
     for flags, names in (
-        (["--save", tmp_path / "none.pt"], "none.pt"),
-        (["--save", cut], "cut.pt"),
-        (["--save", foreign], "foreign.pt"),
-        (["--save", save, "--nhid", 99], "--nhid 99"),
         (["--save", save, "--model", "GRU"], "--model GRU"),
         (["--save", save, "--lambdasm", 1.5], "--lambdasm"),
         (["--save", save, "--theta", -1], "--theta"),
         (["--save", save, "--theta", "nan"], "--theta"),
         (["--save", save, "--window", -5], "--window"),
         (["--save", save, "--bptt", 0], "--bptt"),
-        (["--save", save, "--device", "cuda:99"], "cuda:99"),
-        (["--save", no_unk], "'w4"),
+        (["--save", no_unk], "which has no <unk>"),
         (["--save", save, "--data", tmp_path / "nowhere"], "nowhere"),
-        ([], "--save"),
     ):
         assert call(pointer, "--data", data, *flags) == 2
         assert names in error_line(capsys)
@@ -268,7 +239,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys):
 def test_weights_that_are_not_finite_are_a_failed_run(tmp_path, capsys):
     """A loss of nan is told in one line with status 1, not printed as a perplexity."""
     save, data = save_model(tmp_path / "toy.pt"), write_corpus(tmp_path / "data")
-    saved = torch.load(save, weights_only=True)
+    saved = load(save)
     saved["model"]["encoder.weight"].fill_(torch.nan)
     torch.save(saved, save)
     assert call(pointer, "--data", data, "--save", save) == 1

@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 from runner import run_fresh
-from toys import call, error_line
+from toys import LEVELS, call, error_line
 
 import prepare
+from corpus.corpora import SPLITS
 from corpus.read import read_corpus
 
-SPLITS = ("train", "valid", "test")
-LEVELS = ("word", "char", "subword")
 EVERY = "--min_count", 1  # no word is rare
 CHAR = "--level", "char", *EVERY  # documents can be told apart in every text
 ODD = """Don't panic, said “Zoë”: it's 3.5% (or $5)… e.g. at 10:30, well-known!
@@ -77,19 +76,8 @@ def whole(tmp_path: Path, text: str, *argv: object, name: str = "whole") -> Path
 def article(number: int, seed: int = 0, lines: int = 3) -> str:
     """A document whose every line names it."""
     rng = random.Random(f"{seed} {number}")
-    words = [
-        "the",
-        "cat,",
-        "dog.",
-        "sat",
-        "don't",
-        "on",
-        "(mat)",
-        "café",
-        "日本",
-        "¡go!",
-        "0123456789",
-    ]  # all digits: each name's are known
+    words = ["the", "cat,", "dog.", "sat", "don't", "on", "(mat)", "café", "日本", "¡go!"]
+    words += ["0123456789"]  # all digits: each name's are known
     return "".join(f"doc{number} {' '.join(rng.choices(words, k=rng.randint(3, 9)))}\n" for _ in range(lines))
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from toys import make_layer
 
 import products
 from layers.qrnn import QRNN
@@ -99,20 +100,19 @@ def test_other_dtypes_are_torchs_own(library):
     assert torch.equal(linear(x, weight.T, bias), F.linear(x, weight.T, bias))
 
 
-@pytest.mark.parametrize(("kind", "columns"), [("QRNN", 5), ("GRU", 5), ("Mogrifier", 5), ("LSTM", 1)])
-def test_a_layer_and_its_gradients_are_those_of_float64(library, kind, columns):
-    """Those whose loops over time call `product`; an LSTM's is the one of short segments."""
-    torch.manual_seed(0)
-    layer = LAYERS[kind](K, 12, 0.0, first=True)
-    layer.reset_parameters()
-    x, d_out, found = torch.randn(6, columns, K), torch.randn(6, columns, 12), []
-    for module in (layer, deepcopy(layer).double()):
-        dtype = next(module.parameters()).dtype
-        given = x.to(dtype).requires_grad_()
-        out, _ = module(given, module.init_hidden(columns))
-        found.append([out, *torch.autograd.grad(out, [given, *module.parameters()], d_out.to(dtype))])
-    for value, exact in zip(*found, strict=True):
-        same(value, exact)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_layer_and_its_gradients_are_those_of_float64(library, kind):
+    """In float32, for one column and for several: layers call `product` in their loops over time."""
+    layer = make_layer(kind, K, 12, first=True).float()
+    for columns in (1, 5):
+        x, d_out, found = torch.randn(6, columns, K), torch.randn(6, columns, 12), []
+        for module in (layer, deepcopy(layer).double()):
+            dtype = next(module.parameters()).dtype
+            given = x.to(dtype).requires_grad_()
+            out, _ = module(given, module.init_hidden(columns))
+            found.append([out, *torch.autograd.grad(out, [given, *module.parameters()], d_out.to(dtype))])
+        for value, exact in zip(*found, strict=True):
+            same(value, exact)
 
 
 def test_a_qrnn_and_a_loss_are_the_same_by_both(monkeypatch):

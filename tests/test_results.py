@@ -1,28 +1,25 @@
 """What was measured: every figure in a table is that of a log, and every log's run can be run again."""
 
-import json
 import os
 import re
 import subprocess
 
 import pytest
-from runner import ROOT
+from conftest import read_log
+from runner import ROOT, WALL_S
 
 from harness.flags import FLAGS, MODEL, OPTIMISATION, REGULARISATION, RUN, ArgumentParser
 
 RESULTS = ROOT / "results"
 ROWS = re.findall(r"^ +([a-z-]+)\) flags=", (RESULTS / "run.sh").read_text(), re.MULTILINE)
-LOGS = sorted(path.name.removesuffix(".log.jsonl") for path in RESULTS.glob("*.log.jsonl"))
+LOGS = {path.name.removesuffix(".log.jsonl"): path for path in sorted(RESULTS.glob("*.log.jsonl"))}
+PAGES = [ROOT / "README.md", RESULTS / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EVALUATIONS = {
     "plain": {"kind": "pointer", "lambdasm": 0.0},
     "pointer": {"kind": "pointer"},
     "dynamic evaluation": {"kind": "dynamic evaluation", "pointer": None},
     "both": {"kind": "dynamic evaluation"},
 }
-
-
-def read_log(name):
-    return [json.loads(line) for line in (RESULTS / f"{name}.log.jsonl").read_text().splitlines()]
 
 
 def last(log, figure="ppl", **wanted):
@@ -35,7 +32,7 @@ def logged(name, column):
     if column.startswith("seed "):
         seed = column.removeprefix("seed ")
         name, column = name if seed == "141" else f"{name}-seed{seed}", "plain"
-    log = read_log(name)
+    log = read_log(LOGS[name])
     if column in EVALUATIONS:
         wanted = EVALUATIONS[column]
         if column == "pointer":
@@ -64,31 +61,39 @@ def figures(path):
             header = cells
 
 
-QUOTED = {place: list(figures(ROOT / place)) for place in ("README.md", "results/README.md")}
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_figures_in_the_tables_of_a_page_are_the_logs(page):
+    wrong = []
+    for name, column, text in figures(page):
+        digits = len(text.split(".")[-1])
+        expected = [f"{value:.{digits}f}" for value in logged(name, column)]
+        wrong += [(name, column, text, expected)] * (text.split(" / ") != expected)
+    assert not wrong
 
 
-@pytest.mark.parametrize("figure", [(place, *cell) for place, cells in QUOTED.items() for cell in cells], ids=str)
-def test_a_quoted_figure_is_the_logs(figure):
-    _, name, column, text = figure
-    digits = len(text.split(".")[-1])
-    assert text.split(" / ") == [f"{value:.{digits}f}" for value in logged(name, column)]
-
-
-@pytest.mark.parametrize("place", QUOTED)
-def test_the_tables_are_found(place):
+@pytest.mark.parametrize(("page", "names"), [(PAGES[0], {"hour", "ten"}), (PAGES[1], {"hour", "ten", "base", "melis"})])
+def test_the_tables_are_found(page, names):
     """Else the test above would pass by finding nothing."""
-    assert {"hour", "ten", "base", "melis"} <= {name for name, *_ in QUOTED[place]}
-    assert {"plain", "pointer", "dynamic evaluation", "both"} <= {column for _, column, _ in QUOTED[place]}
+    found = list(figures(page))
+    assert names <= {name for name, *_ in found}
+    assert {"plain", "pointer", "dynamic evaluation", "both"} <= {column for _, column, _ in found}
 
 
-@pytest.mark.parametrize("name", LOGS)
-def test_a_log_has_a_row_that_runs_again(name):
-    # without another rate, seed, processor or precision
-    assert re.sub(r"-\d+(e-\d)?$|-seed\d+$|-(xeon|h100|bf16)$", "", name) in ROWS
+def test_the_first_words_of_the_readme_quote_a_log():
+    """Each perplexity there is one of `hour` on the test text."""
+    intro = PAGES[0].read_text(encoding="utf-8").partition("\n## ")[0]
+    found = set(re.findall(r"\b\d+\.\d\b", intro))
+    assert found
+    assert found <= {f"{logged('hour', column)[1]:.1f}" for column in EVALUATIONS}
+
+
+def test_every_log_has_a_row_that_runs_again():
+    """The name of a log may end in a rate, a seed, a processor or a precision."""
+    assert {re.sub(r"-\d+(e-\d)?$|-seed\d+$|-(xeon|h100|bf16)$", "", name) for name in LOGS} <= set(ROWS)
 
 
 def test_another_name_is_refused_with_all_there_are():
-    end = subprocess.run(["bash", RESULTS / "run.sh", "none"], capture_output=True, text=True, timeout=60)
+    end = subprocess.run(["bash", RESULTS / "run.sh", "none"], capture_output=True, text=True, timeout=WALL_S)
     assert end.returncode == 2
     assert set(ROWS) <= set(re.findall("[a-z-]+", end.stderr))
 
@@ -108,7 +113,7 @@ def run_row(folder, name, models, seed=""):
     python.write_text('#!/bin/sh\necho "$@" >> calls\necho "| best on val: --theta 1.4"\n')
     python.chmod(0o755)
     environment = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "SEED": seed}
-    return subprocess.run(["bash", script, name], env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(["bash", script, name], env=environment, capture_output=True, text=True, timeout=WALL_S)
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -13,27 +13,29 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import toys
-from conftest import SMALL, Trained, read_log, write_corpus
+from conftest import SMALL, Trained, load, read_log, write_corpus
 from runner import Result, run_cli, run_fresh, start
 
 import main
 import train
 from train import Run
 
-# Four epochs of some twenty steps, the last one or two of SGD averaging: each kind of layer, optimizer, loss.
+# Four epochs of some twenty steps. Where --nonmono is given, the last one or two of them average. test_amp.py resumes
+# every kind of layer.
 SHORT = [*SMALL, "--bptt", 20, "--save", "m.pt"]
 RUNS = {
     "averaging LSTM": ["--nonmono", 0, "--lr", 20, "--clip", 1],
     "averaging split QRNN": ["--model", "QRNN", "--nonmono", 0, "--lr", 60, "--clip", 1, "--splits", 6, 15],
     "Adam QRNN": ["--model", "QRNN", "--optimizer", "adam", "--lr", 0.01, "--when", 1, "--untied"],
     "Adam GRU": ["--model", "GRU", "--optimizer", "adam", "--lr", 0.01, "--anneal", 1],
+    "shuffled mixture": ["--shuffle", "--n_experts", 2],
+    "averaging Mogrifier, all that it draws": [
+        *[*toys.flags_of("Mogrifier"), "--optimizer", "adam", "--lr", 0.3, "--beta1", 0, "--average", "--nonmono", 0],
+        *["--drop_state", 0.3, "--dropoutr", 0.3, "--samples", 2],
+    ],
 }
 WORSENING = ["--nonmono", 0, "--lr", 60, "--clip", 1]  # its first epoch is its best
 EPOCHS = ["--bptt", 20, "--epochs", 4]
-
-
-def load(path: Path) -> dict[str, Any]:
-    return torch.load(path, weights_only=True)
 
 
 def differences(a: Any, b: Any, at: str = "") -> list[str]:
@@ -114,14 +116,12 @@ def seen(epoch: int, batch: int):
 
 @cases(*RUNS)
 def test_runs_reach_what_they_are_for(case):
-    """The SGD runs average from the middle on; all train in more than one epoch."""
+    """All train in more than one epoch; those with --nonmono average from the middle on."""
     flags, whole = case
     averaged = [entry["averaged"] for entry in whole.log("valid")]
     assert len(averaged) == 4
-    if "adam" not in flags:
-        assert not averaged[0]
-        assert averaged[-1]
-        assert whole.state["mean"] is not None
+    assert not averaged[0]
+    assert averaged[-1] == (whole.state["mean"] is not None) == ("--nonmono" in flags)
 
 
 @cases(*RUNS)
@@ -135,32 +135,41 @@ def test_stopped_by_max_steps(case, tmp_path):
     assert_same_end(tmp_path, resume(tmp_path, "--max_steps", 0), whole)
 
 
-@cases("averaging LSTM", "Adam QRNN")
-def test_stopped_by_sigterm(case, tmp_path):
-    """SIGTERM in the middle of the third epoch: status 143, no test, nothing lost."""
-    flags, whole = case
-    running = start(*flags, "--log-interval", 1, cwd=tmp_path)
-    running.wait_for(seen(3, 6))
-    running.kill(signal.SIGTERM)
-    result = running.result()
-    assert result.status == 143, result
-    assert "End of training" not in result.out
-    assert "Traceback" not in result.err
-    assert load(tmp_path / "m.pt.state")["at"]["batch"] >= 6
-    assert_same_end(tmp_path, resume(tmp_path), whole)
+def test_a_shuffled_run_stopped_about_the_end_of_an_epoch(trained, corpus, tmp_path):
+    """In the first epoch, about its end, in the second: the offsets of the columns are those of the whole run."""
+    whole = trained("--epochs", 2, "--shuffle")
+    for step in (7, 24, 31):
+        flags = ["--epochs", 2, "--shuffle", "--save", f"m{step}.pt"]
+        assert run_cli("--data", corpus, *SMALL, *flags, "--max_steps", step, cwd=tmp_path).status == 0
+        assert run_cli("--resume", f"m{step}.pt", cwd=tmp_path).status == 0
+        odd = differences(load(tmp_path / f"m{step}.pt.state")["weights"], whole.state["weights"])
+        assert not odd, odd
 
 
-@cases("averaging split QRNN", "Adam GRU")
-def test_stopped_by_ctrl_c(case, tmp_path):
-    """Ctrl-C in the middle of the third epoch: state saved, the best model tested, status 0."""
+@pytest.mark.parametrize(
+    ("case", "number", "epoch"),
+    [
+        *(("averaging LSTM", signal.SIGTERM, 3), ("Adam QRNN", signal.SIGTERM, 3)),
+        *(("averaging split QRNN", signal.SIGINT, 3), ("Adam GRU", signal.SIGINT, 3)),
+        *(("averaging LSTM", signal.SIGTERM, 1), ("averaging LSTM", signal.SIGINT, 1)),
+    ],
+    indirect=["case"],
+)
+def test_stopped_by_a_signal(case, number, epoch, tmp_path):
+    """In the middle of an epoch, of the first one too, when there is no model yet: nothing is lost.
+
+    SIGTERM: status 143, no test. Ctrl-C: status 0, the best model is tested.
+    """
     flags, whole = case
     running = start(*flags, "--log-interval", 1, cwd=tmp_path)
-    running.wait_for(seen(3, 6))
-    running.kill(signal.SIGINT)
+    running.wait_for(seen(epoch, 2 * epoch))
+    running.kill(number)
     result = running.result()
-    assert result.status == 0, result
-    assert "| End of training | test loss" in result.out
+    assert result.status == (143 if number == signal.SIGTERM else 0), result
+    assert ("| End of training | test loss" in result.out) == (number == signal.SIGINT)
     assert "Traceback" not in result.err
+    at = load(tmp_path / "m.pt.state")["at"]
+    assert (at["epoch"], at["batch"]) >= (epoch, 2 * epoch)
     assert_same_end(tmp_path, resume(tmp_path), whole)
 
 
@@ -172,7 +181,8 @@ def test_killed(case, tmp_path):
     running.wait_for(seen(3, 9))
     running.kill(signal.SIGKILL)
     assert running.result().status == -signal.SIGKILL
-    assert load(tmp_path / "m.pt.state")["at"]["batch"] >= 5
+    at = load(tmp_path / "m.pt.state")["at"]
+    assert (at["epoch"], at["batch"]) >= (3, 5)
     assert_same_end(tmp_path, resume(tmp_path), whole)
 
 
@@ -192,28 +202,6 @@ def test_killed_at_random_moments(lstm, tmp_path):
         for path in (tmp_path / "m.pt", tmp_path / "m.pt.state"):
             if path.exists():
                 load(path)
-    assert_same_end(tmp_path, resume(tmp_path), whole)
-
-
-def test_stopped_by_sigterm_before_the_first_epoch_ends(lstm, tmp_path):
-    """There is a state and no model yet: `--resume` goes on all the same."""
-    flags, whole = lstm
-    running = start(*flags, "--log-interval", 1, cwd=tmp_path)
-    running.wait_for(seen(1, 3))
-    running.kill(signal.SIGTERM)
-    assert running.result().status == 143
-    assert_same_end(tmp_path, resume(tmp_path), whole)
-
-
-def test_ctrl_c_before_there_is_a_model(lstm, tmp_path):
-    """In the first epoch: status 0, the state is there, and the run can go on from it."""
-    flags, whole = lstm
-    running = start(*flags, "--log-interval", 1, cwd=tmp_path)
-    running.wait_for(seen(1, 3))
-    running.kill(signal.SIGINT)
-    result = running.result()
-    assert result.status == 0, result
-    assert "Traceback" not in result.err
     assert_same_end(tmp_path, resume(tmp_path), whole)
 
 
@@ -311,17 +299,6 @@ def test_flags_given_win_over_stored_ones(lstm, tmp_path):
     assert (args["lr"], args["clip"], args["bptt"], args["nonmono"]) == (0.25, 0.1, 20, 0)
 
 
-def test_flags_not_given_stay(lstm, tmp_path):
-    """A resumed run logs and checkpoints as often as it was told to in the first place."""
-    flags, _ = lstm
-    often = ["--log-interval", 1, "--checkpoint_every", 3]
-    assert run_cli(*flags, *often, "--max_steps", 25, cwd=tmp_path).status == 0
-    result = resume(tmp_path, "--max_steps", 30)
-    assert result.out.count("ms/batch") == 5
-    args = load(tmp_path / "m.pt.state")["args"]
-    assert (args["log_interval"], args["checkpoint_every"]) == (1, 3)
-
-
 def test_another_batch_size_begins_the_epoch_again(lstm, tmp_path):
     """The columns are others then: no row of the old ones means anything, and none counts in the next log line."""
     flags, _ = lstm
@@ -364,14 +341,6 @@ def test_moments_stay_with_their_weights_when_weight_drop_changes(make_case, tmp
         rest = entry["exp_avg_sq"] - 0.999 * before[name]["exp_avg_sq"]
         assert (rest >= -1e-12).all(), f"{name}: what was there, and the square of one more gradient"
         assert entry["step"] == before[name]["step"] + 1
-
-
-def test_shape_flags_that_agree_are_accepted(lstm, tmp_path):
-    """The command of the run itself, with `--resume` added, is the same as `--resume` alone."""
-    flags, whole = lstm
-    assert run_cli(*flags, "--max_steps", 50, cwd=tmp_path).status == 0
-    result = run_cli(*flags, "--resume", "m.pt", "--max_steps", 0, cwd=tmp_path)
-    assert_same_end(tmp_path, result, whole)
 
 
 def test_a_model_without_a_state_is_a_warm_start(lstm, tmp_path):

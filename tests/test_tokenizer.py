@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import read_log
-from toys import WORDS, call, error_line, make_model, save_model
+from conftest import load, read_log
+from toys import LEVELS, WORDS, call, error_line, make_model, prepare_levels, save_model, text_of
 
 import dynamiceval
 import generate
@@ -25,7 +25,6 @@ from harness import files
 from harness.files import load_model
 from utils import UserError
 
-LEVELS = ("word", "char", "subword")
 MODELS = Path(__file__).parent / "models"
 LINES = [
     "Don't panic, said “Zoë”: it's 3.5% (or $5)… e.g. at 10:30, well-known!",
@@ -51,16 +50,9 @@ SENTENCES = [
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     """A corpus of each level, of the same text."""
-    base = tmp_path_factory.mktemp("corpora")
-    rng, source = random.Random(0), base / "source.txt"
-    text = [*LINES, *SENTENCES]
+    rng, text = random.Random(0), [*LINES, *SENTENCES]
     lines = [*text, *(" ".join(rng.choices(" ".join(text).split(), k=9)) for _ in range(150))]
-    source.write_text("\n".join(lines) + "\n")
-    for level in LEVELS:
-        size = ["--vocab_size", 320] if level == "subword" else []
-        argv = [source, "--valid_file", source, "--test_file", source, "--min_count", 1, *size]
-        assert call(prepare, *argv, "--level", level, "--out", base / level) in (0, None)
-    return {level: base / level for level in LEVELS}
+    return prepare_levels(tmp_path_factory.mktemp("corpora"), lines, 320)
 
 
 def opened(folder: Path) -> tuple[str, list[str], dict[str, int]]:
@@ -176,7 +168,7 @@ def test_a_model_keeps_it_when_it_is_trained_on(folders, tmp_path):
 
 def test_older_models_have_none():
     for path in MODELS.glob("*.pt"):
-        assert "tokenizer" not in torch.load(path, weights_only=True)
+        assert "tokenizer" not in load(path)
         assert load_model(str(path), "--save")["tokenizer"] is None
 
 
@@ -184,16 +176,16 @@ def test_older_models_have_none():
 
 
 @pytest.mark.parametrize("level", ["char", "subword"])
-@pytest.mark.parametrize("lines", [LINES, LINES[::-1], *([line] for line in LINES), LINES * 3, ["", "", ""], []])
-def test_units_are_counted_as_in_the_plain_text(folders, level, lines):
+def test_units_are_counted_as_in_the_plain_text(folders, level):
     """White-space words and characters, and one of both for each `<eos>`; by any vocabulary's ids."""
     tokenizer, vocab, _ = opened(folders[level])
     text = make_codec(tokenizer, vocab, "here")
     vocab = random.Random(1).sample(vocab, len(vocab))
-    pieces = " ".join(f"{text.encode(line)} <eos>" for line in lines).split()
-    ids = np.array([vocab.index(piece) for piece in pieces], dtype=np.int32)
-    words = sum(len(line.split()) + 1 for line in lines)
-    assert count_units(tokenizer, vocab, ids) == (words, sum(len(line) + 1 for line in lines))
+    for lines in (LINES, LINES[::-1], *([line] for line in LINES), LINES * 3, ["", "", ""], []):
+        pieces = " ".join(f"{text.encode(line)} <eos>" for line in lines).split()
+        ids = np.array([vocab.index(piece) for piece in pieces], dtype=np.int32)
+        words = sum(len(line.split()) + 1 for line in lines)
+        assert count_units(tokenizer, vocab, ids) == (words, sum(len(line) + 1 for line in lines)), lines
 
 
 def test_units_are_not_counted_where_words_are_the_tokens(folders, corpus):
@@ -285,24 +277,6 @@ def test_a_token_by_itself_is_shown_as_text(folders, level):
             assert word == known
 
 
-def test_without_a_tokenizer_the_vocabulary_says_what_text_is():
-    """Words apart by spaces; single characters with `_`; bytes as numbers."""
-    characters = ["_", "<eos>", "e", "t", "a", "N", "<unk>"]
-    numbers = ["<eos>", *(str(i) for i in range(256) if i != 10)]
-    for vocab, line, encoded in (
-        (WORDS, "w1 <unk> w3", "w1 <unk> w3"),
-        (characters, "te  a N", "t e _ _ a _ N"),
-        (numbers, "aé", "97 195 169"),
-    ):
-        text = make_codec(None, vocab, "here")
-        assert text.encode(line) == encoded
-        for _ in range(2):
-            assert "".join(map(text.piece, [*encoded.split(), "<eos>"])) == f"{line}\n"
-        assert text.end() == ""
-        text.piece(encoded.split()[0])
-        assert text.end() == "\n"
-
-
 @pytest.mark.parametrize("tokenizer", ["garbage", "{}", '{"model": {"vocab": {"a": 1}}}', "[]", "null"])
 def test_a_garbage_tokenizer_is_one_line(tokenizer):
     with pytest.raises(UserError, match=r"^--save m\.pt") as error:
@@ -313,28 +287,22 @@ def test_a_garbage_tokenizer_is_one_line(tokenizer):
 # Generation
 
 
-def text_of(capsys, *argv) -> str:
-    assert call(generate, *argv) in (0, None)
-    return capsys.readouterr().out
-
-
 @pytest.mark.parametrize("level", LEVELS)
 def test_prompt_and_text_are_plain(folders, tmp_path, capsys, level):
     """The prompt comes out as it went in, however many tokens it is; then plain text."""
     tokenizer, vocab, _ = opened(folders[level])
     save = save_model(tmp_path / "m.pt", vocab=vocab, tokenizer=tokenizer)
     prompt = f"{SENTENCES[3]}\n{SENTENCES[0]}" if level == "word" else f"{LINES[2]}\n{LINES[0]}"
-    text = text_of(capsys, "--save", save, "--prompt", prompt, "--words", 200)
+    text = text_of(capsys, generate, "--save", save, "--prompt", prompt, "--words", 200)
     assert text.startswith(prompt)
     assert "<eos>" not in text.removeprefix(prompt)
     assert not re.search("[Ġ▁Ċ]", text.removeprefix(prompt))
     assert text.endswith("\n")
-    assert len(text_of(capsys, "--save", save, "--prompt", prompt, "--next", 5).splitlines()) == 5
+    assert len(text_of(capsys, generate, "--save", save, "--prompt", prompt, "--next", 5).splitlines()) == 5
 
 
 @pytest.mark.parametrize("level", [None, *LEVELS])
-@pytest.mark.parametrize("how", [[], ["--top_k", 1], ["--top_p", 0.5], ["--temperature", 0.01], ["--no_unk"]])
-def test_unk_is_never_drawn_unless_asked_for(folders, tmp_path, capsys, level, how):
+def test_unk_is_never_drawn_unless_asked_for(folders, tmp_path, capsys, level):
     """Not even by a model that hardly expects anything else. That of subwords has one by --vocab_size."""
     tokenizer, vocab, _ = opened(folders[level]) if level else (None, WORDS, {})
     vocab = [*vocab, *{"<unk>"} - {*vocab}]
@@ -343,11 +311,12 @@ def test_unk_is_never_drawn_unless_asked_for(folders, tmp_path, capsys, level, h
         model.decoder.bias[vocab.index("<unk>")] = 50
     save = tmp_path / "m.pt"
     files.save(str(save), files.model_contents(Namespace(**args), vocab, model, criterion, {}, tokenizer))
-    argv = ["--save", save, "--words", 60, *how]
-    assert "<unk>" not in text_of(capsys, *argv)
-    if how != ["--no_unk"]:
-        assert text_of(capsys, *argv, "--unk").count("<unk>") == 60
-    assert "<unk>" in text_of(capsys, "--save", save, "--next", 1)
+    for how in ([], ["--top_k", 1], ["--top_p", 0.5], ["--temperature", 0.01], ["--no_unk"]):
+        argv = ["--save", save, "--words", 60, *how]
+        assert "<unk>" not in text_of(capsys, generate, *argv)
+        if how != ["--no_unk"]:
+            assert text_of(capsys, generate, *argv, "--unk").count("<unk>") == 60
+    assert "<unk>" in text_of(capsys, generate, "--save", save, "--next", 1)
 
 
 def test_generate_with_a_garbage_tokenizer_is_one_line_and_status_2(tmp_path, capsys):

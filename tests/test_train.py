@@ -12,8 +12,10 @@ from typing import NoReturn
 import pytest
 import reference
 import torch
+from conftest import load
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from toys import NO_DROPOUT, dropouts_of, settings_of
 
 import train
 from data import Corpus, VariableLengthSampler, get_batch, rotate_columns
@@ -21,13 +23,11 @@ from harness import files
 from harness.checkpoint import save_model, save_state
 from harness.flags import resolve_args
 from harness.ranks import Stop, Stopper
-from model import RNNModel, build, detach
+from model import LAYERS, RNNModel, build, detach
 from splitcross import SplitCrossEntropyLoss
 from train import Run, evaluate, train_step
 
 V, BPTT, LR = 30, 12, 3.0
-NO_DROPOUT = {"dropout": 0, "dropouth": 0, "dropouti": 0, "dropoute": 0, "wdrop": 0}
-KINDS = ["LSTM", "GRU", "QRNN"]
 
 
 @pytest.fixture
@@ -37,7 +37,8 @@ def make_run(tmp_path):
     def make(**settings: object) -> Run:
         ids = torch.randint(0, V, (2000,))
         corpus = Corpus([f"w{i}" for i in range(V)], ids, ids[:500], ids[:300], "a digest")
-        given = {"emsize": 8, "nhid": 10, "nlayers": 2, "batch_size": 4, "bptt": BPTT, "lr": LR}
+        given = settings_of(settings.get("model", "LSTM"), emsize=8, nhid=10)
+        given |= {"batch_size": 4, "bptt": BPTT, "lr": LR}
         given |= {"alpha": 0.0, "beta": 0.0, "clip": 0.0, "wdecay": 0.0, "save": str(tmp_path / "m.pt")}
         args = resolve_args(given | NO_DROPOUT | settings, {})
         run = Run("main.py", args, corpus, torch.device("cpu"))
@@ -49,7 +50,7 @@ def make_run(tmp_path):
     return make
 
 
-def draw(count: int) -> list[tuple[Tensor, Tensor]]:
+def draw_batches(count: int) -> list[tuple[Tensor, Tensor]]:
     """So many batches of variable length, no two neighbours equally long: source and target, (T, B) each."""
     ids = torch.randint(0, V, (2000,))
     sampler = VariableLengthSampler(ids, BPTT, 4, torch.Generator().manual_seed(1))
@@ -94,10 +95,10 @@ def assert_same(run: Run, by_hand: ByHand) -> None:
         torch.testing.assert_close(found, other.detach(), rtol=1e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "Mogrifier"])
+@pytest.mark.parametrize("kind", LAYERS)
 def test_activations_are_freed_during_the_backward_pass(make_run, monkeypatch, kind):
     """When the embedding's gradient is there, the last one, no layer's output is in memory any more."""
-    run = make_run(model=kind, nlayers=3, nhid=8, dropouth=0.2, dropout=0.2, alpha=2.0, beta=1.0)
+    run = make_run(model=kind, nlayers=3, dropouth=0.2, dropout=0.2, alpha=2.0, beta=1.0)
     outputs, gone = [], []
     forward = run.model.forward
 
@@ -110,27 +111,25 @@ def test_activations_are_freed_during_the_backward_pass(make_run, monkeypatch, k
     run.model.encoder.weight.register_post_accumulate_grad_hook(
         lambda _: gone.extend(output.expired() for output in outputs)
     )
-    train_step(run, *draw(1)[0])
+    train_step(run, *draw_batches(1)[0])
     assert gone == [True] * 6
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("splits", [[], [5, 12]])
-def test_rate_follows_the_batchs_own_length(make_run, kind, splits):
+def test_rate_follows_the_batchs_own_length(make_run, splits):
     """Three steps of unlike lengths: each moves by lr · length / bptt times its own gradient."""
-    run = make_run(model=kind, splits=splits)
+    run = make_run(splits=splits)
     by_hand = ByHand(run)
-    for batch in draw(3):
+    for batch in draw_batches(3):
         loss = train_step(run, *batch)
         assert loss.item() == pytest.approx(by_hand.step(*batch), rel=1e-5)
         assert_same(run, by_hand)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_regularisation_is_in_the_objective_and_not_in_the_loss(make_run, kind):
+def test_regularisation_is_in_the_objective_and_not_in_the_loss(make_run):
     """AR on the dropped output and TAR on the raw one drive the step; the reported loss leaves both out."""
-    run = make_run(model=kind, dropout=0.4, dropouth=0.2, dropouti=0.3, wdrop=0.3, alpha=2.0, beta=1.5)
-    by_hand, plain, batches = ByHand(run), ByHand(run), draw(3)
+    run = make_run(dropout=0.4, dropouth=0.2, dropouti=0.3, wdrop=0.3, alpha=2.0, beta=1.5)
+    by_hand, plain, batches = ByHand(run), ByHand(run), draw_batches(3)
     for seed, batch in enumerate(batches):
         torch.manual_seed(seed)
         loss = train_step(run, *batch)
@@ -147,7 +146,7 @@ def test_clipping_covers_the_criterion(make_run):
     """The norm is that of all gradients, the split softmax's own among them, regularisation included."""
     run = make_run(splits=[5, 12], dropout=0.2, alpha=2.0, beta=1.0, clip=0.05)
     by_hand = ByHand(run)
-    for seed, batch in enumerate(draw(2)):
+    for seed, batch in enumerate(draw_batches(2)):
         torch.manual_seed(seed)
         train_step(run, *batch)
         torch.manual_seed(seed)
@@ -159,7 +158,7 @@ def test_weight_decay(make_run):
     """Every weight decays, at the batch's own rate, and clipping does not look at it."""
     run = make_run(splits=[5, 12], wdecay=0.02, clip=0.1)
     by_hand = ByHand(run)
-    for batch in draw(2):
+    for batch in draw_batches(2):
         train_step(run, *batch)
         by_hand.step(*batch, clip=0.1, wdecay=0.02)
         assert_same(run, by_hand)
@@ -168,12 +167,11 @@ def test_weight_decay(make_run):
 # Averaging
 
 
-@pytest.mark.parametrize(("kind", "splits"), [("LSTM", []), ("QRNN", [5, 12])])
-def test_averaging_is_the_mean_of_the_weights_after_each_step(make_run, kind, splits):
+def test_averaging_is_the_mean_of_the_weights_after_each_step(make_run):
     """A slow float64 mean gives the same; the descent goes on with the raw weights, at its scaled rate."""
-    run = make_run(model=kind, splits=splits)
+    run = make_run(splits=[5, 12])
     by_hand, after = ByHand(run), []
-    for number, batch in enumerate(draw(9)):
+    for number, batch in enumerate(draw_batches(9)):
         if number == 3:
             run.start_averaging()
         train_step(run, *batch)
@@ -220,7 +218,7 @@ def test_a_step_that_fp16_skips_is_not_in_the_mean(make_run):
     run.scaler = OverflowingScaler({1, 3})
     run.start_averaging()
     after = []
-    for number, batch in enumerate(draw(4)):
+    for number, batch in enumerate(draw_batches(4)):
         train_step(run, *batch)
         if number not in (1, 3):
             after.append(weights(run))
@@ -234,11 +232,11 @@ def test_saved_model_is_the_mean(make_run):
     """What is saved while averaging is the mean, the criterion's too, and not the raw weights."""
     run = make_run(splits=[5, 12], wdrop=0.5)
     run.start_averaging()
-    for batch in draw(4):
+    for batch in draw_batches(4):
         train_step(run, *batch)
     save_model(run, 1.0)
     model, criterion = run.best_weights()
-    saved = torch.load(run.args.save, weights_only=True)
+    saved = load(run.args.save)
     for part, module in (("model", model), ("criterion", criterion)):
         for name, tensor in module.state_dict().items():
             assert torch.equal(saved[part][name], tensor)
@@ -249,28 +247,21 @@ def test_saved_model_is_the_mean(make_run):
 # Evaluation
 
 
-def saved_of(kind: str, model: RNNModel, criterion: SplitCrossEntropyLoss) -> dict:
-    return {
-        "args": {"model": kind, "splits": list(criterion.splits)},
-        "model": reference.arrays(model.state_dict()),
-        "criterion": reference.arrays(criterion.state_dict()),
-    }
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("splits", [[], [5, 12]])
-@pytest.mark.parametrize("batch_size", [1, 10])
-def test_evaluate_is_the_reference_whatever_bptt(kind, splits, batch_size):
+@pytest.mark.parametrize("kind", LAYERS)
+def test_evaluate_is_the_reference_whatever_bptt(kind):
     """The mean over the predicted tokens, each counted once, equals float64; `bptt` changes nothing."""
-    model = RNNModel(kind, V, 8, 10, 2)
-    criterion = SplitCrossEntropyLoss(8, splits)
+    args = settings_of(kind, emsize=8, nhid=10, splits=[5, 12]) | dropouts_of(kind)
+    model, criterion = build(args, V)
     for parameter in [*model.parameters(), *criterion.parameters()]:
         torch.nn.init.normal_(parameter, std=0.5)
+    weights = {"model": model.state_dict(), "criterion": criterion.state_dict()}
+    saved = {"args": args} | {part: reference.arrays(tensors) for part, tensors in weights.items()}
     ids = torch.randint(0, V, (503,))
-    expected = reference.mean_loss(saved_of(kind, model, criterion), ids.numpy(), batch_size)
-    for bptt in (1, 7, 70, 1000):
-        loss = evaluate(model.train(), criterion, ids, bptt, batch_size)
-        assert loss == pytest.approx(expected, rel=1e-6), bptt
+    for batch_size in (1, 10):
+        expected = reference.mean_loss(saved, ids.numpy(), batch_size)
+        for bptt in (1, 7, 70, 1000):
+            loss = evaluate(model.train(), criterion, ids, bptt, batch_size)
+            assert loss == pytest.approx(expected, rel=1e-6), (batch_size, bptt)
 
 
 def test_evaluate_touches_no_gradient_and_no_generator():
@@ -285,21 +276,20 @@ def test_evaluate_touches_no_gradient_and_no_generator():
 # The saved file in code
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LAYERS)
 def test_a_saved_model_is_restored_to_evaluate(tmp_path, kind):
     """`load_model` and `to_evaluate` give model and criterion that evaluate as before, with nothing dropped."""
-    args = {"model": kind, "emsize": 8, "nhid": 10, "nlayers": 2, "tied": True, "splits": [5, 12]}
-    args |= dict.fromkeys(NO_DROPOUT, 0.5)
-    vocab, path = [f"w{i}" for i in range(V)], str(tmp_path / "m.pt")
-    model, criterion = build(args, V)
-    files.save(path, files.model_contents(Namespace(**args), vocab, model, criterion, {"valid_loss": 1.0}))
-    opened = files.to_evaluate(files.load_model(path, "--save"), torch.device("cpu"))
-    assert opened.vocab == vocab
-    ids = torch.randint(0, V, (200,))
-    expected = evaluate(model, criterion, ids, 10, 4)
-    assert evaluate(opened.model, opened.criterion, ids, 10, 4) == expected
-    assert math.isfinite(expected)
-    assert not opened.model.training
+    vocab, path, ids = [f"w{i}" for i in range(V)], str(tmp_path / "m.pt"), torch.randint(0, V, (200,))
+    for tied in (True, False):
+        args = settings_of(kind, splits=[5, 12], tied=tied) | dropouts_of(kind)
+        model, criterion = build(args, V)
+        files.save(path, files.model_contents(Namespace(**args), vocab, model, criterion, {"valid_loss": 1.0}))
+        opened = files.to_evaluate(files.load_model(path, "--save"), torch.device("cpu"))
+        assert opened.vocab == vocab
+        assert not opened.model.training
+        expected = evaluate(model, criterion, ids, 10, 4)
+        assert math.isfinite(expected)
+        assert evaluate(opened.model, opened.criterion, ids, 10, 4) == expected
 
 
 # Files that cannot be written
@@ -336,7 +326,7 @@ def test_a_file_that_cannot_be_written_is_said_once_and_tried_again(make_run, mo
         assert save_model(run, 1.0)
     save_state(run)
     assert train.finish(run, "SIGTERM") == 143
-    assert torch.load(model, weights_only=True)["metrics"]["valid_loss"] == 1.0
+    assert load(model)["metrics"]["valid_loss"] == 1.0
     assert not capsys.readouterr().err
 
 
@@ -420,7 +410,7 @@ def test_a_mixture_is_trained_with_a_mask_per_column_on_its_latents(make_run, mo
     assert run.criterion.dropout.p == 0.5
     experts = run.criterion.experts
     monkeypatch.setattr(run.criterion, "experts", lambda x, columns: seen.append(columns) or experts(x, columns))
-    train_step(run, *draw(1)[0])
+    train_step(run, *draw_batches(1)[0])
     assert seen == [4 * samples]
     run.criterion.eval()
     run.start_epoch()
@@ -429,7 +419,7 @@ def test_a_mixture_is_trained_with_a_mask_per_column_on_its_latents(make_run, mo
 
 @pytest.mark.parametrize(("drawn", "fresh"), [(0.2, True), (0.4, False)])
 def test_a_batch_starts_from_zero_as_often_as_drop_state_says(make_run, monkeypatch, drawn, fresh):
-    run, (batch,), seen = make_run(drop_state=0.3), draw(1), []
+    run, (batch,), seen = make_run(drop_state=0.3), draw_batches(1), []
     run.hidden = [tuple(map(torch.ones_like, carried)) for carried in run.hidden]
     run.model.register_forward_pre_hook(lambda _, given: seen.append(given[1]))
     monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor(drawn))
@@ -438,7 +428,7 @@ def test_a_batch_starts_from_zero_as_often_as_drop_state_says(make_run, monkeypa
 
 
 def test_a_batch_of_one_row_has_no_temporal_regularisation(make_run):
-    run, ((source, target),) = make_run(beta=1.0), draw(1)
+    run, ((source, target),) = make_run(beta=1.0), draw_batches(1)
     train_step(run, source[:1], target[:1])
     assert all(tensor.isfinite().all() for tensor in weights(run).values())
 

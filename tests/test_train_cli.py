@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import SMALL, Trained, read_log, write_corpus
+from conftest import SMALL, Trained, load, read_log
 from runner import run_cli, run_fresh
-from toys import call
+from toys import call, flags_of
 
 import finetune
 import main
 import pointer
 from harness.flags import DEFAULTS
+from model import LAYERS, build
 
 COMMANDS = """
 python -u main.py --epochs 50 --nlayers 3 --emsize 400 --nhid 1840 --alpha 0 --beta 0 --dropoute 0 --dropouth 0.1 --dropouti 0.1 --dropout 0.4 --wdrop 0.2 --wdecay 1.2e-6 --bptt 200 --batch_size 128 --optimizer adam --lr 1e-3 --data data/enwik8 --save ENWIK8.pt --when 25 35
@@ -40,22 +41,18 @@ TIMED = r" \| time: +(?P<time>\d+\.\d\d)s \| valid "
 EPOCH_LINE = re.compile(r"^\| end of epoch +(?P<epoch>\d+)" + TIMED + FIGURES.format("valid "), re.M)
 CUT_LINE = re.compile(r"^\| in epoch +(?P<epoch>\d+), step (?P<step>\d+)" + TIMED + FIGURES.format("valid "), re.M)
 TEST_LINE = re.compile(r"^\| End of training \| test " + FIGURES.format("test "), re.M)
-KINDS_AND_FLAGS = [
-    ("LSTM",),
-    ("GRU",),
-    ("QRNN",),
-    ("LSTM", "--splits", 6, 15, 30),
-    ("QRNN", "--untied", "--splits", 9),
-    ("GRU", "--untied", "--wdrop", 0),
-]
-MIXTURES = [("LSTM", "--n_experts", 3, "--nhidlast", 9), ("QRNN", "--n_experts", 2, "--untied")]
+# Every kind of layer, and every other output layer.
+MODELS = {
+    **{kind: flags_of(kind) for kind in LAYERS},
+    "split softmax": ["--splits", 6, 15, 30],
+    "untied, split softmax": ["--model", "QRNN", "--untied", "--splits", 9],
+    "untied, without weight drop": ["--model", "GRU", "--untied", "--wdrop", 0],
+    "mixture": ["--n_experts", 3, "--nhidlast", 9],
+    "untied mixture": ["--model", "QRNN", "--n_experts", 2, "--untied"],
+}
 
 
-def train_kind(trained, kind: str, *flags: object) -> Trained:
-    return trained("--epochs", 2, "--model", kind, *flags)
-
-
-def flags_of(command: str) -> dict[str, list[str]]:
+def given_by(command: str) -> dict[str, list[str]]:
     """What a command line says: name -> values."""
     found: dict[str, list[str]] = {}
     for word in shlex.split(command):
@@ -78,8 +75,8 @@ def test_the_commands_of_the_readme_run(corpus, tmp_path, number):
     assert result.status == 0, result
     assert not result.err
     assert TEST_LINE.search(result.out)
-    given = flags_of(command)
-    saved = torch.load(tmp_path / given["save"][0], weights_only=True)
+    given = given_by(command)
+    saved = load(tmp_path / given["save"][0])
     for name in set(given) - {"emsize", "nhid", "nlayers", "u"}:
         stored = saved["args"][name]
         stored = stored if isinstance(stored, list) else [stored]
@@ -93,7 +90,7 @@ def test_defaults(corpus, tmp_path):
     (tmp_path / "data" / "penn").symlink_to(corpus)
     small = ["--emsize", 8, "--nhid", 10, "--nlayers", 2, "--max_steps", 1, "--save", "m.pt"]
     assert run_cli(*small, cwd=tmp_path).status == 0
-    args = torch.load(tmp_path / "m.pt", weights_only=True)["args"]
+    args = load(tmp_path / "m.pt")["args"]
     own = {"emsize": 8, "nhid": 10, "nlayers": 2, "max_steps": 1, "save": "m.pt", "lr": 30.0, "splits": []}
     assert args == DEFAULTS | own
 
@@ -152,10 +149,10 @@ def test_log_holds_the_printed_figures_unrounded(trained):
     assert all(isinstance(entry, dict) for entry in read_log(run.folder / "m.pt.log.jsonl"))
 
 
-@pytest.mark.parametrize("flags", KINDS_AND_FLAGS + MIXTURES, ids=lambda f: " ".join(map(str, f)))
-def test_perplexities_are_those_of_float64(trained, flags):
+@pytest.mark.parametrize("name", MODELS)
+def test_perplexities_are_those_of_float64(trained, name):
     """Valid (batch size 10) and test (1) are those of NumPy over the saved file, to the printed digits."""
-    run = train_kind(trained, *flags)
+    run = trained("--epochs", 2, *MODELS[name])
     saved = reference.load(run.path)
     best = min(run.log("valid"), key=lambda entry: entry["loss"])
     for split, batch_size, entry in (("valid", 10, best), ("test", 1, run.log("test")[0])):
@@ -169,47 +166,21 @@ def test_perplexities_are_those_of_float64(trained, flags):
     assert saved["metrics"]["valid_loss"] == best["loss"]
 
 
-@pytest.mark.parametrize("flags", KINDS_AND_FLAGS, ids=lambda f: " ".join(map(str, f)))
-def test_saved_file(trained, flags):
-    """Seven keys, plain data and tensors under the names of the contract, loaded with weights_only."""
-    run = train_kind(trained, *flags)
-    saved = run.saved
+@pytest.mark.parametrize("name", MODELS)
+def test_saved_file(trained, name):
+    """Seven keys, plain data and tensors, loaded with weights_only: all that a model is built from, and no more."""
+    saved = trained("--epochs", 2, *MODELS[name]).saved
     assert set(saved) == {"format", "args", "vocab", "tokenizer", "model", "criterion", "metrics"}
     assert isinstance(saved["format"], str)
     assert saved["tokenizer"] is None  # a corpus of words that prepare.py did not make
     json.dumps([saved["args"], saved["metrics"]])
     assert all(type(word) is str for word in saved["vocab"])
-    tied, kind, drops = "--untied" not in flags, flags[0], "--wdrop" not in flags
-    shapes = {"encoder.weight": (41, 8), "decoder.bias": (41,)} | ({} if tied else {"decoder.weight": (41, 10)})
-    raw = "_raw" if drops else ""
-    for layer, (n_in, n_out) in enumerate([(8, 10), (10, 8 if tied else 10)]):
-        prefix = f"rnns.{layer}."
-        if kind == "QRNN":
-            shapes[f"{prefix}linear.weight{raw}"] = (3 * n_out, (2 - layer) * n_in)
-            shapes[f"{prefix}linear.bias"] = (3 * n_out,)
-        else:
-            gates = {"LSTM": 4, "GRU": 3}[kind]
-            shapes[f"{prefix}weight_ih_l0"] = (gates * n_out, n_in)
-            shapes[f"{prefix}weight_hh_l0{raw}"] = (gates * n_out, n_out)
-            shapes[f"{prefix}bias_ih_l0"] = shapes[f"{prefix}bias_hh_l0"] = (gates * n_out,)
-    assert {name: tuple(t.shape) for name, t in saved["model"].items()} == shapes
-    splits = [f for f in flags if isinstance(f, int)] if "--splits" in flags else []
-    tail = {"tail_vectors": (len(splits), 8 if tied else 10), "tail_bias": (len(splits),)} if splits else {}
-    assert {name: tuple(t.shape) for name, t in saved["criterion"].items()} == tail
-    assert all(t.dtype == torch.float32 for t in [*saved["model"].values(), *saved["criterion"].values()])
+    for part, module in zip(("model", "criterion"), build(saved["args"], len(saved["vocab"])), strict=True):
+        shapes = {key: tensor.shape for key, tensor in module.state_dict().items()}
+        assert {key: tensor.shape for key, tensor in saved[part].items()} == shapes
+        assert all(tensor.dtype == torch.float32 for tensor in saved[part].values())
     storage = sum(t.untyped_storage().nbytes() for t in saved["model"].values())
     assert storage == sum(t.nbytes for t in saved["model"].values()), "views of larger storages bloat the file"
-
-
-def test_vocabulary_is_sorted_by_frequency(trained):
-    """Most frequent first, ties in the order of first appearance, `<eos>` counted: what the splits assume."""
-    run = trained("--epochs", 2)
-    lines = (corpus_of(run) / "train.txt").read_text().splitlines()
-    counts: dict[str, int] = {}
-    for word in [word for line in lines for word in [*line.split(), "<eos>"]]:
-        counts[word] = counts.get(word, 0) + 1
-    assert len(set(counts.values())) < len(counts), "there have to be ties"
-    assert run.saved["vocab"] == sorted(counts, key=lambda word: -counts[word])
 
 
 def test_the_best_model_is_the_one_saved(trained):
@@ -252,7 +223,7 @@ def test_rate_is_divided_after_the_epochs_of_when(trained):
     rates = {entry["epoch"]: entry["lr"] for entry in run.log("train")}
     assert [rates[epoch] for epoch in (1, 2, 3)] == pytest.approx([0.01, 0.001, 0.0001], rel=1e-12)
     assert {p.name for p in run.folder.glob("m.pt.e*")} == {"m.pt.e1", "m.pt.e2"}
-    kept = torch.load(run.folder / "m.pt.e1", weights_only=True)
+    kept = load(run.folder / "m.pt.e1")
     assert kept["metrics"]["epoch"] == 1
     assert kept["metrics"]["valid_loss"] == run.log("valid")[0]["loss"]
 
@@ -273,14 +244,6 @@ def test_an_annealed_run_is_not_cut_short_unawares(trained):
     result = run_cli("--resume", "m.pt", "--epochs", 1, cwd=run.folder)
     assert (result.status, result.out) == (2, "")
     assert "--anneal 1: has to lie before the last epoch, --epochs 1; 0 leaves it out" in result.err
-
-
-@pytest.mark.parametrize("kind", ["LSTM", "GRU", "QRNN", "Mogrifier"])
-def test_what_layers_carry_drags_no_batch_into_the_state(trained, kind):
-    """A view of the outputs of all steps would be written with all of them."""
-    flags = ["--emsize", 8, "--nhid", 8] if kind == "Mogrifier" else []
-    hidden = trained("--max_steps", 7, "--model", kind, *flags).state["hidden"]
-    assert all(x.untyped_storage().nbytes() == x.nbytes for carried in hidden for x in carried)
 
 
 def test_adam_moves_by_its_rate(trained):
@@ -308,6 +271,8 @@ def test_max_steps(trained):
     )
     assert not EPOCH_LINE.search(run.result.out)
     assert TEST_LINE.search(run.result.out)
+    carried = [tensor for layer in run.state["hidden"] for tensor in layer]
+    assert all(x.untyped_storage().nbytes() == x.nbytes for x in carried), "a view would drag a whole batch along"
 
 
 def test_max_steps_leaves_the_model_that_there_is(trained):
@@ -323,18 +288,13 @@ def test_max_steps_leaves_the_model_that_there_is(trained):
 
 
 def test_figures_that_are_infinite_are_null_in_the_log(corpus, tmp_path):
-    """A loss of thousands is printed, though its perplexity is no number of JSON; so is the pointer's infinity."""
+    """A loss of thousands is printed, though its perplexity is no number of JSON."""
     small = ["--data", corpus, *SMALL, "--save", "m.pt", "--epochs", 1, "--log-interval", 1]
     result = run_cli(*small, "--lr", 30_000, "--clip", 0, "--alpha", 0, "--beta", 0, cwd=tmp_path)
     assert result.status == 0, result
     assert "ppl      inf" in result.out
     log = read_log(tmp_path / "m.pt.log.jsonl")
     assert any(entry["loss"] > 709 and entry["ppl"] is None for entry in log if entry["kind"] == "train")
-    flags = ["--save", "m.pt", "--lambdasm", 1, "--window", 5, "--theta", 1]
-    result = run_cli(*flags, cwd=tmp_path, script="pointer.py")
-    assert result.status == 0, result
-    assert "val loss   inf" in result.out
-    assert [entry["loss"] for entry in read_log(tmp_path / "m.pt.log.jsonl")[len(log) :]] == [None, None]
 
 
 def test_the_seed_decides(trained, corpus, tmp_path):
@@ -343,7 +303,7 @@ def test_the_seed_decides(trained, corpus, tmp_path):
     first, other = trained("--max_steps", 7), trained("--max_steps", 7, "--seed", 5)
     result = run_fresh("--data", corpus, *SMALL, "--save", "m.pt", "--max_steps", 7, cwd=tmp_path)
     assert result.status == 0, result
-    again = torch.load(tmp_path / "m.pt", weights_only=True)
+    again = load(tmp_path / "m.pt")
     for name, tensor in first.saved["model"].items():
         assert torch.equal(tensor, again["model"][name]), name
     assert not torch.equal(first.saved["model"]["encoder.weight"], other.saved["model"]["encoder.weight"])
@@ -396,17 +356,3 @@ def test_learns(trained):
     perplexities = [entry["ppl"] for entry in run.log("valid")]
     assert perplexities[-1] < 0.9 * perplexities[0] < 41
     assert np.isfinite(perplexities).all()
-
-
-def test_characters_are_a_corpus_too(tmp_path):
-    """Single characters as words, their space a symbol: bits per character are what is printed."""
-    write_corpus(tmp_path / "c")
-    for split in ("train", "valid", "test"):
-        path = tmp_path / "c" / f"{split}.txt"
-        lines = path.read_text().splitlines()
-        path.write_text("\n".join(" ".join(line.replace(" ", "_")) for line in lines) + "\n")
-    result = run_cli("--data", "c", *SMALL, "--save", "m.pt", "--max_steps", 3, cwd=tmp_path)
-    assert result.status == 0, result
-    saved = reference.load(tmp_path / "m.pt")
-    ids = reference.encode(tmp_path / "c" / "test.txt", saved["vocab"])
-    assert TEST_LINE.search(result.out)["bpc"] == f"{reference.mean_loss(saved, ids, 1) / math.log(2):.3f}"

@@ -4,11 +4,10 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
-import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import BinaryIO
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from runner import ROOT, run_cli
+from toys import file_limit
 
 from utils import RunError, UserError, keep_freed_memory, map_tensors, out_of_memory, pick_device, replacing
 
@@ -113,7 +113,6 @@ def test_what_a_killed_writer_left_is_overwritten_by_the_next(tmp_path, end):
     assert end == "badly" or (tmp_path / "m.pt").read_bytes() == b"new"
 
 
-@pytest.mark.timeout(60)
 def test_a_real_kill_leaves_the_old_file_whole(tmp_path):
     """A process that dies in the block leaves the old file and one temporary one, which the next takes over."""
     path = tmp_path / "m.pt"
@@ -156,23 +155,13 @@ def test_the_data_is_on_the_disk_before_the_name_and_the_name_before_the_end(tmp
         done.clear()
 
 
-@pytest.fixture
-def _full_disk() -> Iterator[None]:
-    """No file may grow past 20,000 bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-@pytest.mark.usefixtures("_full_disk")
 @pytest.mark.parametrize("sizes", [[4800], [25_000], [2500] * 10, [2500, 25_000]])
 def test_a_full_disk_is_an_os_error(tmp_path, sizes):
     """Wherever in the file the room ends: torch's writer makes a RuntimeError of some of them."""
     path = tmp_path / "m.pt"
     path.write_bytes(b"old")
     tensors = [torch.zeros(size) for size in sizes]
-    with pytest.raises(OSError, match="File too large"):
+    with file_limit(20_000), pytest.raises(OSError, match="File too large"):
         write(path, lambda file: torch.save(tensors, file))
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["m.pt"]

@@ -1,47 +1,109 @@
-"""What the tests of the scripts share: toy models and corpora, and a script called as from a shell."""
+"""What tests share: toy layers, models and texts, and a script called as from a shell."""
 
+import contextlib
+import resource
 import signal
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import prepare
 from harness import files
+from harness.flags import DEFAULTS
 from harness.script import run_script
-from model import DROPOUTS, Criterion, Hidden, RNNModel, build, detach
+from layers.recurrent import RecurrentLayer
+from model import DROPOUTS, LAYERS, Criterion, Hidden, RNNModel, build, detach
 
-ROOT = Path(__file__).parent.parent
+LEVELS = ("word", "char", "subword")  # of prepare.py
 WORDS = ["<eos>", "<unk>", *(f"w{i}" for i in range(48))]
+NO_DROPOUT = dict.fromkeys(DROPOUTS, 0.0)
+NO_DROPOUT_FLAGS = [word for name in ("", "h", "i", "e") for word in (f"--dropout{name}", 0)] + ["--wdrop", 0]
+
+
+# Every kind of layer. All is worked out from the attributes of its class, so a new kind needs no line here.
+
+SMALL_OPTIONS = {"rounds": 3, "rank": 2}  # instead of the flags' defaults
+
+
+def options_of(kind: str) -> dict[str, Any]:
+    """A value for each further setting that this kind of layer takes."""
+    return {name: SMALL_OPTIONS.get(name, DEFAULTS[name]) for name in LAYERS[kind].options}
+
+
+def has_weight_drop(kind: str) -> bool:
+    return bool(LAYERS[kind].defaults.get("wdrop", DEFAULTS["wdrop"]))
+
+
+def settings_of(kind: str, emsize: int = 12, nhid: int = 16, **more: Any) -> dict[str, Any]:
+    """The settings that shape a toy model of this kind. Layers that are summed are as wide as the embedding."""
+    nhid = emsize if LAYERS[kind].summed else nhid
+    shape = {"model": kind, "emsize": emsize, "nhid": nhid, "nlayers": 2, "tied": True, "splits": []}
+    return shape | options_of(kind) | more
+
+
+def dropouts_of(kind: str, p: float = 0.5) -> dict[str, float]:
+    """Every dropout with this probability; weight drop only where the kind has it."""
+    wdrop = p if has_weight_drop(kind) else 0.0
+    return dict.fromkeys(("dropout", "dropouth", "dropouti", "dropoute"), p) | {"wdrop": wdrop}
+
+
+def flags_of(kind: str) -> list[object]:
+    """The same as flags, to be given after conftest.SMALL."""
+    given = {"model": kind} | ({"nhid": 8} if LAYERS[kind].summed else {}) | options_of(kind)
+    return [word for name, value in given.items() for word in (f"--{name}", value)]
+
+
+def make_layer(kind: str, inputs: int, outputs: int, first: bool, wdrop: float = 0.0, **more: Any) -> RecurrentLayer:
+    """A layer in float64, its weights large enough for gates to move."""
+    layer = LAYERS[kind](inputs, outputs, wdrop, first=first, **options_of(kind) | more).double()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return layer
+
+
+def draw(*size: int) -> Tensor:
+    """Normal numbers in float64 that a gradient is wanted of."""
+    return torch.randn(*size, dtype=torch.float64, requires_grad=True)
+
+
+# Models
+
+# Arguments of `make_model`: every kind of layer with one softmax, every other output layer with an LSTM.
+MODELS: dict[str, dict[str, Any]] = {kind: {"rnn_type": kind} for kind in LAYERS}
+MODELS |= {"split softmax": {"splits": (7, 20)}, "mixture": {"n_experts": 3}}
+every_model = pytest.mark.parametrize("how", MODELS.values(), ids=MODELS)
 
 
 def make_model(
-    rnn_type: str = "LSTM",
-    splits: tuple[int, ...] = (),
-    vocab: list[str] = WORDS,
-    seed: int = 0,
-    n_experts: int = 0,
+    rnn_type: str = "LSTM", splits: tuple[int, ...] = (), vocab: list[str] = WORDS, n_experts: int = 0
 ) -> tuple[dict[str, Any], RNNModel, Criterion]:
     """The args, model and criterion (evaluation mode, float32) of two layers of random weights."""
-    torch.manual_seed(seed)
-    args = {"model": rnn_type, "emsize": 12, "nhid": 16, "nlayers": 2, "tied": True, "splits": list(splits)}
-    args |= {"n_experts": n_experts} if n_experts else {}
-    args |= {"nhid": 12, "rounds": 3, "rank": 2} if rnn_type == "Mogrifier" else {}
-    model, criterion = build({**args, **dict.fromkeys(DROPOUTS, 0.0)}, len(vocab))
+    torch.manual_seed(0)
+    args = settings_of(rnn_type, splits=list(splits), **{"n_experts": n_experts} if n_experts else {})
+    model, criterion = build(args | NO_DROPOUT, len(vocab))
     for parameter in [*model.parameters(), *criterion.parameters()]:
-        torch.nn.init.normal_(parameter, std=0.5)
+        nn.init.normal_(parameter, std=0.5)
     return args, model.eval(), criterion.eval()
 
 
-def double_model(
-    rnn_type: str = "LSTM", splits: tuple[int, ...] = (), vocab: list[str] = WORDS, n_experts: int = 0
-) -> tuple[RNNModel, Criterion]:
+def double_model(**how: Any) -> tuple[RNNModel, Criterion]:
     """The model and criterion that `save_model` saves, in float64."""
-    _, model, criterion = make_model(rnn_type, splits, vocab, n_experts=n_experts)
+    _, model, criterion = make_model(**how)
     return model.double(), criterion.double()
+
+
+def save_model(path: Path, tokenizer: str | None = None, vocab: list[str] = WORDS, **how: Any) -> Path:
+    """Writes what `make_model` makes, as a file of a model."""
+    args, model, criterion = make_model(vocab=vocab, **how)
+    files.save(str(path), files.model_contents(Namespace(**args), vocab, model, criterion, {}, tokenizer))
+    return path
 
 
 @torch.no_grad()
@@ -94,17 +156,7 @@ class SlowDynamics:
                 w.copy_(w + self.lamb * pull * (w0 - w) - self.lr * g / (x + self.epsilon))
 
 
-def save_model(
-    path: Path,
-    rnn_type: str = "LSTM",
-    splits: tuple[int, ...] = (),
-    vocab: list[str] = WORDS,
-    n_experts: int = 0,
-    tokenizer: str | None = None,
-) -> Path:
-    args, model, criterion = make_model(rnn_type, splits, vocab, n_experts=n_experts)
-    files.save(str(path), files.model_contents(Namespace(**args), vocab, model, criterion, {}, tokenizer))
-    return path
+# Texts
 
 
 def make_text(tokens: int, seed: int = 0, vocab_size: int = len(WORDS)) -> Tensor:
@@ -118,14 +170,7 @@ def make_text(tokens: int, seed: int = 0, vocab_size: int = len(WORDS)) -> Tenso
     return ids
 
 
-def write_corpus(folder: Path, tokens: int = 400, seed: int = 0, vocab: list[str] = WORDS) -> Path:
-    """Three splits of text in a folder, lines of eight words."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, split in enumerate(("train", "valid", "test")):
-        words = [vocab[2 + k % (len(vocab) - 2)] for k in make_text(tokens, seed + i).tolist()]
-        lines = (" ".join(words[k : k + 8]) for k in range(0, tokens, 8))
-        (folder / f"{split}.txt").write_text("\n".join(lines) + "\n")
-    return folder
+# Scripts and processes
 
 
 def call(script: Any, *argv: object) -> int:
@@ -144,8 +189,48 @@ def call(script: Any, *argv: object) -> int:
         signal.signal(signal.SIGTERM, handler)
 
 
+def text_of(capsys: pytest.CaptureFixture[str], script: Any, *argv: object) -> str:
+    """The stdout of a call that went well."""
+    assert call(script, *argv) == 0
+    return capsys.readouterr().out
+
+
+def prepare_levels(folder: Path, lines: list[str], vocab_size: int) -> dict[str, Path]:
+    """A corpus of each level, made by prepare.py; all three texts are these lines."""
+    source = folder / "source.txt"
+    source.write_text("\n".join(lines) + "\n")
+    for level in LEVELS:
+        size = ["--vocab_size", vocab_size] if level == "subword" else []
+        argv = [source, "--valid_file", source, "--test_file", source, "--min_count", 1, *size]
+        assert call(prepare, *argv, "--level", level, "--out", folder / level) == 0
+    return {level: folder / level for level in LEVELS}
+
+
 def error_line(capsys: pytest.CaptureFixture[str]) -> str:
     """The single line on stderr of a call that went wrong."""
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1, lines
     return lines[0]
+
+
+@contextlib.contextmanager
+def file_limit(size: int) -> Iterator[None]:
+    """No file may grow past `size` bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that any operation gives."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        found = operation(*args, **(kwargs or {}))
+        sizes = [t.numel() for t in torch.utils._pytree.tree_leaves(found) if isinstance(t, Tensor)]
+        self.elements = max(self.elements, *sizes, 0)
+        return found
