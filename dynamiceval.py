@@ -40,8 +40,8 @@ from utils import RunError, UserError
 CHUNK = 1 << 16  # weights updated at once: everything that their update reads fits the CPU's cache
 LR = [3e-5, 4e-5, 5e-5, 6e-5, 7e-5, 1e-4]  # searched, for segments of 5 tokens
 LAMB = [1e-3, 2e-3, 3e-3, 5e-3]
-PUBLISHED = {"QRNN": {"lr": 1.2e-4, "lamb": 0.02, "bptt": 20}}  # others: as in the paper's released code
-DEFAULT = {"lr": 5e-5, "lamb": 2e-3, "bptt": 5}
+DEFAULT = {"lr": 5e-5, "lamb": 2e-3, "bptt": 5}  # as in the code that the paper's authors released
+PUBLISHED = {"QRNN": {"lr": 1.2e-4, "lamb": 0.02, "bptt": 20}}
 Gradients = Sequence[Tensor | None]  # one per weight; None if the segment does not use it
 
 

@@ -31,8 +31,8 @@ def evaluate(
 ) -> float:
     """Mean negative log-likelihood over the predicted tokens, in nats, each counted once.
 
-    Nothing is dropped. The hidden state goes on from segment to segment, so `bptt` changes no figure. Of a text of
-    n rows n - 1 are predicted: the first one is only read. Columns are dealt out to `ranks`.
+    Nothing is dropped. The hidden state goes on from segment to segment, so `bptt` changes no figure. The first row of
+    the text is only read, never predicted. Each rank evaluates its share of the columns.
     """
     model.eval()
     criterion.eval()
@@ -61,13 +61,12 @@ def test(saved: dict[str, Any], ids: Tensor, bptt: int, log: RunLog) -> None:
     log.write("test", loss, **units)
 
 
-def evaluate_only(saved: dict[str, Any], corpus: Corpus, bptt: int) -> int:
+def evaluate_only(saved: dict[str, Any], corpus: Corpus, bptt: int) -> None:
     """`main.py --epochs 0`: prints a saved model's figures on this text; trains nothing and writes no file."""
     opened = to_evaluate(saved, corpus.valid.device)
     loss = evaluate(opened.model, opened.criterion, corpus.valid, bptt, EVAL_BATCH_SIZE)
     say(f"| End of evaluation | {figures(loss, 'valid ')}")
     test(saved, corpus.test, bptt, RunLog(None))
-    return 0
 
 
 def report(title: str, prefix: str, loss: float, saved: Opened, ids: Tensor, bpc: bool = False) -> dict[str, float]:

@@ -26,7 +26,7 @@ def main() -> int:
     run = start_run(start)  # corpus, model, optimizer; then the state, if there is one
     if start.saved:
         loss = evaluate_start(run, "before fine-tuning")
-        if not start.replaces:
+        if not start.overwrites_start:
             save_model(run, loss)
         run.start_averaging()
     del start  # frees the state, which is several times as large as the weights

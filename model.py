@@ -23,7 +23,7 @@ from layers.lstm import LSTM
 from layers.mogrifier import Mogrifier
 from layers.qrnn import QRNN
 from layers.recurrent import Hidden, RecurrentLayer
-from layers.weight_drop import Dropout
+from layers.weight_drop import ElementDropout
 from mos import MixtureOfSoftmaxes
 from splitcross import SplitCrossEntropyLoss, default_splits
 from utils import LockedDropout, not_a_command
@@ -100,8 +100,8 @@ class RNNModel(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         kind, self.dropoute = kind_of_layer(rnn_type), dropoute
-        drop = LockedDropout if kind.locked else Dropout
-        self.locki, self.lockh, self.locko = map(drop, (dropouti, dropouth, dropout))
+        drop = LockedDropout if kind.locked else ElementDropout
+        self.drop_input, self.drop_between, self.drop_output = map(drop, (dropouti, dropouth, dropout))
         self.encoder = nn.Embedding(ntoken, ninp, _weight=torch.empty(ntoken, ninp))
         last = nhidlast or (ninp if tie_weights or mixture else nhid)
         if tie_weights and last != ninp and not mixture:
@@ -149,7 +149,7 @@ class RNNModel(nn.Module):
             raw: every layer's output, (T, B, ·); where layers are summed, the last one is the sum.
             dropped: the same after their dropouts.
         """
-        x = self.locki(embedded_dropout(self.encoder, words, self.dropoute, self.training))  # (T, B, E)
+        x = self.drop_input(embedded_dropout(self.encoder, words, self.dropoute, self.training))  # (T, B, E)
         new_hidden: list[Hidden] = []
         raw: list[Tensor] = []
         dropped: list[Tensor] = []
@@ -159,7 +159,7 @@ class RNNModel(nn.Module):
             if layer.summed and last:
                 x = sum(raw, x)
             raw.append(x)
-            x = self.locko(x) if last else self.lockh(x)
+            x = self.drop_output(x) if last else self.drop_between(x)
             dropped.append(x)
             new_hidden.append(carried)
         output = x.flatten(0, 1)  # (N, E)

@@ -30,7 +30,8 @@ from products import product
 from utils import RunError
 
 BLOCK = 128  # positions at once: their scores over a window of 4,000 (2 MB) fit the CPU's cache
-SEGMENT = 1024  # the fewest positions in the model at once, for fast matrix products; the most with all their logits
+SEGMENT = 1024  # positions at once in the model, or --bptt if that is more: enough for fast matrix products
+LOGITS = 1024  # positions whose logits exist at once
 
 
 def pointer_prob(states: Tensor, words: Tensor, past: int, thetas: Sequence[float], windows: Sequence[int]) -> Tensor:
@@ -61,11 +62,11 @@ def pointer_prob(states: Tensor, words: Tensor, past: int, thetas: Sequence[floa
             column = position[start : last - 1]
             # The pairs whose word is the target, some 1 % of all. A synchronisation on CUDA.
             hit, pair = (words[start : last - 1] == words[first:last, None]).nonzero(as_tuple=True)
-            full = max(0, last - 1 - window - start)  # from this column on no pair is too old for any position
-            too_old, too_new = column[:full] < row - window, column[first - start :] >= row
+            old = max(0, last - 1 - window - start)  # so many columns hold pairs that are too old for some position
+            too_old, too_new = column[:old] < row - window, column[first - start :] >= row
             for s, theta in enumerate(thetas):
                 logits = theta * scores[:, start - begin :]
-                logits[:, :full].masked_fill_(too_old, -torch.inf)
+                logits[:, :old].masked_fill_(too_old, -torch.inf)
                 logits[:, first - start :].masked_fill_(too_new, -torch.inf)
                 attention = (logits[hit, pair] - logits.logsumexp(1)[hit]).exp()
                 here = prob[s, w, first - past : last - past]
@@ -116,7 +117,7 @@ def pointer_loss(
         output, hidden, raw, _ = model(source, hidden, return_h=True)
         losses = [
             criterion(weight, bias, h, w, reduction="none")
-            for h, w in zip(output.split(SEGMENT), target.squeeze(1).split(SEGMENT), strict=True)
+            for h, w in zip(output.split(LOGITS), target.squeeze(1).split(LOGITS), strict=True)
         ]
         log_vocab = -torch.cat(losses).cpu().double()  # (T,); not every device has float64
 

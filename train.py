@@ -1,6 +1,7 @@
 """A training run: its weights and position, the training step, the epochs. main.py and finetune.py start it.
 
-Losses are nats per token, without the regularisation. Shapes: T time, B batch, N = T·B.
+Losses are nats per token, without the regularisation. Shapes: T time, B batch, N = T·B. "Collective": every process has
+to call the function.
 
 Method: Merity, Keskar, Socher, arXiv 1708.02182 ("AWD"): section 3 for NT-ASGD, 4.6 for the regularisation of
 activations (AR, TAR), 5 for batch lengths.
@@ -53,8 +54,8 @@ class Run:
         saved: dict[str, Any] | None = None, ranks: Ranks = ALONE,
     ) -> None:  # fmt: skip
         self.script, self.args, self.corpus, self.device, self.ranks = script, args, corpus, device, ranks
-        # Where the gates of all positions (16 bytes per hidden unit) exceed 32 MB, keeping freed tensors of half
-        # that size gains 1 % of time and costs 8 % of memory (WikiText-2's LSTM).
+        # The largest tensors hold the gates of all positions, 16 bytes per hidden unit. If they exceed 32 MB, tensors
+        # of half their size are not kept when freed: keeping them saves 1 % of time and costs 8 % of memory.
         if 16 * args.batch_size * args.bptt * args.nhid > 2**25:
             keep_freed_memory(2**24)
         torch.manual_seed(args.seed)
@@ -82,9 +83,9 @@ class Run:
         self.optimizer = make_optimizer(self.parameters, args.optimizer, args.lr, args.wdecay, args.beta1)
         self.mean: Mean | None = None  # of the weights, once averaging is on
         self.columns = ranks.columns(args.batch_size)  # this rank's columns of the whole batch
-        self.last_row = len(corpus.train) // args.batch_size - 1  # of the batched text, a target only
+        self.last_row = len(corpus.train) // args.batch_size - 1  # of the text in columns; it is only a target
         self.hidden: list[Hidden] = self.first_hidden()
-        self.offsets: Tensor | None = None  # by which the columns are rotated in this epoch, with --shuffle
+        self.offsets: Tensor | None = None  # with --shuffle: the rows by which this epoch rotates each column
         self.length_generator = torch.Generator().manual_seed(args.seed)  # batch lengths; all ranks draw the same
         self.at = Position(lr=args.lr)
         self.grad_norm: Tensor | None = None  # of the last step, before clipping; still on the device
@@ -228,7 +229,7 @@ def train_epoch(run: Run, check_stop: Callable[[], None]) -> None:
                 log_training(run)
             if args.checkpoint_every and at.step % args.checkpoint_every == 0:
                 save_state(run)
-            if at.row < run.last_row:  # otherwise the epoch is over, and is validated first
+            if at.row < run.last_row:  # at the end of an epoch, validate before stopping
                 check_stop()
     run.read_losses()
 
@@ -271,8 +272,8 @@ def fit(run: Run, on_stall: str = "") -> str:
         except Stop as stop:
             save_state(run)
             # A run that has saved no model yet saves the weights that it has.
-            wanted = at.best_loss is None or (stop.reason == "--max_steps" and at.row)
-            if wanted and stop.reason not in NO_TIME:
+            validate_first = at.best_loss is None or (stop.reason == "--max_steps" and at.row)
+            if validate_first and stop.reason not in NO_TIME:
                 with contextlib.suppress(Stop):
                     loss = validate(run, stopper.check_sigterm, partial=True)
                     if at.best_loss is None:

@@ -33,6 +33,8 @@ def find_files(data: str) -> list[Path]:
     hint = f"give a folder with {'.txt, '.join(SPLITS)}.txt"
     if Path(data).name in CORPORA:
         hint = f"run ./getdata.sh {Path(data).name}"
+    if Path(data).is_file():
+        raise UserError(f"--data {data}: is a file, not a folder; make a corpus of it with prepare.py")
     if not Path(data).is_dir():
         raise UserError(f"--data {data}: there is no such folder; {hint}")
     files = [Path(data, f"{split}.txt") for split in SPLITS]

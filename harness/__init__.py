@@ -1,4 +1,4 @@
-"""What surrounds a training run, one room for each kind of thing.
+"""Everything around a training run, one file per subject.
 
 script      how a script begins and ends       flags   the settings, in one table
 start       how a run begins                   ranks   the processes of torchrun; how a run is told to stop

@@ -1,5 +1,7 @@
 """A run written to disk and put back: its best model, and the state that an exact resume needs.
 
+"Collective": every process has to call the function.
+
 Rank 0 alone writes. If the disk does not take a file, the old file is kept, a warning is printed, and the run goes
 on and tries again at the next checkpoint.
 """
@@ -35,7 +37,7 @@ class Position:
     step: int = 0  # optimizer steps of the whole run
     loss_sum: float = 0.0  # over the batches since the last log line
     loss_count: int = 0
-    epoch_s: float = 0.0  # spent in this epoch, as of `Run.count_time`
+    epoch_s: float = 0.0  # spent in this epoch, as of `count_time`
     best_loss: float | None = None  # validation, nats per token, of the saved model
     history: list[float] = field(default_factory=list)  # validation loss of every epoch
     initial_save_digest: str = ""  # the sha256 of the file that lay at --save when the run began
@@ -64,7 +66,7 @@ class Position:
         )
 
 
-class Run(Protocol):
+class SavedRun(Protocol):
     """The parts of `train.Run` that are written and put back."""
 
     script: str
@@ -90,7 +92,7 @@ class Run(Protocol):
     def count_time(self) -> None: ...
 
 
-def try_to_write(run: Run, path: str, write: Callable[[], object]) -> bool:
+def try_to_write(run: SavedRun, path: str, write: Callable[[], object]) -> bool:
     """Calls `write()`, which makes `path`; returns whether that went well."""
     try:
         write()
@@ -104,7 +106,7 @@ def try_to_write(run: Run, path: str, write: Callable[[], object]) -> bool:
     return True
 
 
-def save_model(run: Run, loss: float, partial: bool = False) -> bool:
+def save_model(run: SavedRun, loss: float, partial: bool = False) -> bool:
     """Writes the weights to evaluate with; returns whether that went well. Collective.
 
     `partial`: the epoch is not over; the model of any later validation replaces this one.
@@ -127,7 +129,7 @@ def save_model(run: Run, loss: float, partial: bool = False) -> bool:
     return run.ranks.from_rank_0(written)
 
 
-def copy_model(run: Run, path: str) -> None:
+def copy_model(run: SavedRun, path: str) -> None:
     """Copies the best model so far to `path`."""
     if run.ranks.is_main and os.path.exists(run.args.save):
         try:
@@ -136,7 +138,7 @@ def copy_model(run: Run, path: str) -> None:
             warn(f"{path}: cannot be written ({error.reason}), the run goes on without this copy")
 
 
-def save_state(run: Run) -> None:
+def save_state(run: SavedRun) -> None:
     """Writes the state beside the model. Collective.
 
     Raises:
@@ -151,7 +153,7 @@ def save_state(run: Run) -> None:
         try_to_write(run, path, lambda: files.save(path, state))
 
 
-def collect_state(run: Run) -> dict[str, Any]:
+def collect_state(run: SavedRun) -> dict[str, Any]:
     """The state as plain data and CPU tensors. Collective.
 
     With several ranks it holds the hidden state of all columns, and one row per rank for the generators.
@@ -180,7 +182,7 @@ def collect_state(run: Run) -> dict[str, Any]:
     }
 
 
-def begin_or_resume(run: Run, state: dict[str, Any] | None, given: dict[str, Any]) -> None:
+def begin_or_resume(run: SavedRun, state: dict[str, Any] | None, given: dict[str, Any]) -> None:
     """Checks that the state can be written, and goes on from `state` if there is one. Collective."""
     args, ranks = run.args, run.ranks
     if ranks.is_main:
@@ -194,7 +196,7 @@ def begin_or_resume(run: Run, state: dict[str, Any] | None, given: dict[str, Any
         run.at.initial_save_digest = file_digest(args.save)
 
 
-def resume(run: Run, state: dict[str, Any], given: dict[str, Any]) -> None:
+def resume(run: SavedRun, state: dict[str, Any], given: dict[str, Any]) -> None:
     """Goes on from `state`; the flags `given` on the command line win over the stored ones. Collective.
 
     Raises:
@@ -215,7 +217,7 @@ def resume(run: Run, state: dict[str, Any], given: dict[str, Any]) -> None:
     say(f"| resumed at epoch {run.at.epoch}, batch {run.at.batch}")
 
 
-def restore(run: Run, state: dict[str, Any], given: dict[str, Any]) -> None:
+def restore(run: SavedRun, state: dict[str, Any], given: dict[str, Any]) -> None:
     """Puts each part of a state in its place."""
     stored, args, samples = state["args"], run.args, run.args.samples
     run.weights.load_state_dict(files.fit_names(state["weights"], run.weights))
@@ -250,7 +252,7 @@ def restore(run: Run, state: dict[str, Any], given: dict[str, Any]) -> None:
     restore_generators(run, state["generators"])
 
 
-def restore_generators(run: Run, states: dict[str, Tensor]) -> None:
+def restore_generators(run: SavedRun, states: dict[str, Tensor]) -> None:
     """Puts the random generators back; with another number of ranks each rank gets a new seed instead."""
     run.length_generator.set_state(states["lengths"])
     masks, rank = torch.atleast_2d(states["cpu"]), run.ranks.rank  # (ranks, ·)
@@ -263,11 +265,15 @@ def restore_generators(run: Run, states: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(torch.atleast_2d(states["cuda"])[rank].clone(), run.device)
 
 
-def loss_to_beat(run: Run) -> float | None:
-    """The validation loss of the model on disk, which only a better one replaces; None: any model does.
+def loss_to_beat(run: SavedRun) -> float | None:
+    """The validation loss that a model has to beat to replace the one on disk; None: any model replaces it.
 
-    The model can be newer than the state: after a kill, or when an older state was copied back by hand. A model
-    from before the run began does not count. For another --save the model of --resume is copied.
+    * No model on disk, or one of mid-epoch: None.
+    * A file from before the run began: the best loss of the state.
+    * A model of this run: its loss. It can be newer than the state, after a kill, or when an older state was copied
+      back by hand.
+
+    With another --save the model of --resume is copied to it.
     """
     path, save = run.args.resume, run.args.save
     if not os.path.exists(path):

@@ -106,13 +106,13 @@ def check_writable(path: str, flag: str, size: int = 0) -> None:
             os.unlink(temporary)
 
 
-def load(path: str, flag: str, kind: str) -> dict[str, Any]:
-    """Reads a file of the format `kind` that `save` wrote, onto the CPU.
+def load(path: str, flag: str, format: str) -> dict[str, Any]:
+    """Reads a file of this format that `save` wrote, onto the CPU.
 
     Raises:
         UserError: it is missing, truncated, something else, or holds more than plain data and tensors.
     """
-    what = FORMATS[kind]
+    what = FORMATS[format]
     try:
         file = open(path, "rb")  # noqa: SIM115 - closed below; an OSError while reading has another meaning
     except OSError as error:
@@ -131,9 +131,9 @@ def load(path: str, flag: str, kind: str) -> dict[str, Any]:
         raise UserError(
             f"{flag} {path}: is truncated, damaged or not {what}; use another copy, or train again"
         ) from None
-    if not isinstance(contents, dict) or contents.get("format") != kind:
-        hint = "give a file that main.py wrote" if kind == MODEL_FORMAT else "remove it to warm-start from the model"
-        raise UserError(f"{flag} {path}: is not {what} of this toolkit ({kind!r}); {hint}")
+    if not isinstance(contents, dict) or contents.get("format") != format:
+        hint = "give a file that main.py wrote" if format == MODEL_FORMAT else "remove it to warm-start from the model"
+        raise UserError(f"{flag} {path}: is not {what} of this toolkit ({format!r}); {hint}")
     return contents
 
 
@@ -226,9 +226,10 @@ def fit_names(tensors: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor
 
 
 def fit_order(optimizer: dict[str, Any], stored: Iterable[str], now: list[str]) -> dict[str, Any]:
-    """An optimizer's state, where weights have numbers, with the numbers that the weights have now.
+    """An optimizer's state for the order that the weights have now; the state knows them by their numbers.
 
-    A dropped weight comes after its layer's bias, one that is not dropped before it. `stored` has a tied weight twice.
+    The order depends on --wdrop: `linear.weight, linear.bias` without it, `linear.bias, linear.weight_raw` with it.
+    `stored` has the names of the weights in the order of the state, a tied weight twice.
     """
     now = [strip_raw(name) for name in now]
     before = [name for name in map(strip_raw, stored) if name in now]

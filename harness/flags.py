@@ -49,7 +49,7 @@ class Flag(NamedTuple):
     """A setting. `names`: its spellings on the command line; the last one is its name in the namespace."""
 
     names: str
-    kind: dict[str, Any]  # further arguments of argparse's `add_argument`
+    options: dict[str, Any]  # further arguments of argparse's `add_argument`
     default: Any
     help: str
     shapes_model: bool = False  # the value of a saved model cannot be changed
@@ -58,17 +58,17 @@ class Flag(NamedTuple):
 
     @property
     def name(self) -> str:
-        return self.kind.get("dest") or self.names.split()[-1].lstrip("-")
+        return self.options.get("dest") or self.names.split()[-1].lstrip("-")
 
     def takes(self, value: Any) -> bool:
         """Whether a file may hold this value: one that the command line accepts, or None if that is the default."""
         if value is None:
             return self.default is None
-        if self.kind in (SWITCH, TOGGLE):
+        if self.options in (SWITCH, TOGGLE):
             return isinstance(value, bool)
-        if isinstance(value, list) != ("nargs" in self.kind):
+        if isinstance(value, list) != ("nargs" in self.options):
             return False
-        parse, choices = self.kind.get("type", str), self.kind.get("choices")
+        parse, choices = self.options.get("type", str), self.options.get("choices")
         try:
             values = value if isinstance(value, list) else [value]
             return all(parse(str(one)) == one and (choices is None or one in choices) for one in values)
@@ -91,8 +91,8 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("--device", {}, "auto", "auto, cpu, cuda, cuda:N or mps", **NOT_STORED),
         Flag("--cuda", {"dest": "device", "action": "store_const", "const": "auto"}, None, "as --device auto"),
         Flag("--amp", {"choices": ["none", "bf16", "fp16"]}, "none", "mixed precision, in training only"),
-        Flag("--save", {}, None, "file of the model (finetune.py starts from it); .state (to resume) and .log.jsonl "
-             "are written beside it", **NOT_STORED),
+        Flag("--save", {}, None, "file of the model; finetune.py starts from it; .state (to resume) and .log.jsonl are "
+             "written beside it (default: a time stamp; in finetune.py PTB.pt)", **NOT_STORED),
         Flag("--resume", {}, "", "go on from this model and its .state, or without a .state start from the model; "
              "auto: go on from --save if it exists, otherwise start a new run", **NOT_STORED),
         Flag("--log-interval --log_interval", POSITIVE, 200, "batches between two log lines"),
@@ -163,7 +163,7 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("--min_count", COUNT, 0, "keep words seen N times or more", **SHAPES_MODEL),
     ],
 }  # fmt: skip
-BY_NAME = {flag.name: flag for group in FLAGS.values() for flag in group if "dest" not in flag.kind}
+BY_NAME = {flag.name: flag for group in FLAGS.values() for flag in group if "dest" not in flag.options}
 DEFAULTS = {name: flag.default for name, flag in BY_NAME.items()}
 
 
@@ -186,7 +186,7 @@ class ArgumentParser(argparse.ArgumentParser):
             no_default = flag.default in (None, "", [-1]) or isinstance(flag.default, bool)
             no_default = no_default or (saved and flag.stored and flag.inherited)
             default = "" if no_default else f" (default: {flag.default})"
-            group.add_argument(*flag.names.split(), help=(flag.help + default).replace("%", "%%"), **flag.kind)
+            group.add_argument(*flag.names.split(), help=(flag.help + default).replace("%", "%%"), **flag.options)
 
     def parse_all(self, flags: Collection[Flag], **defaults: Any) -> Namespace:
         """The given values, and the defaults of the other flags."""

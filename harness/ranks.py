@@ -94,7 +94,7 @@ class Ranks:
     def end(self) -> None:
         """Ends the communication: from here on no rank waits for another. Collective."""
         if self.size > 1:
-            self.agree("")
+            self.wait()
             dist.destroy_process_group()
 
     def check_batch_size(self, batch_size: int) -> None:
@@ -154,6 +154,10 @@ class Ranks:
         largest = torch.tensor(REASONS.index(reason))
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return REASONS[int(largest)]
+
+    def wait(self) -> None:
+        """Waits for all ranks. Collective."""
+        self.agree("")
 
     def join_columns(self, hidden: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
         """The hidden state of all columns, (1, B, ·) per tensor, joined from the ranks' columns. Collective."""

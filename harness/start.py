@@ -1,4 +1,7 @@
-"""How a run begins: the processes, the settings, the state or model to go on from, then the corpus."""
+"""How a run begins: the processes, the settings, the state or model to go on from, then the corpus.
+
+"Collective": every process has to call the function.
+"""
 
 import os
 import time
@@ -40,7 +43,7 @@ class Start:
     began_s: float
 
     @property
-    def replaces(self) -> bool:
+    def overwrites_start(self) -> bool:
         """Whether the run writes its model to the file that it starts from."""
         return os.path.realpath(self.args.save) == os.path.realpath(self.path)
 
@@ -145,14 +148,16 @@ def load_corpus(start: Start) -> Corpus:
         UserError: it cannot be read, is too short for a batch, or differs from the text on rank 0's machine.
     """
     args, stored = start.args, start.state or start.saved
-    ranks, batch_size = (start.ranks, args.batch_size) if args.epochs else (ALONE, 1)  # 0: only rank 0 evaluates
+    ranks, batch_size = start.ranks, args.batch_size
+    if args.epochs == 0:  # rank 0 evaluates, alone
+        ranks, batch_size = ALONE, 1
     if not ranks.is_main:
-        ranks.agree("")
+        ranks.wait()
     corpus = read_corpus(args.data, stored["vocab"] if stored else None, args.vocab_size, args.min_count)
     check_length(corpus.train, batch_size, f"{args.data}: training text")
     check_length(corpus.valid, EVAL_BATCH_SIZE, f"{args.data}: validation text")
     if ranks.is_main:
-        ranks.agree("")
+        ranks.wait()
     if ranks.from_rank_0(corpus.digest) != corpus.digest:
         raise UserError(f"--data {args.data}: is another text on this machine than on rank 0's")
     if stored:

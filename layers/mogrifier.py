@@ -35,7 +35,7 @@ class Round(NamedTuple):
 
 
 def take_rounds(weights: Sequence[Tensor], full: bool) -> list[Round]:
-    """The rounds' weights: all but the first three."""
+    """The rounds' weights: all but weight_ih, weight_hh and bias, which come first."""
     size, rest = (2 if full else 3), weights[3:]
     parts = [rest[k : k + size] for k in range(0, len(rest), size)]
     return [Round(None, b=part[0], bias=part[1]) if full else Round(*part) for part in parts]

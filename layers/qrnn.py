@@ -170,7 +170,7 @@ class QRNN(RecurrentLayer):
         super().__init__()
         self.input_size, self.hidden_size, self.window = input_size, hidden_size, 2 if first else 1
         self.linear: nn.Linear = Linear(self.window * input_size, 3 * hidden_size)
-        if wdrop:  # after the layer that it replaces: both draw, and a seed gives the same weights as it always did
+        if wdrop:  # both are made, and draw weights, so that a seed gives the same run as in older versions
             self.linear = WeightDropLinear(self.window * input_size, 3 * hidden_size, wdrop)
 
     def reset_parameters(self) -> None:

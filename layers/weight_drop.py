@@ -1,6 +1,7 @@
 """Weight drop (DropConnect): single elements of a weight matrix are dropped, with one mask per batch.
 
-Merity, Keskar, Socher, arXiv 1708.02182 ("AWD"), section 2. `Dropout` draws masks for activations in the same way.
+Merity, Keskar, Socher, arXiv 1708.02182 ("AWD"), section 2. `ElementDropout` draws masks for activations in the same
+way.
 """
 
 from typing import Any
@@ -45,7 +46,7 @@ def drop_weight(raw: Tensor, p: float, training: bool) -> Tensor:
     return DropWeight.apply(raw, p)
 
 
-class Dropout(nn.Dropout):
+class ElementDropout(nn.Dropout):
     """Dropout of single elements, with the mask of `drop_weight`."""
 
     def forward(self, x: Tensor) -> Tensor:
