@@ -23,10 +23,10 @@ from layers.lstm import LSTM
 from layers.mogrifier import Mogrifier
 from layers.qrnn import QRNN
 from layers.recurrent import Hidden, RecurrentLayer
-from layers.weight_drop import ElementDropout
+from layers.weight_drop import ElementDropout, LockedDropout
 from mos import MixtureOfSoftmaxes
 from splitcross import SplitCrossEntropyLoss, default_splits
-from utils import LockedDropout, not_a_command
+from utils import not_a_command
 
 Criterion = SplitCrossEntropyLoss | MixtureOfSoftmaxes  # the output layer, made by `build` beside the model
 # The choices of --model.
@@ -69,7 +69,10 @@ def embedded_dropout(encoder: nn.Embedding, words: Tensor, p: float, training: b
     One draw per type and batch, scaled by 1/(1-p). The words of the batch look up their draws: multiplying the mask
     into the (V, E) matrix would pass over all of it, forward and backward.
     """
-    embedded = encoder(words)
+    if words.is_cuda:  # torch's backward pass of an embedding has a race on CUDA for 1,025 to 3,072 words
+        embedded = encoder.weight.index_select(0, words.flatten()).view(*words.shape, -1)
+    else:
+        embedded = encoder(words)
     if not training or p == 0:
         return embedded
     keep = encoder.weight.new_empty(encoder.num_embeddings, 1).bernoulli_(1 - p).div_(1 - p)  # (V, 1)
@@ -100,7 +103,7 @@ class RNNModel(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         kind, self.dropoute = kind_of_layer(rnn_type), dropoute
-        drop = LockedDropout if kind.locked else ElementDropout
+        drop: type[nn.Module] = LockedDropout if kind.locked else ElementDropout
         self.drop_input, self.drop_between, self.drop_output = map(drop, (dropouti, dropouth, dropout))
         self.encoder = nn.Embedding(ntoken, ninp, _weight=torch.empty(ntoken, ninp))
         last = nhidlast or (ninp if tie_weights or mixture else nhid)

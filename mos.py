@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layers.weight_drop import LockedDropout
 from products import Linear, exact_or_bf16, linear
 from splitcross import BlockedCrossEntropy, SplitCrossEntropyLoss, block_rows
-from utils import LockedDropout, not_a_command
+from utils import not_a_command
 
 
 def mixture_losses(latents: Tensor, log_prior: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import utils
 from products import linear
 
 
@@ -44,6 +45,15 @@ def drop_weight(raw: Tensor, p: float, training: bool) -> Tensor:
     if raw.device.type != "cpu":
         return F.dropout(raw, p)
     return DropWeight.apply(raw, p)
+
+
+class LockedDropout(utils.LockedDropout):
+    """PyTorch-NLP's locked dropout, one mask for all time steps of a sequence, without its copy of the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.p:
+            return x
+        return x * x.new_empty(1, x.size(1), x.size(2)).bernoulli_(1 - self.p).div_(1 - self.p)  # (T, B, ·) * (1, B, ·)
 
 
 class ElementDropout(nn.Dropout):

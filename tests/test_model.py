@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from toys import NO_DROPOUT, dropouts_of, has_weight_drop, settings_of
 
-from layers.weight_drop import drop_weight
+import utils
+from layers.weight_drop import LockedDropout, drop_weight
 from model import LAYERS, RNNModel, build, detach, embedded_dropout
 from splitcross import default_splits
 
@@ -305,3 +306,16 @@ def test_embedded_dropout_gradient():
     assert kept.any()
     assert not kept.all()
     torch.testing.assert_close(encoder.weight.grad, expected)
+
+
+def test_locked_dropout_is_that_of_pytorch_nlp():
+    """Bit for bit, gradient and random generator included; it only leaves out the copy of its input."""
+    found = []
+    for kind in (LockedDropout, utils.LockedDropout):
+        torch.manual_seed(3)
+        x = torch.randn(5, 4, 7, requires_grad=True)
+        out = kind(0.3).train()(x)
+        out.square().sum().backward()
+        found.append([out.detach(), x.grad, torch.get_rng_state()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert LockedDropout(0.3).eval()(x) is x
