@@ -41,6 +41,13 @@ def has_bf16() -> bool:
     return has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    """The half precision that --amp names; None: none, or the processor has no bfloat16."""
+    if amp == "none" or (amp == "bf16" and device.type == "cpu" and not has_bf16()):
+        return None
+    return torch.bfloat16 if amp == "bf16" else torch.float16
+
+
 @cache
 def preferred_library() -> str:
     """The library for float32 products on this processor: "oneDNN", "torch.mm", or "by shape" (one of the two)."""

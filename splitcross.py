@@ -33,6 +33,11 @@ def default_splits(ntoken: int) -> list[int]:
     return [split for split in splits if split < ntoken]
 
 
+def is_one(grad: Tensor) -> bool:
+    """Whether a gradient () is known to be 1. On a GPU it is not read, because that would wait for the device."""
+    return grad.device.type == "cpu" and bool(grad == 1)
+
+
 class BlockedCrossEntropy(torch.autograd.Function):
     """The sum of the positions' losses divided by `count`, and its gradients, one block of logits after the other.
 
@@ -97,7 +102,8 @@ class BlockedCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # In training `grad` is 1, and the gradients are returned without a copy: one is as large as the weight.
-        d_latents, d_prior, *rest = (x if grad == 1 else x * grad for x in ctx.saved_tensors)
+        copied = not is_one(grad)
+        d_latents, d_prior, *rest = (x * grad if copied else x for x in ctx.saved_tensors)
         return d_latents, d_prior if ctx.needs_input_grad[1] else None, *rest, None, None, None, None
 
 

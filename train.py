@@ -3,8 +3,7 @@
 Losses are nats per token, without the regularisation. Shapes: T time, B batch, N = T·B. "Collective": every process has
 to call the function.
 
-Method: Merity, Keskar, Socher, arXiv 1708.02182 ("AWD"): section 3 for NT-ASGD, 4.6 for the regularisation of
-activations (AR, TAR), 5 for batch lengths.
+Method: Merity, Keskar, Socher, arXiv 1708.02182 ("AWD"): sections 3 (NT-ASGD), 4.6 (AR, TAR), 5 (batch lengths).
 """
 
 import contextlib
@@ -13,26 +12,25 @@ import os
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+import harness.checkpoint as checkpoint
 import harness.files as files
 from data import EVAL_BATCH_SIZE, Corpus, VariableLengthSampler, get_batch, rotate_columns
 from evaluate import evaluate, test
-from harness.checkpoint import Position, begin_or_resume, copy_model, save_model, save_state
+from harness.graphs import CudaCapture, StepGraphs, StepResult
 from harness.log import RULE, EpochBar, RunLog, figures, say, say_or_drop, warn
-from harness.ranks import ALONE, Ranks, Stop, Stopper
+from harness.ranks import ALONE, NO_TIME, Ranks, Stop, Stopper
 from harness.start import Start, check_files, load_corpus
 from model import Criterion, Hidden, RNNModel, build, detach
 from mos import sampled
 from optim import OPTIMIZERS, Mean, annealed, has_stalled, make_optimizer
-from products import has_bf16
-from utils import UserError, keep_freed_memory, not_a_command
-
-AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-NO_TIME = ("SIGTERM", "--max_minutes")  # a run that ends for one of these neither validates nor tests
+from products import autocast_dtype
+from utils import RunError, UserError, keep_freed_memory, not_a_command
 
 
 class Run:
@@ -45,8 +43,7 @@ class Run:
         saved: a model to start from, as `files.load_model` reads it.
         ranks: the processes that share the work.
 
-    Raises:
-        UserError: the settings do not go together.
+    Raises UserError when the settings do not go together.
     """
 
     def __init__(
@@ -54,10 +51,7 @@ class Run:
         saved: dict[str, Any] | None = None, ranks: Ranks = ALONE,
     ) -> None:  # fmt: skip
         self.script, self.args, self.corpus, self.device, self.ranks = script, args, corpus, device, ranks
-        # The largest tensors hold the gates of all positions, 16 bytes per hidden unit. If they exceed 32 MB, tensors
-        # of half their size are not kept when freed: keeping them saves 1 % of time and costs 8 % of memory.
-        if 16 * args.batch_size * args.bptt * args.nhid > 2**25:
-            keep_freed_memory(2**24)
+        keep_freed_memory(16 * args.batch_size * args.bptt * args.nhid)  # the gates of all positions, 4 bytes each
         torch.manual_seed(args.seed)
         try:
             self.model, self.criterion = build(vars(args), len(corpus.vocab))
@@ -67,18 +61,16 @@ class Run:
         args.splits = self.criterion.splits
         self.weights = nn.ModuleDict({"model": self.model, "criterion": self.criterion})  # all that is trained
         if saved:
-            self.model.load_state_dict(files.fit_names(saved["model"], self.model))
-            self.criterion.load_state_dict(saved["criterion"])
+            files.load_weights(saved, self.model, self.criterion)
         self.weights.to(device)
         self.parameters = list(self.weights.parameters())
         ranks.broadcast_weights(self.parameters)
         if not ranks.is_main:
             ranks.seed(args.seed)  # every rank draws other dropout masks
 
-        self.amp = AMP[args.amp]  # the dtype of autocast in forward pass and loss; None: float32
-        if args.amp == "bf16" and device.type == "cpu" and not has_bf16():
-            warn("--amp bf16: this processor has no bfloat16; it stays with float32")
-            self.amp = None
+        self.amp = autocast_dtype(args.amp, device)  # of forward pass and loss; None: float32
+        if args.amp != "none" and self.amp is None:
+            warn(f"--amp {args.amp}: this processor has no bfloat16; it stays with float32")
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp is torch.float16)
         self.optimizer = make_optimizer(self.parameters, args.optimizer, args.lr, args.wdecay, args.beta1)
         self.mean: Mean | None = None  # of the weights, once averaging is on
@@ -87,10 +79,16 @@ class Run:
         self.hidden: list[Hidden] = self.first_hidden()
         self.offsets: Tensor | None = None  # with --shuffle: the rows by which this epoch rotates each column
         self.length_generator = torch.Generator().manual_seed(args.seed)  # batch lengths; all ranks draw the same
-        self.at = Position(lr=args.lr)
+        self.at = checkpoint.Position(lr=args.lr)
+        for layer in self.model.layers:
+            layer.padded = args.padded and device.type == "cuda"
+        reads_values = args.splits or self.scaler.is_enabled()  # from the device, in every step
+        by_graphs = args.graphs and device.type == "cuda" and ranks.size == 1 and not reads_values
+        step = partial(gradient_step, self)
+        self.graphs = StepGraphs(step, self.optimizer, device, CudaCapture()) if by_graphs else None
         self.grad_norm: Tensor | None = None  # of the last step, before clipping; still on the device
         self.unread_losses: list[Tensor] = []  # still on the device
-        self.unwritten: dict[str, files.NotWrittenError] = {}  # path -> the error of the last attempt to write it
+        self.writing = checkpoint.Writing()
         self.log = RunLog(None)
         self.deadline_s: float | None = None  # of time.monotonic, for --max_minutes
         self.counted_until_s = time.perf_counter()  # as of the last `count_time`
@@ -142,13 +140,11 @@ class Run:
         Raises:
             RunError: one of them is not finite.
         """
-        if not self.unread_losses:
-            return
-        at, losses = self.at, self.ranks.sum(torch.stack(self.unread_losses).tolist())
-        for i, loss in enumerate(losses, start=1):
+        at, losses = self.at, self.ranks.sum(torch.stack(self.unread_losses).tolist()) if self.unread_losses else []
+        for step, loss in enumerate(losses, start=at.step - len(losses) + 1):
             loss /= self.ranks.size
             if not math.isfinite(loss):
-                raise at.not_finite(f"the loss is {loss}", at.step - len(losses) + i)
+                raise at.not_finite(f"the loss is {loss}", step)
             at.loss_sum, at.loss_count = at.loss_sum + loss, at.loss_count + 1
         self.unread_losses.clear()
 
@@ -159,15 +155,14 @@ def start_run(start: Start) -> Run:
     run = Run(start.script, start.args, load_corpus(start), start.device, start.saved, start.ranks)
     run.log, run.deadline_s = log, start.deadline_s
     say(f"Args: {vars(run.args)}\nModel total parameters: {sum(p.numel() for p in run.parameters)}")
-    begin_or_resume(run, start.state, start.given)
+    checkpoint.begin_or_resume(run, start.state, start.given)
     return run
 
 
 def train_batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
     """Source and target, (T, B) each, of this rank's columns, from where the run stands to the epoch's end."""
     args, ids = run.args, run.corpus.train
-    if run.offsets is not None:
-        ids = rotate_columns(ids, args.batch_size, run.offsets)
+    ids = ids if run.offsets is None else rotate_columns(ids, args.batch_size, run.offsets)
     sampler = VariableLengthSampler(ids, args.bptt, args.batch_size, run.length_generator, run.at.row, args.max_seq_len)
     return (get_batch(ids, slices[run.columns]) for slices in sampler)
 
@@ -175,19 +170,33 @@ def train_batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
 def train_step(run: Run, source: Tensor, target: Tensor) -> Tensor:
     """One optimizer step over source and target, (T, B) each; returns its loss, still on the device."""
     args = run.args
-    run.optimizer.zero_grad(set_to_none=True)  # first: the forward pass can use this memory
-
-    # A longer batch takes a longer step (AWD, section 5), under every optimizer.
-    for group in run.optimizer.param_groups:
-        group["lr"] = run.rate() * len(source) / args.bptt
-
     # All ranks draw from generators in the same state, so they all drop the state at the same steps.
     if args.drop_state and torch.rand((), generator=run.length_generator) < args.drop_state:
         run.hidden = run.first_hidden()
+    rate = run.rate() * len(source) / args.bptt  # a longer batch takes a longer step (AWD, section 5)
+    scale = run.scaler.get_scale()  # 1 without fp16; with it, a synchronisation on CUDA
+    step = run.graphs or partial(gradient_step, run)
+    loss, run.hidden, run.grad_norm = step(source, target, run.hidden, rate)
+    skipped = run.scaler.get_scale() < scale  # the gradients overflowed
+    if run.mean and not skipped:
+        run.mean.update(run.weights)
+    return loss
+
+
+def gradient_step(run: Run, source: Tensor, target: Tensor, hidden: list[Hidden], rate: float | Tensor) -> StepResult:
+    """Forward pass, backward pass and the optimizer's step.
+
+    Returns the loss, the new hidden state and the norm of the gradient before clipping, all on the device. Without fp16
+    and a split softmax it reads no value from the device, so that a CUDA graph can repeat it.
+    """
+    args, grad_norm = run.args, None
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    run.optimizer.zero_grad(set_to_none=True)  # first: the forward pass can use this memory
     if args.samples > 1:  # dropout masks are per column
         source = source.repeat_interleave(args.samples, dim=1)  # (T, B·samples)
     with torch.autocast(source.device.type, dtype=run.amp, enabled=run.amp is not None):
-        output, run.hidden, raw, dropped = run.model(source, detach(run.hidden), return_h=True)
+        output, hidden, raw, dropped = run.model(source, hidden, return_h=True)
         loss = run.loss_function(run.model.decoder.weight, run.model.decoder.bias, output, target)
 
     objective = loss
@@ -201,23 +210,14 @@ def train_step(run: Run, source: Tensor, target: Tensor) -> Tensor:
     run.ranks.average_gradients(run.parameters)
     run.scaler.unscale_(run.optimizer)
     if args.clip:
-        run.grad_norm = nn.utils.clip_grad_norm_(run.parameters, args.clip)
-
-    scale = run.scaler.get_scale()  # 1 without fp16; with it, a synchronisation on CUDA
+        grad_norm = nn.utils.clip_grad_norm_(run.parameters, args.clip)
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    skipped = run.scaler.get_scale() < scale  # the gradients overflowed
-    if run.mean and not skipped:
-        run.mean.update(run.weights)
-    return loss.detach()
+    return loss.detach(), detach(hidden), grad_norm
 
 
 def train_epoch(run: Run, check_stop: Callable[[], None]) -> None:
-    """Trains from where the run stands to the epoch's end.
-
-    Raises:
-        Stop: when `check_stop` does; the run stands between two steps then.
-    """
+    """Trains from where the run stands to the epoch's end, or between two steps raises what `check_stop` raises."""
     args, at = run.args, run.at
     run.start_epoch()
     with EpochBar(at.epoch, at.row * args.batch_size, run.last_row * args.batch_size) as bar:
@@ -228,7 +228,7 @@ def train_epoch(run: Run, check_stop: Callable[[], None]) -> None:
             if at.batch % args.log_interval == 0:
                 log_training(run)
             if args.checkpoint_every and at.step % args.checkpoint_every == 0:
-                save_state(run)
+                checkpoint.save_state(run)
             if at.row < run.last_row:  # at the end of an epoch, validate before stopping
                 check_stop()
     run.read_losses()
@@ -238,15 +238,14 @@ def fit(run: Run, on_stall: str = "") -> str:
     """Trains up to the last epoch; after each one validates, saves the best model and the run's state.
 
     `on_stall`: when the validation loss stalls, "stop", "average" or "nothing"; "": as in the optimizer's row.
-
-    Returns:
-        Why it ended: "epochs", "SIGINT", "SIGTERM" or the flag that said so.
+    Returns why it ended: "epochs", "SIGINT", "SIGTERM" or the flag that said so.
     """
     args, at = run.args, run.at
     on_stall = on_stall or ("average" if args.average else OPTIMIZERS[args.optimizer].on_stall)
     run.log.write("start", script=run.script, epoch=at.epoch, batch=at.batch, step=at.step)
     run.counted_until_s = time.perf_counter()
-    with Stopper(run.deadline_s, run.ranks) as stopper:
+    on_stream = run.graphs.capture.on_stream if run.graphs else contextlib.nullcontext
+    with Stopper(run.deadline_s, run.ranks) as stopper, on_stream():
 
         def check_stop() -> None:
             stopper.check("--max_steps" if args.max_steps and at.step >= args.max_steps else "")
@@ -256,7 +255,7 @@ def fit(run: Run, on_stall: str = "") -> str:
                 check_stop()
                 train_epoch(run, check_stop)
                 loss = validate(run, stopper.check)
-                if (at.best_loss is None or loss < at.best_loss) and save_model(run, loss):
+                if (at.best_loss is None or loss < at.best_loss) and checkpoint.save_model(run, loss):
                     at.best_loss = loss
                 at.history.append(loss)
                 if on_stall == "average" and not run.mean and has_stalled(at.history, args.nonmono):
@@ -264,21 +263,26 @@ def fit(run: Run, on_stall: str = "") -> str:
                     run.start_averaging()
                     run.log.write("averaging", loss, epoch=at.epoch, step=at.step)
                 if at.epoch in args.when:
-                    copy_model(run, f"{args.save}.e{at.epoch}")
+                    checkpoint.copy_model(run, f"{args.save}.e{at.epoch}")
                     at.lr /= 10
                 at.epoch += 1
                 at.restart_epoch()
-                save_state(run)
+                checkpoint.save_state_in_time(run)
+            if run.writing.state_is_old:
+                checkpoint.save_state(run)
         except Stop as stop:
-            save_state(run)
+            checkpoint.save_state(run)
             # A run that has saved no model yet saves the weights that it has.
             validate_first = at.best_loss is None or (stop.reason == "--max_steps" and at.row)
             if validate_first and stop.reason not in NO_TIME:
                 with contextlib.suppress(Stop):
                     loss = validate(run, stopper.check_sigterm, partial=True)
                     if at.best_loss is None:
-                        save_model(run, loss, partial=True)
+                        checkpoint.save_model(run, loss, partial=True)
             return "SIGTERM" if stopper.terminated() else stop.reason
+        except RunError:
+            checkpoint.write_pending_model(run)
+            raise
         return "SIGTERM" if stopper.terminated() else "epochs"
 
 
@@ -298,18 +302,13 @@ def log_training(run: Run) -> None:
     )
     grad_norm = None if run.grad_norm is None else run.grad_norm.item()
     place = {"epoch": at.epoch, "batch": at.batch, "batches": batches, "step": at.step, "lr": run.rate()}
-    speed = {"ms_per_batch": ms_per_batch, "tokens_per_s": tokens_per_s}
-    run.log.write("train", loss, **place, **speed, grad_norm=grad_norm)
+    run.log.write("train", loss, **place, ms_per_batch=ms_per_batch, tokens_per_s=tokens_per_s, grad_norm=grad_norm)
 
 
 def validate(run: Run, check_stop: Callable[[], None], partial: bool = False) -> float:
     """Evaluates the weights to evaluate with on the validation text; prints and logs the figures.
 
-    `partial`: the epoch is not over.
-
-    Raises:
-        Stop: when `check_stop` does.
-        RunError: the loss is not finite.
+    `partial`: the epoch is not over. Raises RunError when the loss is not finite.
     """
     at, args = run.at, run.args
     loss = evaluate(*run.best_weights(), run.corpus.valid, args.bptt, EVAL_BATCH_SIZE, check_stop, run.ranks)
@@ -332,12 +331,9 @@ def evaluate_start(run: Run, title: str) -> float:
 
 
 def finish(run: Run, why: str) -> int:
-    """After `fit`: tests the best model, unless there is no time for it; returns the exit status.
+    """After `fit`: tests the best model if there is time, on rank 0 alone; returns the exit status.
 
-    Rank 0 tests alone: at batch size 1 the text is one sequence.
-
-    Raises:
-        NotWrittenError: the last attempt to write the best model or the state failed.
+    Raises NotWrittenError when the last attempt to write the best model or the state failed.
     """
     # The other ranks end now, with status 0: torchrun stops all as soon as one fails, and rank 0 goes on to test.
     run.ranks.end()
@@ -345,7 +341,7 @@ def finish(run: Run, why: str) -> int:
         say(f"| stopped ({why}); --resume {run.args.save} goes on")
     if why not in NO_TIME and run.ranks.is_main and os.path.exists(run.args.save):
         test(files.load_model(run.args.save, "--save"), run.corpus.test, run.args.bptt, run.log)
-    for error in run.unwritten.values():
+    for error in run.writing.failed.values():
         raise error
     return 143 if why == "SIGTERM" else 0
 

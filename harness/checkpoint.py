@@ -8,10 +8,11 @@ on and tries again at the next checkpoint.
 
 import math
 import os
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ from harness.ranks import Ranks
 from model import Criterion, Hidden, RNNModel, detach
 from optim import OPTIMIZERS, Mean
 from utils import RunError, UserError, map_tensors, out_of_memory
+
+WRITE_EVERY_S = 60  # on a GPU
 
 
 @dataclass
@@ -66,6 +69,23 @@ class Position:
         )
 
 
+class PendingModel(NamedTuple):
+    """A best model that waits on a GPU to be written."""
+
+    contents: dict[str, Any]  # on rank 0
+    best_on_disk: float | None  # the validation loss of the file that it is to replace
+
+
+@dataclass
+class Writing:
+    """How far the files of a run have been written."""
+
+    failed: dict[str, files.NotWrittenError] = field(default_factory=dict)  # path -> error of the last attempt
+    pending: PendingModel | None = None
+    state_s: float = -math.inf  # when the state was written, of time.monotonic
+    state_is_old: bool = False
+
+
 class SavedRun(Protocol):
     """The parts of `train.Run` that are written and put back."""
 
@@ -84,7 +104,7 @@ class SavedRun(Protocol):
     offsets: Tensor | None
     length_generator: torch.Generator
     at: Position
-    unwritten: dict[str, files.NotWrittenError]
+    writing: Writing
 
     def best_weights(self) -> tuple[RNNModel, Criterion]: ...
     def start_averaging(self) -> None: ...
@@ -97,17 +117,24 @@ def try_to_write(run: SavedRun, path: str, write: Callable[[], object]) -> bool:
     try:
         write()
     except files.NotWrittenError as error:
-        if path not in run.unwritten:
+        if path not in run.writing.failed:
             kept = "what was there is kept; the run goes on, and tries again"
             warn(f"{path}: cannot be written ({error.reason}), {kept}")
-        run.unwritten[path] = error
+        run.writing.failed[path] = error
         return False
-    run.unwritten.pop(path, None)
+    run.writing.failed.pop(path, None)
     return True
+
+
+def waits(run: SavedRun) -> bool:
+    """Whether files wait for the clock: on a GPU, where writing them can take as long as an epoch."""
+    return run.device.type == "cuda"
 
 
 def save_model(run: SavedRun, loss: float, partial: bool = False) -> bool:
     """Writes the weights to evaluate with; returns whether that went well. Collective.
+
+    On a GPU a copy of them waits there, until the next state is written.
 
     `partial`: the epoch is not over; the model of any later validation replaces this one.
     """
@@ -121,16 +148,34 @@ def save_model(run: SavedRun, loss: float, partial: bool = False) -> bool:
         "averaged": run.mean is not None,
         "valid_ppl": ppl(loss),
     }
-    written = False
+    corpus, (model, criterion) = run.corpus, run.best_weights()
+    contents = files.model_contents(run.args, corpus.vocab, model, criterion, metrics, corpus.tokenizer)
+    if partial or not waits(run):
+        return write_model(run, contents)
+    best_on_disk = run.writing.pending.best_on_disk if run.writing.pending else run.at.best_loss
+    run.writing.pending = PendingModel(map_tensors(Tensor.clone, contents) if run.ranks.is_main else {}, best_on_disk)
+    return True
+
+
+def write_model(run: SavedRun, contents: dict[str, Any]) -> bool:
+    """Writes a model; returns whether that went well. Collective."""
+    path, written = run.args.save, False
     if run.ranks.is_main:
-        corpus, (model, criterion) = run.corpus, run.best_weights()
-        contents = files.model_contents(run.args, corpus.vocab, model, criterion, metrics, corpus.tokenizer)
-        written = try_to_write(run, run.args.save, lambda: files.save(run.args.save, contents))
+        written = try_to_write(run, path, lambda: files.save(path, contents))
     return run.ranks.from_rank_0(written)
 
 
+def write_pending_model(run: SavedRun) -> None:
+    """Writes the model that waits on a GPU. If that fails, the loss to beat is that of the file on disk. Collective."""
+    if run.writing.pending:
+        if not write_model(run, run.writing.pending.contents):
+            run.at.best_loss = run.writing.pending.best_on_disk
+        run.writing.pending = None
+
+
 def copy_model(run: SavedRun, path: str) -> None:
-    """Copies the best model so far to `path`."""
+    """Copies the best model so far to `path`. Collective."""
+    write_pending_model(run)
     if run.ranks.is_main and os.path.exists(run.args.save):
         try:
             files.copy(run.args.save, path)
@@ -138,8 +183,16 @@ def copy_model(run: SavedRun, path: str) -> None:
             warn(f"{path}: cannot be written ({error.reason}), the run goes on without this copy")
 
 
+def save_state_in_time(run: SavedRun) -> None:
+    """As `save_state`, on a GPU at most once in WRITE_EVERY_S seconds. Collective."""
+    due = not waits(run) or time.monotonic() - run.writing.state_s >= WRITE_EVERY_S
+    run.writing.state_is_old = True
+    if run.ranks.from_rank_0(due) if waits(run) else due:
+        save_state(run)
+
+
 def save_state(run: SavedRun) -> None:
-    """Writes the state beside the model. Collective.
+    """Writes the model that waits on a GPU, then the state. Collective.
 
     Raises:
         RunError: a loss or weight is not finite, so no run could go on from it.
@@ -148,13 +201,15 @@ def save_state(run: SavedRun) -> None:
     if not all(parameter.isfinite().all() for parameter in run.parameters):
         raise run.at.not_finite("a weight is not finite", run.at.step)
     run.count_time()
+    write_pending_model(run)
     path, state = f"{run.args.save}.state", collect_state(run)
     if run.ranks.is_main:
         try_to_write(run, path, lambda: files.save(path, state))
+    run.writing.state_s, run.writing.state_is_old = time.monotonic(), False
 
 
 def collect_state(run: SavedRun) -> dict[str, Any]:
-    """The state as plain data and CPU tensors. Collective.
+    """The state as plain data and tensors. Collective.
 
     With several ranks it holds the hidden state of all columns, and one row per rank for the generators.
     """
@@ -178,7 +233,7 @@ def collect_state(run: SavedRun) -> dict[str, Any]:
         "tokenizer": run.corpus.tokenizer,
         "fingerprint": run.corpus.digest,
         "at": asdict(run.at),
-        **map_tensors(Tensor.cpu, tensors),
+        **tensors,
     }
 
 

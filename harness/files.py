@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from harness.flags import DEFAULTS, check_shape, check_stored
 from model import DROPOUTS, Criterion, RNNModel, build
-from utils import RunError, UserError, out_of_memory, pick_device, replacing
+from utils import RunError, UserError, map_tensors, out_of_memory, pick_device, replacing
 
 MODEL_FORMAT, STATE_FORMAT, STATS_FORMAT = "awd-lm model 1", "awd-lm state 2", "awd-lm statistics 1"
 FORMATS = {
@@ -70,8 +70,8 @@ def write(path: str, fill: Callable[[BinaryIO], object]) -> None:
 
 
 def save(path: str, contents: dict[str, Any]) -> None:
-    """Writes plain data and CPU tensors; raises as `write` does."""
-    write(path, lambda file: torch.save(contents, file))
+    """Writes plain data and tensors, these as CPU tensors; raises as `write` does."""
+    write(path, lambda file: torch.save(map_tensors(Tensor.cpu, contents), file))
 
 
 def copy(source: str, target: str) -> None:
@@ -141,9 +141,12 @@ def model_contents(
     args: Namespace, vocab: list[str], model: nn.Module, criterion: nn.Module, metrics: dict[str, Any],
     tokenizer: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The contents of a saved model, with the weights to evaluate with; `metrics`: plain data, losses in nats."""
+    """The contents of a saved model, with the weights to evaluate with; `metrics`: plain data, losses in nats.
+
+    The tensors are the module's own, not copies.
+    """
     parts = {
-        part: {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
+        part: {name: tensor.detach() for name, tensor in module.state_dict().items()}
         for part, module in (("model", model), ("criterion", criterion))
     }
     words = {"vocab": vocab, "tokenizer": tokenizer}
@@ -247,11 +250,16 @@ class Opened(NamedTuple):
     tokenizer: str | None
 
 
+def load_weights(saved: dict[str, Any], model: nn.Module, criterion: nn.Module) -> None:
+    """Puts the tensors of a file from `load_model` in their places."""
+    model.load_state_dict(fit_names(saved["model"], model))
+    criterion.load_state_dict(saved["criterion"])
+
+
 def to_evaluate(saved: dict[str, Any], device: torch.device) -> Opened:
     """The model of a file from `load_model`."""
     model, criterion = build({**saved["args"], **dict.fromkeys(DROPOUTS, 0.0)}, len(saved["vocab"]))
-    model.load_state_dict(fit_names(saved["model"], model))
-    criterion.load_state_dict(saved["criterion"])
+    load_weights(saved, model, criterion)
     return Opened(
         model=model.to(device).eval(),
         criterion=criterion.to(device).eval(),

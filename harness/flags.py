@@ -91,6 +91,10 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("--device", {}, "auto", "auto, cpu, cuda, cuda:N or mps", **NOT_STORED),
         Flag("--cuda", {"dest": "device", "action": "store_const", "const": "auto"}, None, "as --device auto"),
         Flag("--amp", {"choices": ["none", "bf16", "fp16"]}, "none", "mixed precision, in training only"),
+        Flag("--graphs", TOGGLE, False, "on a GPU, start all kernels of a training step at once, by a CUDA graph per "
+             "length of batch (one process, without fp16 and --splits)", **NOT_STORED),
+        Flag("--padded", TOGGLE, False, "on a GPU, fill up the widths of a QRNN's products to whole 16 bytes by zeros; "
+             "changes no value", **NOT_STORED),
         Flag("--save", {}, None, "file of the model; finetune.py starts from it; .state (to resume) and .log.jsonl are "
              "written beside it (default: a time stamp; in finetune.py PTB.pt)", **NOT_STORED),
         Flag("--resume", {}, "", "go on from this model and its .state, or without a .state start from the model; "

@@ -26,6 +26,7 @@ T = TypeVar("T")
 PATIENCE = timedelta(minutes=30)  # a rank that keeps the others waiting for longer counts as hung
 LARGE = 1 << 20  # elements; larger gradients are averaged in place, smaller ones joined in one tensor
 REASONS = ("", "--max_steps", "--max_minutes", "SIGINT", "SIGTERM")  # to stop; the last one has priority
+NO_TIME = ("SIGTERM", "--max_minutes")  # a run that ends for one of these neither validates nor tests
 SEED_STRIDE = 1_000_003  # between ranks; torch's CPU generator uses the lower 32 bits of a seed
 
 

@@ -18,12 +18,14 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.recurrent import Hidden, RecurrentLayer
-from layers.weight_drop import WeightDropLinear
+from layers.weight_drop import WeightDropLinear, drop_weight
 from products import Linear, wide
 
+ALIGNED = 8  # elements: 16 bytes in half precision, 32 in float32
 GRAIN = 2**15  # elements below which torch runs an elementwise operation on one thread
 sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input  # g · s · (1 - s), into an existing tensor
 tanh_backward = torch.ops.aten.tanh_backward.grad_input  # g · (1 - z²), into an existing tensor
@@ -169,6 +171,7 @@ class QRNN(RecurrentLayer):
     def __init__(self, input_size: int, hidden_size: int, wdrop: float = 0.0, first: bool = False) -> None:
         super().__init__()
         self.input_size, self.hidden_size, self.window = input_size, hidden_size, 2 if first else 1
+        self.wdrop = wdrop
         self.linear: nn.Linear = Linear(self.window * input_size, 3 * hidden_size)
         if wdrop:  # both are made, and draw weights, so that a seed gives the same run as in older versions
             self.linear = WeightDropLinear(self.window * input_size, 3 * hidden_size, wdrop)
@@ -180,14 +183,31 @@ class QRNN(RecurrentLayer):
             nn.init.uniform_(parameter, -bound, bound)
 
     def forward(self, x: Tensor, hidden: Hidden) -> tuple[Tensor, Hidden]:
+        inputs, c = x, hidden[0][0]  # (B, H)
+        if self.window == 2:
+            before = torch.cat([hidden[1], x[:-1]])  # x_{t-1}, (T, B, E)
+            inputs = torch.cat([x, before], dim=-1)
+        if self.padded:
+            out, c = self.padded_pass(inputs, c)
+        else:
+            out, c = forget_mult(self.linear(inputs), c)
         if self.window == 1:
-            (c,) = hidden
-            out, c = forget_mult(self.linear(x), c[0])
             return out, (c.unsqueeze(0),)
-        c, x_last = hidden
-        before = torch.cat([x_last, x[:-1]])  # x_{t-1}, (T, B, E)
-        out, c = forget_mult(self.linear(torch.cat([x, before], dim=-1)), c[0])
         return out, (c.unsqueeze(0), x[-1:].clone())  # a view would keep all of x in memory and in the .state
+
+    def padded_pass(self, inputs: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """The product and `forget_mult`, with H and the width of the inputs filled up to multiples of ALIGNED by zeros.
+
+        The padding changes no value: its z and c are 0, and so are all gradients of it. Parameters keep their shapes.
+        """
+        H, rows, columns = self.hidden_size, -self.hidden_size % ALIGNED, -inputs.size(-1) % ALIGNED
+        raw = self.linear.get_parameter("weight_raw" if self.wdrop else "weight")
+        weight = drop_weight(raw, self.wdrop, self.training).unflatten(0, (3, H))  # (3, H, inputs)
+        weight = F.pad(weight, (0, columns, 0, rows)).flatten(0, 1)
+        bias = F.pad(self.linear.bias.unflatten(0, (3, H)), (0, rows)).flatten()
+        y = F.linear(F.pad(inputs, (0, columns)), weight, bias)  # (T, B, 3·(H + rows))
+        out, c = forget_mult(y, F.pad(c, (0, rows)))
+        return out[..., :H], c[:, :H].clone()  # a view would keep the padding in the .state
 
     def init_hidden(self, batch_size: int) -> Hidden:
         bias = self.linear.bias

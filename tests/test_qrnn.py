@@ -10,6 +10,7 @@ import reference
 import torch
 from runner import ROOT
 from torch import Tensor
+from toys import draw
 
 from layers import qrnn
 from layers.qrnn import forget_mult
@@ -171,3 +172,23 @@ print([name for name in set(sys.modules) - before if unwanted & set(name.split("
 def test_a_device_of_another_kind_takes_the_scan():
     """Only CUDA devices are asked for kernels (an Apple GPU, say, has none)."""
     assert qrnn.pick_kernels(SimpleNamespace(device=torch.device("mps"))) is None
+
+
+@pytest.mark.parametrize(("E", "H"), [(5, 11), (8, 16), (3, 9)])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("wdrop", [0.0, 0.4])
+def test_padded_widths_change_no_value(E, H, first, wdrop):
+    """Outputs, state and all gradients, with the same masks; nothing of the padding is carried."""
+    found = []
+    for padded in (False, True):
+        torch.manual_seed(0)
+        layer = qrnn.QRNN(E, H, wdrop, first).double().train()
+        layer.padded = padded
+        x, hidden = draw(6, 3, E), tuple(draw(*state.shape) for state in layer.init_hidden(3))
+        inputs = [x, *hidden, *layer.parameters()]
+        out, carried = layer(x, hidden)
+        assert all(state.untyped_storage().nbytes() == 8 * state.numel() for state in carried)
+        gradients = torch.autograd.grad((out * draw(*out.shape)).sum() + carried[0].square().sum(), inputs)
+        found.append([out, *carried, *gradients])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-14)

@@ -306,7 +306,7 @@ def test_a_file_that_cannot_be_written_is_said_once_and_tried_again(make_run, mo
     save_state(run)
     model, state = Path(run.args.save), Path(f"{run.args.save}.state")
     before = model.read_bytes(), state.read_bytes()
-    assert not run.unwritten
+    assert not run.writing.failed
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
@@ -344,7 +344,7 @@ def test_a_device_that_fails_while_a_file_is_written_is_no_full_disk(make_run, m
     for attempt in (lambda: save_model(run, 1.0), lambda: save_state(run)):
         with pytest.raises(torch.AcceleratorError):
             attempt()
-    assert not run.unwritten
+    assert not run.writing.failed
     assert not capsys.readouterr().err
     assert Path(run.args.save).read_bytes() == before
     assert [p.name for p in Path(run.args.save).parent.iterdir()] == ["m.pt"]
@@ -381,10 +381,10 @@ def test_sigterm_outweighs_whatever_comes_after_it(signals, reason):
 
 def test_a_processor_without_bfloat16_stays_in_float32_and_says_so(make_run, monkeypatch, capsys):
     """One warning, and no autocast."""
-    monkeypatch.setattr("train.has_bf16", lambda: False)
+    monkeypatch.setattr("products.has_bf16", lambda: False)
     assert make_run(amp="bf16").amp is None
     assert capsys.readouterr().err.count("has no bfloat16; it stays with float32") == 1
-    monkeypatch.setattr("train.has_bf16", lambda: True)
+    monkeypatch.setattr("products.has_bf16", lambda: True)
     assert make_run(amp="bf16").amp is torch.bfloat16
     assert not capsys.readouterr().err
 
