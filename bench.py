@@ -4,11 +4,12 @@
     python bench.py --settings small ptb-lstm --tables 1 --rounds 5
     python bench.py --device cuda --json bench.json  # also all raw times
     python bench.py --peers                          # also fastai's AWD_LSTM, see benchmarks/peers.py
-    python bench.py --profile ptb-qrnn               # the profile of one step of ours
+    python bench.py --profile ptb-qrnn               # the profile of one step of ours, and its number of kernels
+    python bench.py --fastest ptb-qrnn               # the flags of main.py that are fastest on this GPU
 
 ours: `train.train_step` on a run as main.py starts it, with the published command's dropouts, regularisation,
     clipping and optimizer, on text drawn from Zipf's law, in batches of exactly bptt rows; bf16: with --amp bf16,
-    if the processor has bfloat16.
+    if the processor has bfloat16; graphs: with --graphs --padded, on a GPU.
 plain: the same on torch's `nn.LSTM`, `nn.GRU`, `F.dropout`, `F.linear`, `F.cross_entropy`; a QRNN and a Mogrifier
     as a loop over time.
 floor: the step's matrix products alone, over all bptt x batch rows at once, each by the fastest library. An
@@ -42,6 +43,7 @@ from typing import Any
 import torch
 
 from benchmarks import timed
+from benchmarks.fastest import fastest
 from benchmarks.peers import check_fastai, fits_fastai
 from benchmarks.work import SETTINGS, VARIANTS, Work, others, ours, setting
 from corpus.files import find_files
@@ -49,7 +51,7 @@ from harness.files import check_writable, write
 from harness.flags import COUNT, ArgumentParser
 from harness.script import run_script
 from products import has_bf16
-from utils import RunError, UserError, use_tf32
+from utils import RunError, UserError, pick_device, use_tf32
 
 BUDGET_S = 45  # for the rounds of a setting, or of table 2, without --rounds
 WARM_UP_ROUNDS = 2  # the memory that a process keeps has its final size after the second step
@@ -129,9 +131,9 @@ def alternate(title: str, works: Mapping[str, Callable[[], float]], rounds: int)
 
 def bench_steps(args: Namespace, device: torch.device) -> Iterator[tuple[Row, dict[str, Any]]]:
     """Table 1: a row per setting, and its raw figures."""
-    kinds = [kind for kind in VARIANTS if args.peers or kind != "fastai"]
-    if not has_bf16() and device.type == "cpu":
-        kinds.remove("ours bf16")
+    cpu = device.type == "cpu"
+    left_out = {"fastai": not args.peers, "ours bf16": cpu and not has_bf16(), "ours graphs": cpu}
+    kinds = [kind for kind in VARIANTS if not left_out.get(kind)]
     for name in args.settings:
         ntoken, run = setting(name, args.tiny)
         here = [kind for kind in kinds if kind != "fastai" or fits_fastai(run)]
@@ -203,8 +205,16 @@ def profile(name: str, tiny: bool, device: torch.device) -> str:
         step()
     with torch.profiler.profile() as profiler:
         step()
-    key = f"self_{device.type}_time_total"
-    return profiler.key_averages().table(sort_by=key, row_limit=30, max_name_column_width=60)
+    rows = profiler.key_averages()
+    table = rows.table(sort_by=f"self_{device.type}_time_total", row_limit=30, max_name_column_width=60)
+    kernels = sum(row.count for row in rows if row.device_type == torch.autograd.DeviceType.CUDA)
+    return f"{table}\nkernels and copies on the GPU: {kernels}" if device.type == "cuda" else table
+
+
+def step_with(name: str, tiny: bool, device: torch.device, flags: str) -> Work:
+    """A step of ours with these flags of main.py."""
+    use_tf32()
+    return ours(name, tiny, device, graphs="--graphs" in flags, padded="--padded" in flags)
 
 
 def parse_args() -> Namespace:
@@ -219,6 +229,7 @@ def parse_args() -> Namespace:
     add("--json", default=None, help="also write all raw times to this file")
     add("--peers", action="store_true", default=False, help="also fastai's AWD_LSTM, version 2.8.12")
     add("--profile", choices=SETTINGS, default=None, help="only profile one step of ours")
+    add("--fastest", choices=SETTINGS, default=None, help="only print which of --graphs and --padded are fastest")
     add("--tiny", action="store_true", default=False, help="toy sizes: does it run?")
     return parser.parse_args()
 
@@ -230,6 +241,10 @@ def main() -> None:
         raise UserError("--device cuda: there is no such device here; use --device cpu")
     if args.profile:
         print(profile(args.profile, args.tiny, device))
+        return
+    if args.fastest:
+        device = pick_device("auto")
+        print(fastest(partial(step_with, args.fastest, args.tiny, device), device) if device.type == "cuda" else "")
         return
     if args.peers:
         check_fastai()

@@ -1,5 +1,6 @@
 """The work that bench.py times, on made-up text: VARIANTS of a training step, by the published settings, and others."""
 
+import contextlib
 import shutil
 import subprocess
 import sys
@@ -90,14 +91,21 @@ def make_run(ntoken: int, args: Namespace, device: torch.device) -> Run:
     return Run("main.py", args, corpus, device)
 
 
-def ours(name: str, tiny: bool, device: torch.device, amp: str = "none") -> Work:
+def ours(
+    name: str, tiny: bool, device: torch.device, amp: str = "none", graphs: bool = False, padded: bool = False
+) -> Work:  # fmt: skip
     keep_freed_memory()
     ntoken, args = setting(name, tiny)
-    args.amp = amp
+    args.amp, args.graphs, args.padded = amp, graphs, padded
     run, batches = make_run(ntoken, args, device), training_batches(ntoken, args, device)
     run.model.train()
     run.criterion.train()
-    return lambda: train_step(run, *next(batches))
+
+    def step() -> Tensor:
+        with run.graphs.capture.on_stream() if run.graphs else contextlib.nullcontext():
+            return train_step(run, *next(batches))
+
+    return step
 
 
 def plain(name: str, tiny: bool, device: torch.device) -> Work:
@@ -129,6 +137,7 @@ def fastai(name: str, tiny: bool, device: torch.device) -> Work:
 VARIANTS: dict[str, Callable[[str, bool, torch.device], Work]] = {
     "ours": ours,
     "ours bf16": partial(ours, amp="bf16"),
+    "ours graphs": partial(ours, graphs=True, padded=True),
     "plain": plain,
     "fastai": fastai,
     "floor": floor,

@@ -5,10 +5,17 @@
 #     results/run.sh hour            # any NAME of the list below
 #     results/run.sh melis 2e-3      # with another learning rate
 #     SEED=142 results/run.sh base   # with another seed
+#     results/run.sh ptb-qrnn; results/run.sh ptb-qrnn-tuned   # a published run, on a GPU
+#     results/run.sh ptb-qrnn --tiny # at toy sizes: does it run?
 #
+# A published run first picks those of --graphs and --padded that give the same losses as without them and are fastest.
+# If an earlier log of it is known, it is compared with that log after a few epochs, and ends if it is far away.
 # Models and logs go to runs/, which git ignores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+
+tiny=
+if [ "${!#}" = --tiny ]; then tiny=tiny-; set -- "${@:1:$#-1}"; fi
 
 seed=${SEED:-141} again=${SEED:+-seed$SEED}  # the end of a name when SEED is given
 small="--emsize 200 --nlayers 2 --batch_size 20 --lr ${2:-20} --dropout 0.2 --dropouth 0.1 --dropouti 0.2
@@ -20,7 +27,7 @@ cell="--model Mogrifier --rounds 0 --nlayers 2 --batch_size 20 --bptt 70 --shuff
 chars="--emsize 200 --batch_size 32 --bptt 100 --optimizer adam --lr ${2:-3e-3} --alpha 0 --beta 0
        --dropout 0.1 --dropouth 0.1 --dropouti 0 --dropoute 0 --wdrop 0 --anneal 1 --epochs 4 --seed $seed"
 large="$cell --emsize 400 --nhid 400 --dropout 0.5 --dropouth 0.3 --dropouti 0.5 --dropoute 0.02 --dropoutr 0.25 --epochs 18"
-name=${1:-} data=penn from= search= evaluate=yes
+name=${1:-} data=penn from= search= evaluate=yes setting= known=
 case $name in
     hour) flags="$large --anneal 6"
           search="--search --search_lrs 1.5e-5 3e-5 4e-5 --search_lambs 2e-3 4e-3 --search_tokens 8000" ;;
@@ -42,13 +49,23 @@ case $name in
     original) flags="--emsize 200 --nhid 500 --nlayers 2 --batch_size 40 --dropouti 0.3 --dropouth 0.2 --dropout 0.3
                      --wdrop 0.4 --lr ${2:-30} --epochs 3 --seed $seed" evaluate= ;;
     ptb-qrnn) flags="--model QRNN --batch_size 20 --clip 0.2 --wdrop 0.1 --nhid 1550 --nlayers 4 --emsize 400 --dropouth 0.3
-                     --dropouti 0.4 --lr ${2:-30} --epochs 550 --seed ${SEED:-9001}" ;;
+                     --dropouti 0.4 --lr ${2:-30} --epochs 550 --seed ${SEED:-9001}"
+              setting=ptb-qrnn known="results/ptb-qrnn-h100.log.jsonl 5 10 31" evaluate=published ;;
+    ptb-qrnn-tuned) flags="--lr ${2:-30} --epochs 300 --seed ${SEED:-404}" from=ptb-qrnn setting=ptb-qrnn evaluate=published ;;
+    ptb-lstm) flags="--batch_size 20 --dropouti 0.4 --dropouth 0.25 --lr ${2:-30} --epochs 500 --seed $seed"
+              setting=ptb-lstm evaluate=published ;;
+    ptb-lstm-tuned) flags="--lr ${2:-30} --epochs 500 --seed $seed" from=ptb-lstm setting=ptb-lstm evaluate=published ;;
     char-lstm) flags="$chars --nhid 450 --nlayers 2" data=pennchar evaluate= ;;
     char-qrnn) flags="$chars --model QRNN --nhid 400 --nlayers 4" data=pennchar evaluate= ;;
     *) echo "results/run.sh: there is no run '$name'. Choose hour, hour-epyc, hour-epyc-tuned, split, split-tuned," \
-            "ten, base, gru, qrnn, shuffle, mos, awd-adam, melis, mogrifier, original, ptb-qrnn, char-lstm or char-qrnn" >&2; exit 2 ;;
+            "ten, base, gru, qrnn, shuffle, mos, awd-adam, melis, mogrifier, original, ptb-qrnn," \
+            "ptb-qrnn-tuned, ptb-lstm, ptb-lstm-tuned, char-lstm or char-qrnn" >&2; exit 2 ;;
 esac
-name=$name${2:+-$2}$again from=${from:+$from$again}
+name=$tiny$name${2:+-$2}$again from=${from:+$tiny$from$again}
+if [ "$tiny" ]; then
+    flags="$flags --epochs 3" known=
+    [ "$from" ] || flags="$flags --emsize 12 --nhid 12 --batch_size 4 --bptt 6"
+fi
 
 [ -f "data/$data/test.txt" ] || ./getdata.sh "$data"
 mkdir -p runs
@@ -56,12 +73,30 @@ model="--data data/$data --save runs/$name.pt"
 if [ "$from" ]; then
     [ -f "runs/$from.pt" ] || { echo "results/run.sh: '$name' fine-tunes the model of '$from', but there is no" \
         "runs/$from.pt. Train it first." >&2; exit 2; }
+fi
+if [ "$setting" ]; then
+    if [ ! -f "runs/$name.flags" ]; then
+        python bench.py --fastest $setting ${tiny:+--tiny} > "runs/$name.flags.new"
+        mv "runs/$name.flags.new" "runs/$name.flags"
+    fi
+    flags="$flags $(cat "runs/$name.flags")"
+fi
+if [ "$known" ] && [ ! -f "runs/$name.checked" ]; then
+    python main.py $model $flags --epochs "${known##* }" --resume auto
+    python results/check.py "runs/$name.pt.log.jsonl" $known
+    touch "runs/$name.checked"
+fi
+if [ "$from" ]; then
     python finetune.py --data "data/$data" --save "runs/$from.pt" --output "runs/$name.pt" $flags --resume auto
 else
     python main.py $model $flags --resume auto
 fi
 [ "$evaluate" ] || exit 0
 python pointer.py $model --lambdasm 0
+if [ "$evaluate" = published ]; then
+    python pointer.py $model --lambdasm 0.1 --theta 1.0 --window 500 --bptt 5000
+    exit 0
+fi
 python pointer.py $model --search --search_windows 500 2000 | tee "runs/$name.pointer"
 best=$(sed -n 's/^| best on val: //p' "runs/$name.pointer")
 python dynamiceval.py $model $search | tee "runs/$name.dynamic"

@@ -1,6 +1,7 @@
 """The bench runs, and compares like with like: the plain step computes what ours does. No time is tested."""
 
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -16,7 +17,7 @@ from runner import run_cli
 from toys import call, error_line
 
 import bench
-from benchmarks import floor, work
+from benchmarks import fastest, floor, work
 from benchmarks.peers import fits_fastai
 from benchmarks.plain import PlainModel, make_plain_step
 from harness.files import fit_names
@@ -227,3 +228,31 @@ def test_a_loss_that_is_not_finite_ends_the_bench(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(bench, "make_work", lambda *_: lambda: torch.tensor(float("nan")))
     with pytest.raises(RunError, match="nan"):
         bench.step_ms("ours", "small", True, CPU)
+
+
+@pytest.mark.parametrize(
+    ("ms", "losses", "expected"),
+    [
+        ((4, 3, 2, 1), (5, 5, 5, 5), "--graphs --padded"),
+        ((4, 3, 2, 1), (5, 5.01, 5.01, 5.2), "--graphs"),
+        ((4, 1, 2, 1), (5, math.nan, 6, 4), ""),
+        ((1, 2, 3, 4), (5, 5, 5, 5), ""),
+    ],
+)
+def test_the_fastest_flags_are_among_those_that_give_the_same_losses(ms, losses, expected, monkeypatch, capsys):
+    """On a GPU; here the times and losses are given."""
+    monkeypatch.setattr(fastest, "timed", lambda work, device: (work.ms, None))
+    steps = {}
+    for choice, step_ms, loss in zip(fastest.CHOICES, ms, losses, strict=True):
+        steps[choice] = lambda loss=loss: loss
+        steps[choice].ms = step_ms
+    assert fastest.fastest(steps.__getitem__, CPU) == expected
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4
+    wrong = [abs(loss - 5) > 0.1 or loss != loss for loss in losses]
+    assert ["not the same steps" in line for line in lines] == wrong
+
+
+def test_without_a_gpu_no_flag_is_fastest(capsys):
+    assert call(bench, "--fastest", "ptb-qrnn", "--tiny") == 0
+    assert capsys.readouterr().out == "\n"

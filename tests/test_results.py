@@ -1,12 +1,16 @@
 """What was measured: every figure in a table is that of a log, and every log's run can be run again."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from conftest import read_log
-from runner import ROOT, WALL_S
+from runner import ENVIRONMENT, ROOT, WALL_S
 
 from harness.flags import FLAGS, MODEL, OPTIMISATION, REGULARISATION, RUN, ArgumentParser
 
@@ -110,7 +114,8 @@ def run_row(folder, name, models, seed=""):
     script = folder / "results" / "run.sh"
     script.write_text((RESULTS / "run.sh").read_text())
     python = folder / "python"
-    python.write_text('#!/bin/sh\necho "$@" >> calls\necho "| best on val: --theta 1.4"\n')
+    fastest = '[ "$1" != bench.py ] || { echo "--graphs"; exit; }'
+    python.write_text(f'#!/bin/sh\necho "$@" >> calls\n{fastest}\necho "| best on val: --theta 1.4"\n')
     python.chmod(0o755)
     environment = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "SEED": seed}
     return subprocess.run(["bash", script, name], env=environment, capture_output=True, text=True, timeout=WALL_S)
@@ -119,7 +124,16 @@ def run_row(folder, name, models, seed=""):
 @pytest.mark.parametrize("name", ROWS)
 def test_a_row_gives_flags_that_main_takes(name, tmp_path):
     assert run_row(tmp_path, name, models=ROWS).returncode == 0
-    (training, *flags), *evaluations = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+    calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+    choice = [call for call in calls if call[0] == "bench.py"]
+    (training, *flags), *evaluations = [call for call in calls if call not in choice]
+    assert ("--graphs" in flags) == bool(choice) == name.startswith("ptb-")
+    if name == "ptb-qrnn":  # trains up to the last epoch that is known, compares, goes on
+        assert flags[-4:] == ["--epochs", "31", "--resume", "auto"]
+        known = ["runs/ptb-qrnn.pt.log.jsonl", "results/ptb-qrnn-h100.log.jsonl", "5", "10", "31"]
+        assert evaluations.pop(0) == ["results/check.py", *known]
+        training, *flags = evaluations.pop(0)
+        assert flags[-5:] == ["--seed", "9001", "--graphs", "--resume", "auto"]
     if training == "finetune.py":
         parser = ArgumentParser("", RUN, MODEL, REGULARISATION, OPTIMISATION)
         parser.add_argument("--output")
@@ -150,3 +164,43 @@ def test_another_seed_has_models_of_its_own(name, tmp_path):
     assert set(re.findall(r"runs/(\S+)\.pt", calls)) <= {f"{name}-seed142", "split-seed142"}
     assert f"runs/{name}-seed142.pt" in calls
     assert "--seed 142" in calls or name == "split-tuned"  # which has the seed from its model
+
+
+def test_a_published_run_from_end_to_end(corpus, tmp_path):
+    """At toy sizes on the CPU: training, fine-tuning, and the cache pointer of both; started again, it goes on."""
+    for name in ("bench.py", "main.py", "finetune.py", "pointer.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for folder in ("results", "data", "runs"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "data" / "penn").symlink_to(corpus)
+    script = shutil.copy(RESULTS / "run.sh", tmp_path / "results")
+    environment = {
+        **os.environ,
+        **ENVIRONMENT,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    for name in ("ptb-qrnn", "ptb-qrnn-tuned"):
+        command = ["bash", script, name, "--tiny"]
+        end = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=WALL_S)
+        assert end.returncode == 0, end.stderr
+        kinds = [record["kind"] for record in read_log(tmp_path / "runs" / f"tiny-{name}.pt.log.jsonl")]
+        assert kinds.count("valid") == 3
+        assert kinds.count("test") == 1
+        assert kinds.count("pointer") == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "said"), [(1.09, 0, ""), (1.11, 1, "10% away"), (0.89, 1, "10% away"), (None, 1, "epoch 10")]
+)
+def test_a_run_is_compared_with_an_earlier_log(change, status, said, tmp_path):
+    """Its last epoch is `change` times what is known; None: it is not there yet."""
+    known, log = tmp_path / "known.jsonl", tmp_path / "log.jsonl"
+    rows = [{"kind": "start"}, {"kind": "valid", "epoch": 5, "ppl": 100.0}, {"kind": "valid", "epoch": 10, "ppl": 80.0}]
+    known.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    rows = rows[:2] + ([{**rows[2], "ppl": 80.0 * change}] if change else [])
+    log.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    command = [sys.executable, RESULTS / "check.py", log, known, "5", "10"]
+    end = subprocess.run(command, capture_output=True, text=True, timeout=WALL_S)
+    assert end.returncode == status
+    assert said in end.stderr
+    assert len(end.stdout.splitlines()) == (2 if change else 1)
