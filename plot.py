@@ -15,7 +15,7 @@ import os
 import warnings
 from typing import Any, NamedTuple
 
-from corpus.files import read_lines
+from corpus.text import read_lines
 from harness.curves import SUFFIX, Curve, Point, read_curves
 from harness.files import check_writable, write
 from harness.flags import COUNT, SWITCH, ArgumentParser, Flag

@@ -26,8 +26,9 @@ import numpy as np
 from tqdm import tqdm
 
 from corpus.codec import SPACE, import_tokenizers
-from corpus.files import SPLITS, TOKENIZER, read_lines
+from corpus.files import SPLITS, TOKENIZER
 from corpus.read import UNK
+from corpus.text import read_lines
 from harness.files import check_writable, write
 from harness.flags import COUNT, SEED, SWITCH, ArgumentParser, Flag, number
 from harness.log import say

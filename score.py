@@ -23,8 +23,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 
-from corpus.files import read_lines
 from corpus.read import EOS, read_corpus
+from corpus.text import read_lines
 from dynamiceval import DYNAMIC, MovingWeights, fill_in, find_statistics, weights_of
 from harness.files import Opened, open_model
 from harness.flags import SWITCH, Flag, number, parse_evaluation

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from corpus.codec import Token, make_codec
-from corpus.files import read_lines
 from corpus.read import EOS, UNK, encode_line, make_encoder
+from corpus.text import read_lines
 from dynamiceval import MovingWeights, weights_of
 from harness.files import Opened
 from model import Hidden

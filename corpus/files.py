@@ -9,10 +9,8 @@ import contextlib
 import hashlib
 import json
 import os
-import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,6 @@ from zipfile import BadZipFile
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from corpus.corpora import CORPORA, SPLITS
 from utils import UserError, penn_treebank_dataset, replacing, wikitext_2_dataset
@@ -102,29 +99,6 @@ def read_tokenizer(folder: Path) -> tuple[str | None, list[str]]:
         raise UserError(
             f"{path}: is no tokenizer that prepare.py made; make the corpus again, or remove the file"
         ) from None
-
-
-def read_lines(path: str, bar: tqdm | None = None) -> Iterator[str]:
-    """The lines of a UTF-8 text (`-`: stdin) without their ends, newlines or Windows's. `bar` counts bytes.
-
-    Raises:
-        UserError: the text cannot be read, is empty, binary or not UTF-8.
-    """
-    number = 0
-    try:
-        with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if b"\0" in line:
-                    raise UserError(f"{path}: is binary data (line {number}); give a text")
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-                if bar is not None:
-                    bar.update(len(line))
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 in line {number}; convert the file, e.g. with iconv") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; give a text file") from None
-    if not number:
-        raise UserError(f"{path}: is empty; give a text with at least one line")
 
 
 def save_cache(path: Path, corpus: dict[str, Any]) -> None:

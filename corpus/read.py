@@ -4,10 +4,10 @@ A corpus is a folder with train.txt, valid.txt and test.txt: UTF-8, white space 
 one `<eos>`. The encoded text is kept beside the texts and memory-mapped the next time.
 """
 
-import codecs
 import hashlib
 import itertools
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,43 +25,50 @@ from corpus.files import (
     read_tokenizer,
     save_cache,
 )
+from corpus.text import read_blocks
 from data import Corpus
 from utils import LabelEncoder, UserError
 
 EOS, UNK = "<eos>", "<unk>"
-BLOCK = 1 << 18  # bytes read at once; the words of one block fit the CPU's cache
+LITERAL_EOS = re.compile(rf"(?<!\S){EOS}[^\S\n]*\n")  # at the end of a line
 
 
 def read_words(path: str | Path, bar: tqdm | None = None) -> Iterator[list[str]]:
-    """Yields the words of a UTF-8 file, with `<eos>` after each line, one block at a time; `bar` counts bytes.
+    """Yields the words of a text, with `<eos>` after each line, one block at a time; `bar` counts bytes.
 
-    Words are separated as by `str.split`, lines by newlines. Memory is bounded by the longest word, not by the longest
-    line.
+    Words are separated as by `str.split`, lines by newlines. A literal `<eos>` at the end of a line, as corpora for
+    other toolkits have it, is the one of that line and counts once. Memory is bounded by the longest word, not by the
+    longest line.
 
     Raises:
-        UserError: the file cannot be read or is not UTF-8.
+        UserError: see `read_blocks`.
     """
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()  # skips a byte order mark
-    last, unfinished, line = "\n", "", 1  # `unfinished`: the start of a word that goes on in the next block
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(BLOCK):
-                text = unfinished + decoder.decode(block)
-                words = text.replace("\n", f" {EOS} ").split()
-                last = text[-1:] or last  # a block that lies inside one character decodes to nothing
-                unfinished = "" if last.isspace() else words.pop()
-                yield words
-                line += block.count(b"\n")
-                if bar is not None:
-                    bar.update(len(block))
-            decoder.decode(b"", final=True)  # raises when the last character is incomplete
-    except UnicodeDecodeError as error:
-        line += error.object.count(b"\n", 0, error.start)
-        raise UserError(f"{path}: not UTF-8 in line {line}; convert the file, e.g. with iconv") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    if last != "\n":  # the last line ends without a newline
+    last, unfinished, said = "\n", "", False  # `unfinished`: the start of a word that goes on in the next block
+    for text in read_blocks(path, bar):
+        last, text = text[-1:] or last, unfinished + text
+        if EOS in text:
+            text, literal = LITERAL_EOS.subn("\n", text)
+            said = said or (literal > 0 and say_literal_eos(path))
+        words = text.replace("\n", f" {EOS} ").split()
+        unfinished = "" if last.isspace() else words.pop()
+        if ends_in_literal_eos(text) and last.isspace():  # the newline may stand in the next block
+            unfinished = f"{words.pop()} "
+        yield words
+    if unfinished.strip() == EOS:
+        yield [EOS]
+    elif last != "\n":  # the last line ends without a newline
         yield [unfinished, EOS] if unfinished else [EOS]
+
+
+def ends_in_literal_eos(text: str) -> bool:
+    """Whether a text ends in a literal `<eos>` and white space without a newline."""
+    return bool(EOS in text[-100:] and re.search(rf"(?<!\S){EOS}[^\S\n]*\Z", text[-100:]))
+
+
+def say_literal_eos(path: str | Path) -> bool:
+    """Says on stderr that a text has line ends written out; returns True."""
+    print(f"{path}: a literal {EOS} at the end of a line is counted once, as the end of that line", file=sys.stderr)
+    return True
 
 
 def read_corpus(data: str, vocab: list[str] | None = None, vocab_size: int = 0, min_count: int = 0) -> Corpus:

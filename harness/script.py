@@ -28,7 +28,7 @@ def run_script(main: Callable[[], int | None], parallel: bool = False) -> None:
     keep_freed_memory()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # while there is nothing to save
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal may lack some characters of a text
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # whatever the terminal says; names may be no UTF-8
     message = ""
     try:
         with contextlib.nullcontext() if ranks.is_main else silence():

@@ -25,6 +25,7 @@ from runner import WALL_S, run_cli
 from toys import file_limit
 
 import corpus.read as data
+import corpus.text as text_files
 from corpus.corpora import SPLITS
 from corpus.read import EOS, UNK, read_corpus, read_words
 from data import Corpus
@@ -71,11 +72,12 @@ def words_of(path: Path) -> list[str]:
 
 
 def slow_words(text: str) -> list[str]:
-    """What reading means: a line ends at a newline, its words are str.split's, then one <eos>."""
-    lines = text.removeprefix("\ufeff").split("\n")
+    """What reading means: a line ends at a newline, its words are str.split's, then one <eos>, written out or not."""
+    lines = [line.removeprefix("\ufeff") for line in text.split("\n")]
     if lines[-1] == "":
         lines.pop()
-    return [word for line in lines for word in [*line.split(), EOS]]
+    split = [line.split() for line in lines]
+    return [word for words in split for word in [*(words[:-1] if words[-1:] == [EOS] else words), EOS]]
 
 
 def decoded(corpus: Corpus) -> dict[str, list[str]]:
@@ -112,7 +114,7 @@ def test_words_are_those_of_the_slow_reference_at_any_block_size(tmp_path, monke
     """Where a block ends never shows: inside a letter, a word, a white space or a byte order mark."""
     (tmp_path / "t").write_bytes(text.encode())
     for block in (1, 2, 3, 7, 64):
-        monkeypatch.setattr(data, "BLOCK", block)
+        monkeypatch.setattr(text_files, "BLOCK", block)
         assert words_of(tmp_path / "t") == slow_words(text), block
 
 
@@ -120,15 +122,16 @@ def test_random_texts_at_random_block_sizes(tmp_path, monkeypatch):
     """300 texts of letters, white space and newlines, against the slow reference."""
     draw = random.Random(1)
     for _ in range(300):
-        text = "".join(draw.choices(["a", "bé", "∀", " ", "\n", "\r\n", "\u00a0", "𝔘"], k=draw.randrange(60)))
-        monkeypatch.setattr(data, "BLOCK", draw.randrange(1, 20))
+        parts = ["a", "bé", "∀", " ", "\n", "\r\n", "\u00a0", "𝔘", "\ufeff", " <eos>"]
+        text = "".join(draw.choices(parts, k=draw.randrange(60)))
+        monkeypatch.setattr(text_files, "BLOCK", draw.randrange(1, 20))
         (tmp_path / "t").write_bytes(text.encode())
         assert words_of(tmp_path / "t") == slow_words(text), text
 
 
 def test_one_line_of_any_length_takes_bounded_memory(tmp_path, monkeypatch):
     """Ten times the text without one newline does not raise the peak."""
-    monkeypatch.setattr(data, "BLOCK", 1 << 14)
+    monkeypatch.setattr(text_files, "BLOCK", 1 << 14)
     peaks = []
     for size in (1, 10):
         (tmp_path / "t").write_text("word and " * 10_000 * size)
@@ -141,7 +144,7 @@ def test_one_line_of_any_length_takes_bounded_memory(tmp_path, monkeypatch):
 
 def test_encoding_takes_eight_bytes_per_token(tmp_path, monkeypatch):
     """However long the text is: the ids, four bytes each, and once more while they are joined."""
-    monkeypatch.setattr(data, "BLOCK", 1 << 12)
+    monkeypatch.setattr(text_files, "BLOCK", 1 << 12)
     peaks, tokens = [], []
     for lines in (10_000, 40_000):
         folder = write(tmp_path / str(lines), TEXTS | {"train": "a b c d e f g\n" * lines})
@@ -166,7 +169,7 @@ def test_the_line_is_right_where_a_block_ends(tmp_path, monkeypatch):
     for wrong, line in (("a\nb\né\n".encode() + b"\xff\n", 4), ("a\nb\né\n".encode() + b"\xe2\x88", 4)):
         (tmp_path / "t").write_bytes(wrong)
         for block in range(1, 10):
-            monkeypatch.setattr(data, "BLOCK", block)
+            monkeypatch.setattr(text_files, "BLOCK", block)
             with pytest.raises(UserError, match=f"in line {line};"):
                 words_of(tmp_path / "t")
 
@@ -226,7 +229,7 @@ def slow_corpus(texts: dict[str, str], vocab_size: int = 0, min_count: int = 0) 
 @pytest.mark.parametrize("unk", [True, False])
 def test_vocabulary_and_ids_are_those_of_the_slow_reference(tmp_path, monkeypatch, limits, unk):
     """Frequency order of the training text, ties by first appearance; the rest <unk> or appended; caps."""
-    monkeypatch.setattr(data, "BLOCK", 50)  # several blocks per text
+    monkeypatch.setattr(text_files, "BLOCK", 50)  # several blocks per text
     draw = random.Random(2)
     for number in range(10):
         alphabet = [*"abcdefghijklmnopqrst", *([UNK] if unk else [])]

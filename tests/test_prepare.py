@@ -13,6 +13,7 @@ import pytest
 from runner import run_fresh
 from toys import LEVELS, call, error_line
 
+import corpus.text
 import prepare
 from corpus.corpora import SPLITS
 from corpus.read import read_corpus
@@ -296,6 +297,7 @@ def test_what_is_wrong_with_stdin_is_said_of_stdin(tmp_path, text, monkeypatch, 
 def test_memory_does_not_grow_with_the_text(tmp_path, monkeypatch):
     """Eight times the lines, the same words and documents: hardly more on Python's heap."""
     monkeypatch.setattr(prepare, "BATCH_LINES", 100)  # at once
+    monkeypatch.setattr(corpus.text, "BLOCK", 1 << 14)
     peaks = []
     for count in (1000, 8000):
         rng = random.Random(0)
