@@ -266,7 +266,7 @@ def main() -> int:
     args = parse_evaluation(__doc__, *groups)
     saved = open_model(args)
     fill_in(args, saved)
-    corpus = read_corpus(args.data or saved.args.data, saved.vocab)
+    corpus = read_corpus(args.data or saved.args.data, saved.vocab, tokenizer=saved.tokenizer)
     ms = find_statistics(saved, f"{args.save}.stats", corpus, args)
     if args.search:
         args.lr, args.lamb = search(saved, ms, corpus.valid.to(saved.device), args)

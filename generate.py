@@ -15,13 +15,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from corpus.codec import Codec, make_codec
+from corpus.codec import Codec, WordCodec, make_codec
 from corpus.read import EOS, encode_line, make_encoder
 from harness.files import open_model
 from harness.flags import COUNT, POSITIVE, SEED, SWITCH, Flag, number, parse_evaluation
 from harness.script import run_script
 from model import Criterion, Hidden, RNNModel
-from utils import LabelEncoder
+from utils import LabelEncoder, UserError
 
 
 def next_word_prob(logprob: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
@@ -84,7 +84,16 @@ def generate(
 
 
 def encode_prompt(prompt: str, encoder: LabelEncoder, codec: Codec) -> list[int]:
-    """The ids of a prompt, after the `<eos>` that every text begins with; each newline is an `<eos>` too."""
+    """The ids of a prompt, after the `<eos>` that every text begins with; each newline is an `<eos>` too.
+
+    Raises:
+        UserError: a word is unknown and the vocabulary has no `<unk>`; or the prompt is not UTF-8.
+    """
+    if not (isinstance(codec, WordCodec) and codec.bytes):
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:  # Python gives bytes that are no UTF-8 as lone surrogates
+            raise UserError(f"--prompt {prompt!r}: is not UTF-8; give it in UTF-8") from None
     ids = []
     for line in prompt.split("\n"):
         ids += [encoder.token_to_index[EOS], *encode_line(codec.encode(line), encoder, f"--prompt {prompt!r}")]

@@ -168,7 +168,7 @@ def parse_args() -> Namespace:
 def main() -> None:
     args = parse_args()
     saved = open_model(args)
-    corpus = read_corpus(args.data or saved.args.data, saved.vocab)
+    corpus = read_corpus(args.data or saved.args.data, saved.vocab, tokenizer=saved.tokenizer)
     log = RunLog(f"{args.save}.log.jsonl")
 
     def losses(ids: Tensor, thetas: Sequence[float], lambdas: Sequence[float], windows: Sequence[int]) -> Tensor:

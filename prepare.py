@@ -2,44 +2,40 @@
 
     python prepare.py book.txt --out data/book                                         # each paragraph is a document
     python prepare.py articles/ --out data/articles --level subword --vocab_size 8000  # each file is a document
-    zcat wiki.gz | python prepare.py - --out data/wiki --level char
+    python prepare.py text8 --out data/text8 --level char --documents position         # one text, cut into three
+    zcat wiki.gz | python prepare.py - --out data/wiki --like MODEL.pt                 # by a model's tokenizer
 
 Every document goes whole to train.txt, valid.txt or test.txt, one line for each line of the text, with spaces between
-the tokens; the tokenizer goes to tokenizer.json. The input is UTF-8: files, all files of a folder, or stdin; it is
-never changed. The tokenizer is made on the training text. The same text and settings give the same bytes. Memory is
-bounded by the longest line and the numbers of documents and of different words. Needs `pip install tokenizers`.
+the tokens; the tokenizer goes to tokenizer.json. The input is UTF-8: files, all files of a folder, pipes, or stdin; it
+is never changed. The tokenizer is made on the training text. The same text and settings give the same bytes. Memory is
+bounded by the longest line (with position by nothing) and the numbers of documents and of different words. Needs `pip
+install tokenizers`.
 """
 
 import itertools
-import shutil
-import sys
 import tempfile
 from argparse import Namespace
-from array import array
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from tqdm import tqdm
-
-from corpus.codec import SPACE, import_tokenizers
-from corpus.files import SPLITS, TOKENIZER
+from corpus.codec import BLOCK_CHARACTER, SPACE, import_tokenizers
+from corpus.documents import TEST, TRAIN, VALID, Files, Source
+from corpus.files import SPLITS, TOKENIZER, read_tokenizer
 from corpus.read import UNK
-from corpus.text import read_lines
-from harness.files import check_writable, write
+from harness.files import check_writable, load_model, write
 from harness.flags import COUNT, SEED, SWITCH, ArgumentParser, Flag, number
 from harness.log import say
 from harness.script import run_script
 from utils import UserError, replacing
 
-TRAIN, VALID, TEST = range(3)
 BATCH_LINES = 1000  # lines encoded at once
 WHITE = r"\s\x1c-\x1f\x85"  # the characters at which Python splits words
-# Initials; words with inner apostrophes and hyphens, numbers with inner points; dots, dashes; any other character.
-WORD = rf"(?:\p{{L}}\.){{2,}}|\w+(?:['’-]\w+|(?<=\d)[.,:]\d+)*|\.{{2,}}|-{{2,}}|[^\w{WHITE}]"
+# <unk> and WikiText's @-@; initials; words with inner apostrophes and hyphens, numbers with inner points; dots, dashes;
+# any other character.
+WORD = rf"<unk>|@[-,.]@|(?:\p{{L}}\.){{2,}}|\w+(?:['’-]\w+|(?<=\d)[.,:]\d+)*|\.{{2,}}|-{{2,}}|[^\w{WHITE}]"
 
 SHARE = {"type": number(float, 0, below=1)}
 PREPARE = [
@@ -51,9 +47,15 @@ PREPARE = [
     Flag("--min_count", COUNT, 2, "words or characters that are rarer in the training text become <unk>; a pair of "
          "pieces that is rarer does not become a subword"),
     Flag("--lower", SWITCH, False, "convert to lower case"),
+    Flag("--normalize", {"choices": ["nfc", "nfkc", "none"]}, "none", "Unicode form of the text; nfc: accents are one "
+         "character with their letter; nfkc: also ligatures, full-width letters and the like become plain"),
+    Flag("--like", {"metavar": "MODEL.pt|FOLDER"}, None, "use the tokenizer of this model or corpus"),
     Flag("--unwrap", SWITCH, False, "join the lines of each paragraph into one; blank lines separate paragraphs"),
-    Flag("--documents", {"choices": ["files", "blocks", "lines"]}, None, "the documents: files, blocks between blank "
-         "lines, or single lines (default: files; for a single file blocks)"),
+    Flag("--documents", {"choices": ["files", "blocks", "lines", "position"]}, None, "the documents: files, blocks "
+         "between blank lines, single lines; position: the text is cut in three, train, valid, test (default: files; "
+         "for a single file blocks)"),
+    Flag("--document_mark", {"metavar": "MARK"}, None, "documents are what this text separates, e.g. "
+         "'<|endoftext|>'; it is left out"),
     Flag("--valid", SHARE, 0.05, "share of the text that goes to valid.txt"),
     Flag("--test", SHARE, 0.05, "share of the text that goes to test.txt"),
     Flag("--valid_file", {"metavar": "FILE"}, None, "another text for valid.txt, instead of a share"),
@@ -62,123 +64,28 @@ PREPARE = [
 ]  # fmt: skip
 
 
-def find_sources(sources: list[str], spool: Path) -> list[Path]:
-    """The files to read; those of a folder sorted by name, without hidden ones.
-
-    The text is read three times, so stdin is first copied into the folder `spool`.
+def read_like(path: str) -> str:
+    """The tokenizer of a saved model or of a corpus's folder, as it stands there.
 
     Raises:
-        UserError: a folder holds no file.
+        UserError: there is none.
     """
-    files: list[Path] = []
-    for source in sources:
-        path = Path(source)
-        if source == "-":
-            path = spool / "stdin"
-            with open(path, "wb") as file:
-                shutil.copyfileobj(sys.stdin.buffer, file)
-        visible = (p for p in path.rglob("*") if not any(x.startswith(".") for x in p.relative_to(path).parts))
-        inside = sorted(filter(Path.is_file, visible))
-        if path.is_dir() and not inside:
-            raise UserError(f"{source}: is a folder without a file; give texts")
-        files += inside or [path]
-    return files
+    if Path(path).is_dir():
+        tokenizer, hint = read_tokenizer(Path(path))[0], f"has no {TOKENIZER}; give a corpus that prepare.py made"
+    else:
+        tokenizer = load_model(path, "--like")["tokenizer"]
+        hint = "has no tokenizer; give its texts in the form of its corpus, tokens with spaces between them"
+    if tokenizer is None:
+        raise UserError(f"--like {path}: {hint}")
+    return tokenizer
 
 
-class Source:
-    """The lines of all texts, read again in every pass, and the split that each document belongs to.
-
-    Args:
-        files: the text whose documents are divided among the splits.
-        given: another text for a split (--valid_file, --test_file).
-        args: the settings.
-    """
-
-    def __init__(self, files: list[Path], given: dict[int, Path], args: Namespace) -> None:
-        self.files, self.given, self.unwrap = files, given, args.unwrap
-        self.documents = args.documents or ("files" if len(files) > 1 else "blocks")
-        # Blank lines are kept for characters and subwords, so that the model can write them; words have none.
-        self.blanks = args.level != "word" and not args.unwrap and self.documents != "lines"
-        self.size = sum(path.stat().st_size for path in [*files, *given.values()] if path.is_file())
-        self.splits: np.ndarray | None = None  # of document after document, once they are dealt
-
-    def read(self, title: str) -> Iterator[tuple[int, str]]:
-        """Yields (split, line), the texts to deal out first."""
-        with self.progress(title) as bar:
-            for document, line in self.read_documents(bar):
-                yield TRAIN if self.splits is None else int(self.splits[document]), line
-            for split, path in self.given.items():
-                for line in self.read_file(path, bar):
-                    yield split, line
-
-    def progress(self, title: str) -> tqdm:
-        """A bar over the bytes read, where there is a terminal to show it."""
-        look = {"unit": "B", "unit_scale": True, "leave": False, "disable": not sys.stderr.isatty()}
-        return tqdm(total=self.size, desc=title, **look)
-
-    def read_documents(self, bar: tqdm) -> Iterator[tuple[int, str]]:
-        """Yields (number of the document, from 0; one of its lines)."""
-        document = 0
-        for path in self.files:
-            for line in self.read_file(path, bar):
-                yield document, line
-                document += self.documents == "lines" or (self.documents == "blocks" and not line)
-            document += self.documents == "files"
-
-    def read_file(self, path: Path, bar: tqdm) -> Iterator[str]:
-        """The lines of a text, with one blank line after each paragraph, or without any."""
-        paragraph: list[str] = []
-        begun, needed = False, self.blanks or self.documents == "blocks"
-        for line in itertools.chain(read_lines(str(path), bar), [""]):
-            line = line.rstrip()
-            if line and self.unwrap:
-                paragraph.append(line.strip())
-            elif line:
-                yield line
-            elif begun:
-                if self.unwrap:
-                    yield " ".join(paragraph)
-                    paragraph.clear()
-                if needed:
-                    yield ""
-            begun = bool(line)
-
-    def deal(self, shares: dict[int, float], seed: int) -> None:
-        """Divides the documents in random order: its share of the text to each split of `shares`, the rest to train.
-
-        Raises:
-            UserError: there are not enough documents.
-        """
-        sizes = array("q")
-        with self.progress("dealing") as bar:
-            for document, line in self.read_documents(bar):
-                while document >= len(sizes):
-                    sizes.append(0)
-                sizes[document] += len(line) + 1
-        self.splits = np.zeros(len(sizes), np.int8)
-        order = np.random.default_rng(seed).permutation(len(sizes)).tolist()
-        order = [document for document in order if sizes[document]]
-        if len(order) <= len(shares):
-            raise UserError(
-                f"{self.files[0]}: too few {self.documents} ({len(order)}) for {len(shares) + 1} texts; give "
-                "more, --documents lines, or --valid_file and --test_file"
-            )
-        for split, share in shares.items():
-            room = share * sum(sizes)
-            for document in order:
-                if self.splits[document] == TRAIN and sizes[document] <= room:
-                    self.splits[document] = split
-                    room -= sizes[document]
-            if split not in self.splits:  # every document is larger than the share: take the smallest
-                rest = [document for document in order if self.splits[document] == TRAIN]
-                self.splits[min(rest, key=sizes.__getitem__)] = split
-
-
-def make_tokenizer(level: str, lower: bool) -> Any:
+def make_tokenizer(level: str, lower: bool, normalize: str) -> Any:
     """A tokenizer of this level, still without a vocabulary."""
     tokenizers = import_tokenizers()
     pre, normal = tokenizers.pre_tokenizers, tokenizers.normalizers
-    normalizers = [normal.Lowercase()] if lower else []
+    normalizers = {"none": [], "nfc": [normal.NFC()], "nfkc": [normal.NFKC()]}[normalize]
+    normalizers += [normal.Lowercase()] if lower else []
     if level == "subword":
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
         tokenizer.pre_tokenizer = pre.ByteLevel(add_prefix_space=False)
@@ -186,10 +93,12 @@ def make_tokenizer(level: str, lower: bool) -> Any:
     else:
         tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token=UNK))
     if level == "char":
+        normalizers.append(normal.Replace(SPACE, BLOCK_CHARACTER))
         normalizers.append(normal.Replace(tokenizers.Regex(f"[{WHITE}]"), SPACE))
         tokenizer.pre_tokenizer = pre.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
-        space = tokenizers.decoders.Replace(SPACE, " ")
-        tokenizer.decoder = tokenizers.decoders.Sequence([space, tokenizers.decoders.Fuse()])
+        decode = tokenizers.decoders
+        spaces = [decode.Replace(SPACE, " "), decode.Replace(BLOCK_CHARACTER, SPACE)]
+        tokenizer.decoder = decode.Sequence([*spaces, decode.Fuse()])
     elif level == "word":
         tokenizer.pre_tokenizer = pre.Split(tokenizers.Regex(WORD), "removed", invert=True)
     tokenizer.normalizer = normal.Sequence(normalizers)
@@ -205,7 +114,7 @@ def train_tokenizer(tokenizer: Any, lines: Iterator[str], level: str, vocab_size
     tokenizers = import_tokenizers()
     least = 257 if level == "subword" else 3
     vocab_size = (8000 if level == "subword" else 0) if vocab_size is None else vocab_size
-    if 0 < vocab_size < least:
+    if vocab_size < least and (vocab_size or level == "subword"):
         why = "every byte is a piece" if level == "subword" else f"it includes {UNK} and <eos>"
         raise UserError(f"--vocab_size {vocab_size}: is too small, {why}; give {least} or more")
     limits = {"vocab_size": (vocab_size or 2**31) - 1, "min_frequency": min_count, "show_progress": False}
@@ -214,47 +123,63 @@ def train_tokenizer(tokenizer: Any, lines: Iterator[str], level: str, vocab_size
         trainer = tokenizers.trainers.BpeTrainer(initial_alphabet=alphabet, **limits)
     else:
         trainer = tokenizers.trainers.WordLevelTrainer(special_tokens=[UNK], **limits)
+    if level == "word":  # the trainer would give an <unk> of the text an id of its own
+        lines = (line.replace(UNK, " ") for line in lines)
     tokenizer.train_from_iterator(lines, trainer)
 
 
-def write_corpus(source: Source, tokenizer: Any, out: Path) -> list[Counter[str]]:
-    """Writes the three texts and the tokenizer; returns for each text its numbers of lines, words, tokens, unknown."""
+def write_corpus(source: Source, tokenizer: Any, contents: str, out: Path) -> list[Counter[str]]:
+    """Writes the three texts and the tokenizer; returns for each text its numbers of lines, words, tokens, unknown.
+
+    contents: of tokenizer.json.
+    """
     counts: list[Counter[str]] = [Counter() for _ in SPLITS]
     texts = source.read("writing")
+    within = [False] * len(SPLITS)  # whether a text stands within a line
     pieces = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
     with ExitStack() as stack:
         files = [stack.enter_context(replacing(out / f"{split}.txt")) for split in SPLITS]
         while batch := list(itertools.islice(texts, BATCH_LINES)):
-            encodings = tokenizer.encode_batch_fast([line for _, line in batch])
-            for (split, line), encoding in zip(batch, encodings, strict=True):
-                if line or source.blanks:
+            encodings = tokenizer.encode_batch_fast([piece.text for piece in batch])
+            for (split, text, ends), encoding in zip(batch, encodings, strict=True):
+                if text or source.blanks or within[split]:
                     tokens = [pieces[i] for i in encoding.ids]
-                    files[split].write(f"{' '.join(tokens)}\n".encode())
+                    space = " " if within[split] and tokens else ""
+                    files[split].write(f"{space}{' '.join(tokens)}{chr(10) * ends}".encode())
                     counts[split].update(
-                        lines=1, words=len(line.split()) + 1, tokens=len(tokens) + 1, unknown=tokens.count(UNK)
+                        lines=ends, words=len(text.split()) + ends, tokens=len(tokens) + ends, unknown=tokens.count(UNK)
                     )
+                    within[split] = not ends
         for path, count in zip((f"{split}.txt" for split in SPLITS), counts, strict=True):
             if count["tokens"] < 2:
                 raise UserError(f"--out {out}: {path} would be empty; give more text or a larger share")
-        write(str(out / TOKENIZER), lambda file: file.write(tokenizer.to_str(pretty=False).encode()))
+        write(str(out / TOKENIZER), lambda file: file.write(contents.encode()))
     return counts
 
 
-def make_corpus(args: Namespace, spool: Path) -> None:
-    """Reads the sources, makes the tokenizer, writes the corpus and prints its size. `spool`: a folder for stdin.
+def make_corpus(args: Namespace, files: Files) -> None:
+    """Reads the sources, makes the tokenizer or takes that of --like, writes the corpus and prints its size.
 
     Raises:
         UserError: a source cannot be read or is too small, or the folder cannot be written to.
     """
-    out = Path(args.out)
-    given = {split: Path(path) for split, path in ((VALID, args.valid_file), (TEST, args.test_file)) if path}
+    out, tokenizers = Path(args.out), import_tokenizers()
+    if args.unwrap and args.documents == "position":
+        raise UserError("--unwrap: does not go together with --documents position; leave one of them out")
+    if args.document_mark and args.documents:
+        raise UserError(f"--document_mark: says what the documents are; leave out --documents {args.documents}")
+    given = {split: path for split, path in ((VALID, args.valid_file), (TEST, args.test_file)) if path}
     shares = {split: share for split, share in ((TEST, args.test), (VALID, args.valid)) if split not in given}
     if not all(shares.values()) or sum(shares.values()) >= 1:
         raise UserError(f"--valid {args.valid} --test {args.test}: have to be above 0 and together below 1")
-    tokenizer = make_tokenizer(args.level, args.lower)
-    files = find_sources(args.sources, spool)
+    contents = read_like(args.like) if args.like else ""
+    if contents:
+        tokenizer = tokenizers.Tokenizer.from_str(contents)
+    else:
+        tokenizer = make_tokenizer(args.level, args.lower, args.normalize)
+    given_files = {split: files.find(path)[0] for split, path in given.items()}
     written = {(out / name).resolve() for name in (TOKENIZER, *(f"{split}.txt" for split in SPLITS))}
-    for path in [*files, *given.values()]:
+    for path in [*files.paths, *given_files.values()]:
         if path.resolve() in written:
             raise UserError(f"--out {out}: {path} would be written over; give another folder")
     try:
@@ -262,12 +187,16 @@ def make_corpus(args: Namespace, spool: Path) -> None:
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}; give a folder that can be written to") from None
     check_writable(str(out / TOKENIZER), "--out")
-    source = Source(files, given, args)
+    source = Source(files, given_files, args, words=tokenizer.decoder is None)
     if shares:
         source.deal(shares, args.seed)
-    training = (line for split, line in source.read("tokenizer") if split == TRAIN)
-    train_tokenizer(tokenizer, training, args.level, args.vocab_size, args.min_count)
-    counts = write_corpus(source, tokenizer, out)
+    if not contents:
+        training = (piece.text for piece in source.read("tokenizer") if piece.split == TRAIN)
+        train_tokenizer(tokenizer, training, args.level, args.vocab_size, args.min_count)
+        contents = tokenizer.to_str(pretty=False)
+    counts = write_corpus(source, tokenizer, contents, out)
+    if source.empty:
+        say(f"| {len(source.empty)} of {len(files.paths)} files are empty and were passed over")
     for split, count in zip(SPLITS, counts, strict=True):
         lines, words, tokens, unknown = (count[name] for name in ("lines", "words", "tokens", "unknown"))
         say(
@@ -280,12 +209,19 @@ def make_corpus(args: Namespace, spool: Path) -> None:
 def main() -> None:
     parser = ArgumentParser(__doc__)
     parser.add_flags("corpus", PREPARE)
-    args = parser.parse_all(PREPARE)
+    given = vars(parser.parse_args())
+    args = Namespace(**{**{flag.name: flag.default for flag in PREPARE}, **given})
+    for name in ("level", "vocab_size", "min_count", "lower", "normalize"):
+        if args.like and name in given:
+            raise UserError(f"--{name}: is settled by the tokenizer of --like {args.like}; leave it out")
     with tempfile.TemporaryDirectory() as spool:
+        files = Files(Path(spool))
         try:
-            make_corpus(args, Path(spool))
-        except UserError as error:  # the spool is gone by then
-            raise UserError(str(error).replace(str(Path(spool, "stdin")), "stdin")) from None
+            for source in args.sources:
+                files.paths += files.find(source)
+            make_corpus(args, files)
+        except UserError as error:
+            raise UserError(files.named(str(error))) from None
 
 
 if __name__ == "__main__":

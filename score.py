@@ -227,7 +227,8 @@ def main() -> None:
     with_entropy, lines = ROWS_OF[mode][2], reader.lines(args.text, args.context)
     if args.adaptive:
         fill_in(args, saved)
-        ms = find_statistics(saved, f"{args.save}.stats", read_corpus(args.data or saved.args.data, saved.vocab), args)
+        corpus = read_corpus(args.data or saved.args.data, saved.vocab, tokenizer=saved.tokenizer)
+        ms = find_statistics(saved, f"{args.save}.stats", corpus, args)
         moving = MovingWeights(weights_of(saved), ms, args.lr, args.lamb, args.epsilon)
         scored = score_adaptively(saved, lines, with_entropy, args.carry, moving, args.bptt)
     else:

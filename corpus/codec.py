@@ -20,6 +20,7 @@ from corpus.read import EOS, UNK
 from utils import UserError
 
 SPACE = "▁"  # the token of a space among characters
+BLOCK_CHARACTER = "\ufdd0"  # the token of the character `▁` itself there; in Unicode no text has this one
 NO_SPACE_BEFORE = frozenset([*".,;:!?)]}%’”…/—", "..", "...", "--"])
 NO_SPACE_AFTER = frozenset("([{$£€“‘#@/—")
 

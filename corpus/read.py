@@ -6,6 +6,7 @@ one `<eos>`. The encoded text is kept beside the texts and memory-mapped the nex
 
 import hashlib
 import itertools
+import json
 import os
 import re
 import sys
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from corpus.files import (
     DATASETS,
+    TOKENIZER,
     fetch_dataset,
     file_digest,
     find_files,
@@ -65,31 +67,47 @@ def ends_in_literal_eos(text: str) -> bool:
     return bool(EOS in text[-100:] and re.search(rf"(?<!\S){EOS}[^\S\n]*\Z", text[-100:]))
 
 
+def without_literal_eos(line: str) -> str:
+    """A line without a literal `<eos>` at its end."""
+    text = line.rstrip()
+    return text[: -len(EOS)] if text == EOS or text.endswith((f" {EOS}", f"\t{EOS}")) else line
+
+
 def say_literal_eos(path: str | Path) -> bool:
     """Says on stderr that a text has line ends written out; returns True."""
     print(f"{path}: a literal {EOS} at the end of a line is counted once, as the end of that line", file=sys.stderr)
     return True
 
 
-def read_corpus(data: str, vocab: list[str] | None = None, vocab_size: int = 0, min_count: int = 0) -> Corpus:
+def read_corpus(
+    data: str, vocab: list[str] | None = None, vocab_size: int = 0, min_count: int = 0, tokenizer: str | None = None
+) -> Corpus:  # fmt: skip
     """Reads the folder `data`, or torchnlp's dataset of that name: `penn_treebank`, `wikitext_2`.
 
     The vocabulary has the words of the training text. A word that only valid or test has becomes `<unk>` if the
     training text contains `<unk>`; otherwise it is added in order of first appearance. `vocab_size` (at most
     so many types, with `<unk>` and `<eos>`) and `min_count` (the fewest occurrences) turn rarer words into `<unk>`.
     Every token of a tokenizer.json in the folder is in the vocabulary, even if the training text never uses it.
-    `vocab`: encode with exactly this vocabulary, that of a saved model.
+    `vocab`, `tokenizer`: of a saved model. The text is encoded with exactly this vocabulary. A folder that has another
+    tokenizer is refused: it would make other tokens, and `<unk>`, of words that the model knows.
 
     Raises:
-        UserError: a text is missing, too short or not UTF-8; or a word is not in `vocab`, which has no `<unk>`.
+        UserError: a text is missing, too short or not UTF-8; or a word is not in `vocab`, which has no `<unk>`; or the
+            folder has another tokenizer.
     """
     if vocab_size == 1:
         raise UserError(f"--vocab_size 1: has no room for {UNK} and {EOS}; give 2 or more")
     files = fetch_dataset(data) if data in DATASETS else find_files(data)
     digests = [file_digest(path) for path in files]
     digest = hashlib.sha256("".join(digests).encode()).hexdigest()
-    tokenizer, pieces = read_tokenizer(files[0].parent)
-    rule = "\n".join([f"{vocab_size} {min_count}", *(vocab or ()), *([tokenizer] if tokenizer else ())])
+    own, pieces = read_tokenizer(files[0].parent)
+    if vocab and own and not same_tokenizer(own, tokenizer):
+        model = "the model's tokenizer" if tokenizer else "the form of the model's corpus: the model has no tokenizer"
+        raise UserError(
+            f"--data {data}: its {TOKENIZER} is not {model}; make the corpus with prepare.py --like MODEL, or remove "
+            f"the {TOKENIZER} if its tokens are the model's"
+        )
+    rule = "\n".join([f"{vocab_size} {min_count}", *(vocab or ()), *([own] if own else ())])
     name = f".cache-{hashlib.sha256(rule.encode()).hexdigest()[:16]}.pt"
     folder = files[0].parent
     home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "awd-lm")
@@ -101,7 +119,7 @@ def read_corpus(data: str, vocab: list[str] | None = None, vocab_size: int = 0, 
             if cached and vocab in (None, cached["vocab"]):
                 return Corpus(**cached)
     corpus = encode_files(data, files, digest, vocab, vocab_size, min_count, pieces)
-    corpus = corpus._replace(tokenizer=tokenizer)
+    corpus = corpus._replace(tokenizer=own)
     problem = None
     for place in places:
         try:
@@ -112,6 +130,14 @@ def read_corpus(data: str, vocab: list[str] | None = None, vocab_size: int = 0, 
             problem = problem or f"{place}: {error.strerror}"
     print(f"warning: {problem}; no cache was kept, the text is read again next time", file=sys.stderr)
     return corpus
+
+
+def same_tokenizer(text: str, other: str | None) -> bool:
+    """Whether two tokenizers have the same vocabulary and merges; `other` can be damaged."""
+    try:
+        return other is not None and json.loads(text)["model"] == json.loads(other)["model"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 class FirstSeen(dict[str, int]):

@@ -153,7 +153,8 @@ def load_corpus(start: Start) -> Corpus:
         ranks, batch_size = ALONE, 1
     if not ranks.is_main:
         ranks.wait()
-    corpus = read_corpus(args.data, stored["vocab"] if stored else None, args.vocab_size, args.min_count)
+    vocab, tokenizer = (stored["vocab"], stored["tokenizer"]) if stored else (None, None)
+    corpus = read_corpus(args.data, vocab, args.vocab_size, args.min_count, tokenizer)
     check_length(corpus.train, batch_size, f"{args.data}: training text")
     check_length(corpus.valid, EVAL_BATCH_SIZE, f"{args.data}: validation text")
     if ranks.is_main:

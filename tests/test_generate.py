@@ -171,12 +171,19 @@ def test_character_and_byte_models_read_and_write_plain_text(tmp_path, capsys):
     assert text.startswith("né\nà")
 
 
-def test_a_character_that_the_screen_lacks_is_a_question_mark(tmp_path, monkeypatch):
+def test_utf_8_is_written_whatever_the_screen_says(tmp_path, monkeypatch):
     save = save_model(tmp_path / "toy.pt", vocab=[*WORDS, "caf\N{LATIN SMALL LETTER E WITH ACUTE}"])
     screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", screen)
     assert call(generate, "--save", save, "--prompt", "caf\N{LATIN SMALL LETTER E WITH ACUTE}", "--words", 1) == 0
-    assert screen.buffer.getvalue().startswith(b"caf?")
+    assert screen.buffer.getvalue().startswith("caf\N{LATIN SMALL LETTER E WITH ACUTE}".encode())
+
+
+def test_a_prompt_that_is_not_utf_8(tmp_path, capsys):
+    """Python gives its bytes as lone surrogates. A model of bytes takes any."""
+    assert call(generate, "--save", save_model(tmp_path / "toy.pt"), "--prompt", "caf\udce9", "--words", 1) == 2
+    assert "--prompt 'caf\\udce9': is not UTF-8" in error_line(capsys)
+    assert call(generate, "--save", save_model(tmp_path / "b.pt", vocab=BYTES), "--prompt", "\udce9", "--words", 1) == 0
 
 
 def test_text_streams_and_a_reader_may_leave(tmp_path):

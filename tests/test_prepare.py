@@ -4,6 +4,7 @@ import io
 import os
 import random
 import re
+import subprocess
 import sys
 import tracemalloc
 from collections import Counter
@@ -14,6 +15,10 @@ from runner import run_fresh
 from toys import LEVELS, call, error_line
 
 import corpus.text
+import dynamiceval
+import finetune
+import main
+import pointer
 import prepare
 from corpus.corpora import SPLITS
 from corpus.read import read_corpus
@@ -411,3 +416,189 @@ def test_no_source_is_written_over(tmp_path, capsys):
         assert call(prepare, *flags, "--out", out) == 2, flags
         assert re.search(r"(train|valid)\.txt|data", error_line(capsys))
         assert (source.read_bytes(), valid.read_bytes()) == before
+
+
+# Texts as people have them
+
+
+def stories(count: int) -> str:
+    """Of several paragraphs each, with a mark between them."""
+    return "<|endoftext|>\n".join(f"{article(i)}\n{article(i, 1)}" for i in range(count))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_mark_separates_documents(tmp_path, level):
+    """It is left out, on a line of its own or within one."""
+    for name, text in (("own", stories(60)), ("within", stories(60).replace("\n<|endoftext|>\n", "<|endoftext|>"))):
+        source = write(tmp_path / f"{name}.txt", text)
+        folder = make(tmp_path / name, source, "--document_mark", "<|endoftext|>", "--level", level, *EVERY)
+        texts = [(folder / f"{split}.txt").read_text() for split in SPLITS]
+        assert "endoftext" not in "".join(texts).replace(" ", "")
+        if level == "char":
+            found = [documents(folder, split) for split in SPLITS]
+            assert sum(map(len, found)) == len(set().union(*found)) == 60
+            assert all(found)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("newlines", [True, False])
+def test_position_cuts_one_text_in_three(tmp_path, level, newlines):
+    """In order, each about its share; a text of one line too, whose pieces are one line again."""
+    text = blocks(300) if newlines else " ".join(blocks(300).split())
+    source = write(tmp_path / "text8", text)
+    how = "--documents", "position", "--valid", 0.1, "--test", 0.2
+    folder = make(tmp_path / "out", source, "--level", level, *how, *EVERY)
+    texts = []
+    for split in SPLITS:
+        lines = lines_of(folder, split)
+        assert len(lines) == 1 or newlines
+        texts.append([line if level == "word" else plain(line.split(), level) for line in lines])
+        sizes = [sum(map(len, part)) for part in texts]
+    whole = "".join("".join(line.split()) for part in texts for line in part)
+    if level != "word":
+        assert whole == "".join(text.split())
+    for size, share in zip(sizes, (0.7, 0.1, 0.2), strict=True):
+        assert size / sum(sizes) == pytest.approx(share, abs=0.03)
+
+
+def test_position_is_the_same_text_whatever_the_pieces(tmp_path, monkeypatch):
+    """A line cut into many pieces or into none has the same tokens."""
+    source = write(tmp_path / "one", " ".join(blocks(100).split()))
+    given = write(tmp_path / "given", "the cat\n")
+    found = []
+    for size in (50, 10**6):
+        monkeypatch.setattr(corpus.text, "PIECE", size)
+        how = "--valid_file", given, "--test_file", given, "--documents", "position", "--level", "subword"
+        found.append((make(tmp_path / f"{size}", source, *how, "--vocab_size", 400) / "train.txt").read_bytes())
+    assert found[0] == found[1]
+
+
+def test_memory_does_not_grow_with_a_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "BATCH_LINES", 10)
+    monkeypatch.setattr(corpus.text, "BLOCK", 1 << 14)
+    peaks = []
+    for count in (200, 2000):
+        source = write(tmp_path / f"{count}", " ".join(article(0).split()) + " the cat sat on the mat" * 25 * count)
+        tracemalloc.start()
+        make(tmp_path / f"out {count}", source, "--documents", "position", *EVERY)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + source.stat().st_size / 3
+
+
+def test_an_empty_file_of_a_folder_is_passed_over_and_counted(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for i in range(30):
+        write(tmp_path / "in" / f"{i}.txt", {3: "", 4: "\n \n"}.get(i, article(i)))
+    make(tmp_path / "out", tmp_path / "in", *EVERY)
+    assert "| 2 of 30 files are empty and were passed over\n" in capsys.readouterr().out
+
+
+def test_a_pipe_is_read_as_its_file_is(tmp_path):
+    """A FIFO is read once; texts for valid and test can be pipes too."""
+    source = write(tmp_path / "source", blocks(40))
+    expected = contents(make(tmp_path / "file", source, "--valid_file", source, *EVERY))
+    pipes = [tmp_path / "first", tmp_path / "second"]
+    writers = []
+    for pipe in pipes:
+        os.mkfifo(pipe)
+        writers.append(subprocess.Popen(["cp", source, pipe]))
+    assert contents(make(tmp_path / "pipe", pipes[0], "--valid_file", pipes[1], *EVERY)) == expected
+    assert [writer.wait() for writer in writers] == [0, 0]
+
+
+def test_what_is_wrong_with_a_pipe_is_said_of_it(tmp_path, capsys):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = subprocess.Popen(["cp", write(tmp_path / "bad", "a\0b\n"), pipe])
+    assert call(prepare, pipe, "--out", tmp_path / "out") == 2
+    assert f"{pipe}: has a NUL byte" in error_line(capsys)
+    writer.wait()
+
+
+def test_documents_of_all_sizes_are_dealt_out_by_share(tmp_path, capsys):
+    """Ten small ones are shared by valid and test, the large one is for training; large ones alone are refused."""
+    files = [write(tmp_path / f"{i}.txt", article(i, lines=3)) for i in range(10)]
+    large = write(tmp_path / "large.txt", article(99, lines=3000))
+    folder = make(tmp_path / "out", *files, large, *CHAR)
+    assert documents(folder, "train") == {"doc99"}
+    assert [len(documents(folder, split)) for split in ("valid", "test")] == [5, 5]
+    capsys.readouterr()
+    assert call(prepare, *files[:1], large, large, large, "--out", tmp_path / "out") == 2
+    assert "too large to deal out" in (line := error_line(capsys))
+    assert "--documents lines or position" in line
+
+
+@pytest.mark.parametrize(("form", "text"), [("nfc", "caf\u00e9 \ufb01n"), ("nfkc", "caf\u00e9 fin")])
+def test_normalize_brings_a_text_into_one_form(tmp_path, form, text):
+    """Decomposed accents, and with nfkc ligatures; without it the text stays as it is."""
+    source = "cafe\u0301 \ufb01n\n"
+    assert lines_of(whole(tmp_path, source, "--normalize", form, *EVERY)) == [text]
+    assert lines_of(whole(tmp_path, source, "--level", "char", *EVERY, name="none"))[0].split()[3:5] == ["e", "\u0301"]
+
+
+def test_unknown_words_written_out_stay_one_token(tmp_path):
+    """And what WikiText writes for a hyphen, comma or point within a word."""
+    lines = lines_of(whole(tmp_path, "the <unk> well @-@ known 1 @,@ 000 @.@ 5 <unk>.\n", *EVERY))
+    assert lines == ["the <unk> well @-@ known 1 @,@ 000 @.@ 5 <unk> ."]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_literal_eos_ends_its_line_once(tmp_path, level, capsys):
+    plain_text = blocks(40)
+    marked = "\n".join(f"{line} <eos>" if line else line for line in plain_text.split("\n"))
+    found = [
+        contents(whole(tmp_path, text, "--level", level, *EVERY, name=f"{len(text)}")) for text in (plain_text, marked)
+    ]
+    assert found[0] == found[1]
+    assert capsys.readouterr().err.count("a literal <eos>") == 1  # in three passes, for three texts
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_like_uses_a_tokenizer_that_is_there(tmp_path, level, capsys):
+    """Of a folder or a model; its words are known, other words are not; its tokenizer.json is the same."""
+    first = whole(tmp_path, blocks(40), "--level", level, "--lower", *EVERY, name="first")
+    second = write(tmp_path / "second", "THE CAT sat on qqq\n\nthe mat\n\n" + blocks(5))
+    model = tmp_path / "m.pt"
+    small = ["--emsize", 8, "--nhid", 8, "--nlayers", 1, "--batch_size", 4, "--epochs", 1, "--device", "cpu"]
+    assert call(main, "--data", first, *small, "--save", model) == 0
+    given = "--valid_file", second, "--test_file", second
+    by_folder = make(tmp_path / "by folder", second, *given, "--like", first)
+    assert contents(by_folder) == contents(make(tmp_path / "by model", second, *given, "--like", model))
+    assert (by_folder / "tokenizer.json").read_bytes() == (first / "tokenizer.json").read_bytes()
+    line = lines_of(by_folder)[0]
+    assert (line if level == "word" else plain(line.split(), level)).startswith("the cat")
+    own = make(tmp_path / "own", second, *given, "--level", level, *EVERY)
+    for script, *argv in ((main, "--resume", model, "--epochs", 0), (finetune, "--save", model, "--output", "x.pt")):
+        capsys.readouterr()
+        assert call(script, *argv, "--data", own) == 2
+        assert "its tokenizer.json is not the model's tokenizer" in error_line(capsys)
+    for script in (pointer, dynamiceval):
+        assert call(script, "--save", model, "--data", own) == 2
+        assert "prepare.py --like MODEL" in error_line(capsys)
+    assert call(main, "--resume", model, "--epochs", 0, "--data", by_folder) == 0
+
+
+def test_like_and_its_settings_do_not_go_together(tmp_path, capsys):
+    source = write(tmp_path / "source", blocks(30))
+    folder = make(tmp_path / "first", source)
+    (tmp_path / "none").mkdir()
+    capsys.readouterr()
+    for flags, named in (
+        (["--like", folder, "--level", "word"], "--level: is settled by the tokenizer"),
+        (["--like", folder, "--lower"], "--lower: is settled"),
+        (["--like", tmp_path / "none"], "has no tokenizer.json"),
+        (["--like", tmp_path / "missing.pt"], "--like"),
+        (["--level", "subword", "--vocab_size", 0], "--vocab_size 0: is too small"),
+        (["--documents", "position", "--unwrap"], "--unwrap: does not go together"),
+        (["--documents", "files", "--document_mark", "x"], "--document_mark"),
+    ):
+        assert call(prepare, source, "--out", tmp_path / "out", *flags) == 2
+        assert named in error_line(capsys)
+
+
+def test_a_model_without_a_tokenizer_takes_no_corpus_that_has_one(base, tmp_path, capsys):
+    folder = make(tmp_path / "first", write(tmp_path / "source", blocks(30)))
+    capsys.readouterr()
+    assert call(main, "--resume", base / "m.pt", "--epochs", 0, "--data", folder) == 2
+    assert "the model has no tokenizer" in error_line(capsys)
