@@ -18,7 +18,7 @@ from torch import Tensor
 from corpus.codec import Codec, WordCodec, make_codec
 from corpus.read import EOS, encode_line, make_encoder
 from harness.files import open_model
-from harness.flags import COUNT, POSITIVE, SEED, SWITCH, Flag, number, parse_evaluation
+from harness.flags import COUNT, PLAIN, POSITIVE, SEED, SWITCH, Flag, number, parse_evaluation
 from harness.script import run_script
 from model import Criterion, Hidden, RNNModel
 from utils import LabelEncoder, UserError
@@ -102,6 +102,7 @@ def encode_prompt(prompt: str, encoder: LabelEncoder, codec: Codec) -> list[int]
 
 GENERATION = [
     Flag("--prompt", {}, "", "the text to go on from; newlines end its lines"),
+    PLAIN,
     Flag("--words", POSITIVE, 1000, "words to draw, newlines included"),
     Flag("--temperature", {"type": number(float, 0.001)}, 1.0, "divides the logits: below 1 safer, above wilder"),
     Flag("--top_k", COUNT, 0, "draw from the K most probable; 0: all"),
@@ -118,7 +119,7 @@ def main() -> None:
     args = parse_evaluation(__doc__, ("generation", GENERATION))
     saved = open_model(args)
     model, criterion, vocab = saved.model, saved.criterion, saved.vocab
-    codec, encoder = make_codec(saved.tokenizer, vocab, f"--save {args.save}"), make_encoder(vocab)
+    codec, encoder = make_codec(saved.tokenizer, vocab, f"--save {args.save}", args.plain), make_encoder(vocab)
     prompt = encode_prompt(args.prompt, encoder, codec)
     if args.next:
         logprob, _ = next_logprob(model, criterion, prompt, model.init_hidden(1))

@@ -27,7 +27,7 @@ from corpus.read import EOS, read_corpus
 from corpus.text import read_lines
 from dynamiceval import DYNAMIC, MovingWeights, fill_in, find_statistics, weights_of
 from harness.files import Opened, open_model
-from harness.flags import SWITCH, Flag, number, parse_evaluation
+from harness.flags import PLAIN, SWITCH, Flag, number, parse_evaluation
 from harness.log import ppl, unit_figures, unit_text, warn
 from harness.script import run_script
 from surprisal import Line, Reader, Scored, score_adaptively, score_apart, score_carried
@@ -192,6 +192,7 @@ SCORES = [
     Flag("text", {"nargs": "?", "metavar": "FILE"}, None, "the text, - for stdin: one sentence per line"),
     Flag("--tokens", SWITCH, False, "a row per token: surprisal, entropy, rank"),
     Flag("--words", SWITCH, False, "a row per word (white space separates words): its tokens' summed surprisal"),
+    PLAIN,
     Flag("--nats", SWITCH, False, "surprisal and entropy in nats (default: in bits)"),
     Flag("--carry", SWITCH, False, "line after line, as one text (default: each line from a fresh state)"),
     Flag("--context", {"metavar": "FILE"}, None, "read the line of the same number in FILE before each line"),
@@ -218,7 +219,7 @@ def main() -> None:
     args = parse_evaluation(__doc__, ("scores", SCORES), ("with --adaptive", DYNAMIC))
     check_uses(args)
     saved = open_model(args)
-    reader = Reader(saved, args.save)
+    reader = Reader(saved, args.save, args.plain)
     if args.pairs:
         return print_pairs(saved, reader, args.pairs)
     if args.nbest:

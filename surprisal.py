@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from corpus.codec import Token, make_codec
+from corpus.codec import make_codec
+from corpus.plain import Token
 from corpus.read import EOS, UNK, encode_line, make_encoder
 from corpus.text import read_lines
 from dynamiceval import MovingWeights, weights_of
@@ -161,8 +162,8 @@ def make_scored(line: Line, figures: Tensor) -> Scored:
 class Reader:
     """Turns lines of text into the ids of a saved model's vocabulary."""
 
-    def __init__(self, saved: Opened, path: str) -> None:
-        self.codec = make_codec(saved.tokenizer, saved.vocab, f"--save {path}")
+    def __init__(self, saved: Opened, path: str, plain: bool = False) -> None:
+        self.codec = make_codec(saved.tokenizer, saved.vocab, f"--save {path}", plain)
         self.encoder = make_encoder(saved.vocab)
         self.eos = self.encoder.token_to_index[EOS]
 

@@ -11,11 +11,13 @@ that is trained on the corpus holds a copy. Training reads only its vocabulary, 
 import codecs
 import json
 import re
+import sys
 from bisect import bisect_left
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from corpus.plain import PlainForm, Token, character_tokens
 from corpus.read import EOS, UNK
 from utils import UserError
 
@@ -23,14 +25,6 @@ SPACE = "▁"  # the token of a space among characters
 BLOCK_CHARACTER = "\ufdd0"  # the token of the character `▁` itself there; in Unicode no text has this one
 NO_SPACE_BEFORE = frozenset([*".,;:!?)]}%’”…/—", "..", "...", "--"])
 NO_SPACE_AFTER = frozenset("([{$£€“‘#@/—")
-
-
-class Token(NamedTuple):
-    """A token of a line."""
-
-    piece: str  # the token in the vocabulary, or `<unk>`
-    text: str  # the characters of the line
-    word: int  # the number, from 0, of the word that the token is part of; white space separates words
 
 
 def byte_table() -> dict[str, int]:
@@ -72,26 +66,33 @@ class WordCodec:
 
     If all words of the vocabulary are numbers from 0 to 255, they are bytes (enwik8). If all are single characters, `_`
     stands for a space (the Penn Treebank's characters).
+
+    plain: lines are plain text (--plain), to be brought into this form.
     """
 
     splits_words = False  # whether a word can be several tokens
 
-    def __init__(self, vocab: list[str]) -> None:
-        plain = [word for word in vocab if not (len(word) > 2 and word[0] == "<" and word[-1] == ">")]
-        self.bytes = len(plain) > 100 and all(word.isdecimal() and int(word) < 256 for word in plain)
-        self.characters = not self.bytes and all(len(word) == 1 for word in plain)
+    def __init__(self, vocab: list[str], plain: bool = False) -> None:
+        words = [word for word in vocab if not (len(word) > 2 and word[0] == "<" and word[-1] == ">")]
+        self.bytes = len(words) > 100 and all(word.isdecimal() and int(word) < 256 for word in words)
+        self.characters = not self.bytes and all(len(word) == 1 for word in words)
+        self.plain = PlainForm(vocab) if plain else None
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.line_start = True
 
     def tokens(self, line: str) -> list[Token]:
-        """The tokens of a line in the corpus's form."""
+        """The tokens of a line in the corpus's form, or with --plain of plain text."""
+        if self.plain and (self.bytes or self.characters):
+            return character_tokens(line, self.bytes)
+        if self.plain:
+            return self.plain.tokens(line)
         return [Token(word, word, i) for i, word in enumerate(line.split())]
 
     def encode(self, line: str) -> str:
-        """A line of plain text in the corpus's form: tokens with spaces between them."""
-        if self.bytes:
-            return " ".join(map(str, line.encode("utf-8", "surrogateescape")))
-        return " ".join("_" if c == " " else c for c in line) if self.characters else line
+        """A line of plain text in the corpus's form: tokens with spaces between them. Words are as they are given."""
+        if self.bytes or self.characters:
+            return " ".join(token.piece for token in character_tokens(line, self.bytes))
+        return " ".join(token.piece for token in self.plain.tokens(line)) if self.plain else line
 
     def piece(self, word: str) -> str:
         """The text that the next token adds: a newline for `<eos>`, nothing for part of a character."""
@@ -193,15 +194,24 @@ class TokenizerCodec:
 Codec = WordCodec | TokenizerCodec
 
 
-def make_codec(tokenizer: str | None, vocab: list[str], place: str) -> Codec:
-    """The codec of a saved model; `place` names the model in errors.
+def make_codec(tokenizer: str | None, vocab: list[str], place: str, plain: bool = False) -> Codec:
+    """The codec of a saved model; `place` names the model in errors. `plain`: --plain; its rules go to stderr.
 
     Raises:
-        UserError: see `TokenizerCodec`; or the vocabulary has no `<eos>`, so that no line could end.
+        UserError: see `TokenizerCodec`; or the vocabulary has no `<eos>`, so that no line could end; or `plain` is of
+            no use, because the tokenizer takes plain text.
     """
     if EOS not in vocab:
         raise UserError(f"{place}: has no {EOS} in its vocabulary; use a model that main.py trained")
-    return TokenizerCodec(tokenizer, place) if tokenizer else WordCodec(vocab)
+    if tokenizer and plain:
+        raise UserError(f"--plain: {place} has a tokenizer, which takes plain text; leave it out")
+    if tokenizer:
+        return TokenizerCodec(tokenizer, place)
+    codec = WordCodec(vocab, plain)
+    if codec.plain:
+        form = "bytes" if codec.bytes else "characters" if codec.characters else str(codec.plain)
+        print(f"--plain: the text is brought into the form of the model's vocabulary: {form}", file=sys.stderr)
+    return codec
 
 
 def import_tokenizers() -> Any:

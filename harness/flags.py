@@ -79,6 +79,9 @@ class Flag(NamedTuple):
 NOT_STORED = {"stored": False}
 SHAPES_MODEL = {"shapes_model": True}
 NOT_INHERITED = {"inherited": False}
+PLAIN = Flag(
+    "--plain", SWITCH, False, "the text is plain: bring it into the form of the vocabulary (models without a tokenizer)"
+)
 RUN = "run"
 MODEL = "model (read from the saved one if there is one)"
 REGULARISATION = "regularisation (dropouts are probabilities in [0, 1))"
