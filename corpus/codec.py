@@ -23,6 +23,7 @@ from utils import UserError
 
 SPACE = "▁"  # the token of a space among characters
 BLOCK_CHARACTER = "\ufdd0"  # the token of the character `▁` itself there; in Unicode no text has this one
+WHITE_SPACE = b" \t\n\r\v\f"
 NO_SPACE_BEFORE = frozenset([*".,;:!?)]}%’”…/—", "..", "...", "--"])
 NO_SPACE_AFTER = frozenset("([{$£€“‘#@/—")
 
@@ -70,13 +71,12 @@ class WordCodec:
     plain: lines are plain text (--plain), to be brought into this form.
     """
 
-    splits_words = False  # whether a word can be several tokens
-
     def __init__(self, vocab: list[str], plain: bool = False) -> None:
         words = [word for word in vocab if not (len(word) > 2 and word[0] == "<" and word[-1] == ">")]
         self.bytes = len(words) > 100 and all(word.isdecimal() and int(word) < 256 for word in words)
         self.characters = not self.bytes and all(len(word) == 1 for word in words)
         self.plain = PlainForm(vocab) if plain else None
+        self.splits_words = plain and (self.bytes or self.characters)  # whether words are split, and spaces are tokens
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.line_start = True
 
@@ -87,6 +87,10 @@ class WordCodec:
         if self.plain:
             return self.plain.tokens(line)
         return [Token(word, word, i) for i, word in enumerate(line.split())]
+
+    def starts_word(self, piece: str) -> bool:
+        """Whether a token begins with a space, so that a new word starts."""
+        return self.splits_words and piece == ("32" if self.bytes else "_")
 
     def encode(self, line: str) -> str:
         """A line of plain text in the corpus's form: tokens with spaces between them. Words are as they are given."""
@@ -133,6 +137,8 @@ class TokenizerCodec:
             raise UserError(f"{place}: holds no tokenizer that can be read; train the model again") from None
         self.new_stream = lambda: tokenizers.decoders.DecodeStream(skip_special_tokens=False)
         self.splits_words = self.tokenizer.decoder is not None
+        byte_level = isinstance(self.tokenizer.decoder, tokenizers.decoders.ByteLevel)
+        self.bytes_of_letters = byte_table() if byte_level else {}
         self.start_line()
 
     def start_line(self) -> None:
@@ -148,6 +154,11 @@ class TokenizerCodec:
             Token(piece, line[first:last], min(bisect_left(ends, last), len(ends) - 1))
             for piece, (first, last) in zip(encoding.tokens, encoding.offsets, strict=True)
         ]
+
+    def starts_word(self, piece: str) -> bool:
+        if self.bytes_of_letters:
+            return self.bytes_of_letters.get(piece[0], 0) in WHITE_SPACE
+        return self.splits_words and (piece == SPACE or piece.isspace())
 
     def encode(self, line: str) -> str:
         return " ".join(self.tokenizer.encode(line).tokens)

@@ -8,10 +8,8 @@ from pathlib import Path
 
 from runner import ROOT
 
-FILES = [
-    *ROOT.glob("*.py"),
-    *(path for folder in ("benchmarks", "corpus", "harness", "layers") for path in (ROOT / folder).glob("*.py")),
-]
+FOLDERS = ("benchmarks", "corpus", "harness", "layers", "scoring")
+FILES = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))]
 
 
 def place(path: Path) -> str:

@@ -28,7 +28,10 @@ def scored(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[list[list
 
 @pytest.mark.parametrize("carry", [False, True])
 def test_scores_are_those_of_one_word_at_a_time(tmp_path, capsys, monkeypatch, carry):
-    """Each line's figures, and the total's, for state reset and carried, in batches and cut in pieces."""
+    """Each line's figures, and the total's, for state reset and carried, in batches and cut in pieces.
+
+    A blank line is passed over, and counted by the numbers of those below it.
+    """
     monkeypatch.setattr(surprisal, "BATCH_TOKENS", 64)
     save, file = save_model(tmp_path / "toy.pt"), tmp_path / "sentences.txt"
     file.write_text("\n".join(SENTENCES))
@@ -36,7 +39,8 @@ def test_scores_are_those_of_one_word_at_a_time(tmp_path, capsys, monkeypatch, c
 
     model, criterion = double_model()
     index, before, logprobs, tokens = {word: i for i, word in enumerate(WORDS)}, [], 0.0, 0
-    for number, (row, sentence) in enumerate(zip(rows, SENTENCES, strict=True), start=1):
+    numbered = [(number, sentence) for number, sentence in enumerate(SENTENCES, start=1) if sentence]
+    for row, (number, sentence) in zip(rows, numbered, strict=True):
         ids = [0, *(index.get(word, 1) for word in sentence.split()), 0]
         source = [*before, *ids[:-1]]
         expected = one_by_one(model, criterion, source)[len(before) :]
@@ -47,7 +51,7 @@ def test_scores_are_those_of_one_word_at_a_time(tmp_path, capsys, monkeypatch, c
         assert float(row[3]) == pytest.approx(value, abs=1e-3)
         assert float(row[4]) == pytest.approx(math.exp(-value / n), rel=1e-3, abs=0.005)
         logprobs, tokens = logprobs + value, tokens + n
-    assert total[:3] == [len(SENTENCES), tokens, 2]
+    assert total[:3] == [len(numbered), tokens, 2]
     assert total[3] == pytest.approx(logprobs, abs=1e-2)
     assert total[4] == pytest.approx(math.exp(-logprobs / tokens), rel=1e-3)
 

@@ -1,5 +1,6 @@
 """Surprisal of text, against one word at a time in float64."""
 
+import csv
 import io
 import json
 import math
@@ -36,7 +37,7 @@ LINES = ["w1 w2 w3", "", "w4 nobody knows w5 <unk>", *[f"w{i} w{2 * i} " * i for
 HEADS = {
     "lines": ["line", "tokens", "unknown", "logprob", "ppl"],
     "tokens": ["line", "position", "token", "surprisal", "entropy", "rank"],
-    "words": ["line", "position", "word", "pieces", "surprisal"],
+    "words": ["line", "position", "word", "pieces", "unknown", "surprisal", "whole", "entropy"],
 }
 BITS = math.log(2)
 CLOSE = 2e-4  # beside what is rounded in the table
@@ -47,7 +48,7 @@ def table(capsys, *argv: object) -> tuple[list[str], list[list[str]], str]:
     """Header, rows, and stderr."""
     assert call(score, *argv) in (0, None)
     out, err = capsys.readouterr()
-    head, *rows = [line.split("\t") for line in out.removesuffix("\n").split("\n")]
+    head, *rows = csv.reader(io.StringIO(out), delimiter="\t")
     assert all(len(row) == len(head) for row in rows)
     return head, rows, err
 
@@ -78,13 +79,14 @@ def slow(kind: str, before: list[int], line: list[int], vocab: list[str] = WORDS
     return list(zip((-own[:, 0] / BITS).tolist(), (entropy / BITS).tolist(), rank.tolist(), strict=True))
 
 
-def logprob_of(kind: str, line: str, before: list[int] | None = None) -> float:
-    return -sum(row[0] for row in slow(kind, before or [0], encode(line))) * BITS
+def logprob_of(kind: str, line: str, closing: bool = True) -> float:
+    """In nats, with or without the closing `<eos>`."""
+    return -sum(row[0] for row in slow(kind, [0], encode(line))[: None if closing else -1]) * BITS
 
 
 def check(rows: list[list[str]], expected: list[list[tuple[float, float, int]]], unit: float = 1.0) -> None:
-    """Rows of --tokens against figures line by line."""
-    flat = [(i, j, *row) for i, line in enumerate(expected, 1) for j, row in enumerate(line, 1)]
+    """Rows of --tokens against figures line by line; blank lines, of `<eos>` alone, have none."""
+    flat = [(i, j, *row) for i, line in enumerate(expected, 1) for j, row in enumerate(line, 1) if len(line) > 1]
     assert [row[:2] for row in rows] == [[str(i), str(j)] for i, j, *_ in flat]
     for row, (_, _, bits, entropy, rank) in zip(rows, flat, strict=True):
         assert float(row[3]) == pytest.approx(bits * unit, abs=CLOSE)
@@ -105,11 +107,11 @@ def test_tokens_are_those_of_one_word_at_a_time(tmp_path, capsys, kind):
     save, text = model(tmp_path, kind), write(tmp_path / "text", LINES)
     rows = rows_of(capsys, "tokens", "--save", save, text)
     check(rows, [slow(kind, [0], encode(line)) for line in LINES])
-    words = [[*line.split(), "<eos>"] for line in LINES]
+    words = [[*line.split(), "<eos>"] for line in LINES if line]
     shown = [w if w in INDEX else f"<unk> {w}" for line in words for w in line]
     assert [row[2] for row in rows] == shown
-    for i, row in enumerate(rows_of(capsys, "lines", "--save", save, text), 1):
-        bits = sum(float(token[3]) for token in rows if token[0] == str(i))
+    for row in rows_of(capsys, "lines", "--save", save, text):
+        bits = sum(float(token[3]) for token in rows if token[0] == row[0])
         assert float(row[3]) == pytest.approx(-bits * BITS, abs=1e-3)
 
 
@@ -119,7 +121,7 @@ def test_carried_tokens_go_on_from_line_to_line(tmp_path, capsys):
     before, expected = [0], []
     for line in LINES:
         expected.append(slow("LSTM", before, encode(line)))
-        before = [*before, *encode(line)]
+        before = [*before, *encode(line)] if line else before
     check(rows_of(capsys, "tokens", "--save", save, text, "--carry", "--nats"), expected, BITS)
 
 
@@ -131,7 +133,8 @@ def test_context_is_read_and_not_counted(tmp_path, capsys):
     pairs = list(zip(LINES, contexts, strict=True))
     expected = [slow("LSTM", [0, *encode(context)], encode(line)) for line, context in pairs]
     check(rows_of(capsys, "tokens", *flags), expected)
-    for row, line in zip(rows_of(capsys, "lines", *flags), expected, strict=True):
+    lines = [line for line in expected if len(line) > 1]
+    for row, line in zip(rows_of(capsys, "lines", *flags), lines, strict=True):
         assert int(row[1]) == len(line)
         assert float(row[3]) == pytest.approx(-sum(x[0] for x in line) * BITS, abs=1e-3)
 
@@ -148,7 +151,7 @@ def test_figures_do_not_depend_on_what_is_beside_them(tmp_path, capsys, monkeypa
     write(tmp_path / "context", lines[::-1])
     found = []
     for numbers in ((32, 256, 1024, 128), (1, 1000, 1, 1), (3, 7, 10, 3), (100, 2, 64, 7), (2, 64, 5000, 1000)):
-        names = ("BATCH_LINES", "SORT_WINDOW", "BATCH_TOKENS", "BATCH_DISTRIBUTIONS")
+        names = ("BATCH_LINES", "WINDOW", "BATCH_TOKENS", "BATCH_DISTRIBUTIONS")
         for name, number in zip(names, numbers, strict=True):
             monkeypatch.setattr(surprisal, name, number)
         found.append(rows_of(capsys, "tokens", "--save", save, text, *flags))
@@ -191,7 +194,17 @@ def test_white_space_in_an_unknown_token_leaves_the_columns_alone(tmp_path, caps
     assert "<unk> " in [row[2] for row in rows]
 
 
-PLAIN = ["The cat, it's said, sat.", "", "“the mat” (or zebra!)", "  the  cats 🎉 naïve", "café Ωx on"]
+PLAIN = ["The cat, it's said, sat.", "“the mat” (or zebra!)", "  the  cats 🎉 naïve", "café Ωx on"]
+
+
+def start_bits(line: list[int], vocab: list[str], level: str) -> list[float]:
+    """-log2 of the probability that a word starts, before each token of a line and after it: its definition."""
+    letters = {"word": "", "char": "\u2581", "subword": "\u0120\u0109\u010a\u010b\u010c\u010d"}[level]
+    spaces = [word == "<eos>" or bool(letters and word[0] in letters) for word in vocab]
+    logprob = one_by_one(*double_model(vocab=vocab, **MODELS["LSTM"]), [vocab.index("<eos>"), *line[:-1]])
+    mass = [sum(p for p, space in zip(row, spaces, strict=True) if space) for row in logprob.exp().tolist()]
+    nothing = level == "word"  # its tokens carry no spaces
+    return [0.0, *(0.0 if nothing else -math.log2(x) for x in mass[1:]), 0.0]
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -221,13 +234,17 @@ def test_plain_text_is_scored_by_its_tokenizer(tmp_path, capsys, corpora, level)
         assert [row[1] for row in own] == [str(i) for i in range(1, len(own) + 1)]
         assert [row[2].removeprefix("<unk> ") for row in own if row[2] != "<eos>"] == line.split()
         assert sum(int(row[3]) for row in own) == len(ids[number - 1])
-        assert sum(float(row[4]) for row in own) == pytest.approx(bits[number - 1], abs=1e-2)
+        assert [sum(float(row[i]) for row in own) for i in (5, 6)] == pytest.approx([bits[number - 1]] * 2, abs=1e-2)
+    assert sum(int(row[4]) for row in words) == len(unknown)
     first = [row for row in words if row[0] == "1"]
-    position = 0
+    starts, position = start_bits(ids[0], corpus.vocab, level), 0
     for row in first:
-        part = expected[0][position : position + int(row[3])]
-        position += int(row[3])
-        assert float(row[4]) == pytest.approx(sum(x[0] for x in part), abs=1e-3)
+        end = position + int(row[3])
+        surprisal = sum(x[0] for x in expected[0][position:end])
+        whole = surprisal - starts[position] + starts[end]
+        wanted = [surprisal, whole, expected[0][position][1]]
+        assert [float(x) for x in row[5:]] == pytest.approx(wanted, abs=1e-3)
+        position = end
 
     rows, err = table(capsys, *flags)[1:]
     assert [int(row[1]) for row in rows] == [len(line) for line in ids]
@@ -252,17 +269,21 @@ def slow_adaptive(kind: str, ids: Tensor, lines: list[list[int]], how: dict[str,
     slow.take_statistics(ids, how["batch_size"], how["bptt"])
     found = []
     for line in lines:
-        words = torch.tensor([0, *line])[:, None]
-        loss, _ = mean_loss(*slow.parts, words[:-1], words[1:], slow.parts[0].init_hidden(1))
-        found.append(-loss.item() * len(line))
-        slow.move(loss * len(line) / how["bptt"])  # a rate in proportion to the length
+        words, hidden, total = [0, *line], slow.parts[0].init_hidden(1), 0.0
+        for start in range(0, len(line), how["bptt"]):
+            part = torch.tensor(words[start : start + how["bptt"] + 1])[:, None]
+            loss, hidden = mean_loss(*slow.parts, part[:-1], part[1:], hidden)
+            total -= loss.item() * (len(part) - 1)
+            slow.move(loss * (len(part) - 1) / how["bptt"])  # a shorter segment moves them by less, in proportion
+        found.append(total)
     return found
 
 
 @every_kind
 def test_adaptive_is_dynamic_evaluation_line_by_line(tmp_path, capsys, kind):
-    """The first line has its plain figure; then the weights move after each line; the file stays as it was."""
-    save, text = model(tmp_path, kind), write(tmp_path / "text", LINES[:6])
+    """The first segment has its plain figure; then the weights move after each; the file stays as it was."""
+    lines = [LINES[0], *LINES[2:8]]
+    save, text = model(tmp_path, kind), write(tmp_path / "text", lines)
     data = write_corpus(tmp_path / "data")
     how = {"lr": 0.003, "lamb": 0.05, "epsilon": 1e-4, "bptt": 4, "batch_size": 8}
     flags = [str(x) for name, value in how.items() for x in (f"--{name}", value)]
@@ -270,8 +291,8 @@ def test_adaptive_is_dynamic_evaluation_line_by_line(tmp_path, capsys, kind):
     before = save.read_bytes()
     rows = rows_of(capsys, "lines", *argv)
     train = read_corpus(str(data), WORDS).train.long()
-    expected = slow_adaptive(kind, train, [encode(line) for line in LINES[:6]], how)
-    plain = [logprob_of(kind, line) for line in LINES[:6]]
+    expected = slow_adaptive(kind, train, [encode(line) for line in lines], how)
+    plain = [logprob_of(kind, line) for line in lines]
     assert float(rows[0][3]) == pytest.approx(plain[0], abs=1e-3)
     assert [float(row[3]) for row in rows] == pytest.approx(expected, abs=5e-3)
     assert max(abs(a - b) for a, b in zip(expected, plain, strict=True)) > 0.1
@@ -288,9 +309,9 @@ def test_adaptive_is_dynamic_evaluation_line_by_line(tmp_path, capsys, kind):
 @pytest.mark.parametrize("how", ["--carry", "--context"])
 def test_adaptive_without_moving_is_the_plain_score(tmp_path, capsys, how):
     """State carried, and read after another text: at a rate and decay of 0 every row is the same."""
-    save, text = model(tmp_path, "LSTM"), write(tmp_path / "text", LINES[:6])
+    save, text = model(tmp_path, "LSTM"), write(tmp_path / "text", LINES[2:8])
     data = write_corpus(tmp_path / "data")
-    flags = [how, *([write(tmp_path / "before", LINES[6:12])] if how == "--context" else [])]
+    flags = [how, *([write(tmp_path / "before", LINES[8:14])] if how == "--context" else [])]
     still = ["--adaptive", "--data", data, "--lr", 0, "--lamb", 0, "--batch_size", 8]
     plain = rows_of(capsys, "tokens", "--save", save, text, *flags)
     for row, expected in zip(rows_of(capsys, "tokens", "--save", save, text, *flags, *still), plain, strict=True):
@@ -301,12 +322,14 @@ def test_adaptive_without_moving_is_the_plain_score(tmp_path, capsys, how):
 # Pairs and lists
 
 
-def test_pairs_are_counted_by_paradigm(tmp_path, capsys):
-    """BLiMP's lines, and two columns; a sentence that is its own pair is never the better one."""
+@pytest.mark.parametrize("closing", [False, True])
+def test_pairs_are_counted_by_paradigm(tmp_path, capsys, closing):
+    """BLiMP's lines, and two columns; a sentence that is its own pair is a tie and never right; a row per pair."""
     save, rng = model(tmp_path, "LSTM"), random.Random(1)
     pairs = [[" ".join(rng.choices(WORDS[2:], k=rng.randint(1, 6))) for _ in "gb"] for _ in range(30)]
     pairs += [[pair[0]] * 2 for pair in pairs[:10]]
-    right = [logprob_of("LSTM", good) > logprob_of("LSTM", bad) and good != bad for good, bad in pairs]
+    figures = [[logprob_of("LSTM", text, closing) for text in pair] for pair in pairs]
+    right = [figure[0] > figure[1] and good != bad for figure, (good, bad) in zip(figures, pairs, strict=True)]
     blimp = [
         json.dumps({"UID": f"p{i % 3}", "sentence_good": good, "sentence_bad": bad, "field": "syntax"})
         for i, (good, bad) in enumerate(pairs)
@@ -316,32 +339,46 @@ def test_pairs_are_counted_by_paradigm(tmp_path, capsys):
         (blimp, {f"p{i}": right[i::3] for i in range(3)}),
         *[(columns, {}), (["good\tbad", "", *columns, ""], {}), (["sentence_good\tsentence_bad", *columns], {})],
     ):
-        head, rows, err = table(capsys, "--save", save, "--pairs", write(tmp_path / "pairs", lines))
+        file, each = write(tmp_path / "pairs.tsv", lines), tmp_path / "each.tsv"
+        eos = ["--eos", "count"] if closing else []
+        head, rows, err = table(capsys, "--save", save, "--pairs", file, "--rows", each, *eos)
         assert "10 of 40 pairs have the same tokens twice" in err
-        assert head == ["paradigm", "pairs", "accuracy"]
-        assert rows[-1][0] == "all"
-        for name, count, accuracy in rows:
+        assert head == ["paradigm", "pairs", "accuracy", "low", "high", "ties"]
+        assert [row[0] for row in rows] == [*(groups or ["pairs"]), "all"]
+        for name, count, accuracy, low, high, ties in rows:
             own = groups.get(name, right)
             assert int(count) == len(own)
             assert float(accuracy) == pytest.approx(sum(own) / len(own), abs=1e-6)
-        assert {row[0] for row in rows} >= {*groups, "all"}
+            assert float(low) < float(accuracy) < float(high)
+            for bound in (float(low), float(high)):  # Wilson's: 1.96 deviations of the bound's own binomial away
+                away = abs(bound - float(accuracy)) / math.sqrt(bound * (1 - bound) / len(own))
+                assert away == pytest.approx(1.96, rel=1e-3)
+            assert int(ties) == (10 if name in ("all", "pairs") else len(range(30 + int(name[1:]), 40, 3)))
+        with open(each, encoding="utf-8", newline="") as out:
+            for row, pair, figure, better in zip(
+                csv.DictReader(out, delimiter="\t"), pairs, figures, right, strict=True
+            ):
+                assert (row["path"], row["good"], row["bad"]) == (str(file), *pair)
+                assert [float(row[f"logprob_{name}"]) for name in ("good", "bad")] == pytest.approx(figure, abs=1e-3)
+                assert (row["right"], row["tie"]) == (str(int(better)), str(int(pair[0] == pair[1])))
 
 
-@pytest.mark.parametrize("weight", [None, 0, 0.3, 2.5])
-def test_the_best_of_a_list_has_the_highest_total(tmp_path, capsys, weight):
+@pytest.mark.parametrize("closing", [False, True])
+@pytest.mark.parametrize("weight", [None, 0, 2.5])
+def test_the_best_of_a_list_has_the_highest_total(tmp_path, capsys, weight, closing):
     """Score + weight · ln p; lists may be mixed up."""
     save, rng, W = model(tmp_path, "GRU"), random.Random(2), 1 if weight is None else weight
     lists = [
-        (f"u{rng.randint(0, 4)}", round(rng.uniform(-40, 0), 2), " ".join(rng.choices(WORDS, k=3)[1:]))
+        (f"u{rng.randint(0, 4)}", round(rng.uniform(-40, 0), 2), " ".join(rng.choices(WORDS[1:], k=2)))
         for _ in range(30)
     ]
     file = write(tmp_path / "lists", ["", *(f"{name}\t{own}\t{text}" for name, own, text in lists), ""])
-    flags = [] if weight is None else ["--weight", weight]
+    flags = [*([] if weight is None else ["--weight", weight]), *(["--eos", "count"] if closing else [])]
     head, rows, _ = table(capsys, "--save", save, "--nbest", file, *flags)
     assert head == ["id", "total", "score", "logprob", "text"]
     best: dict[str, tuple] = {}
     for name, own, text in lists:
-        logprob = logprob_of("GRU", text)
+        logprob = logprob_of("GRU", text, closing)
         best[name] = max(best.get(name, (-math.inf,)), (own + W * logprob, own, logprob, text))
     assert {row[0]: row[4] for row in rows} == {name: entry[3] for name, entry in best.items()}
     assert len(rows) == len(best)

@@ -1,0 +1,1 @@
+"""What score.py prints: rows of lines and words, tables of words, minimal pairs and lists of hypotheses."""

@@ -1,0 +1,122 @@
+"""Which text is the likelier one: accuracy on minimal pairs, and the best text of each list of hypotheses."""
+
+import io
+import math
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from typing import BinaryIO
+
+from corpus.forms import Hypothesis, Pair, find_pair_files, read_hypotheses, read_pairs
+from harness.files import check_writable, write
+from harness.log import warn
+from scoring.rows import Printer, Scorer
+from surprisal import WINDOW, Reader, Scored
+from utils import UserError, not_a_command
+
+
+def sum_of(scored: Scored, closing: bool, prefix: bool = False) -> float:
+    """A line's log-probability, in nats, with or without its closing `<eos>`.
+
+    prefix: the line stops after a word; the word's end is then part of it, so that `is` is not also the start of `isn`.
+    """
+    if closing:
+        return scored.logprob.sum().item()
+    return scored.logprob[:-1].sum().item() + (scored.start[-1].item() if prefix else 0.0)
+
+
+def wilson(right: int, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson 1927)."""
+    z, share = 1.96, right / count
+    middle, width = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    return max(0.0, (middle - width) / (1 + z * z / count)), min(1.0, (middle + width) / (1 + z * z / count))
+
+
+def print_pairs(score: Scorer, reader: Reader, args: Namespace, closing: bool) -> None:
+    """Prints the share of pairs whose good sentence has the higher probability, per paradigm and of all pairs.
+
+    A pair whose sentences have the same tokens is a tie, and never right.
+    """
+    if args.rows:
+        check_writable(args.rows, "--rows")
+    names = "path", "line", "paradigm", "good", "bad", "logprob_good", "logprob_bad", "right", "tie"
+    file = io.StringIO()
+    rows = Printer(file)
+    rows.row(*names)
+    pairs, right, ties = Counter[str](), Counter[str](), Counter[str]()
+    for path in find_pair_files(args.pairs):
+        found = read_pairs(path)
+        while window := list(islice(found, WINDOW // 2)):
+            for pair, good, bad in score_pairs(score, reader, window):
+                tie = good.line.ids == bad.line.ids
+                figures = [sum_of(x, closing, pair.prefix) for x in (good, bad)]
+                better = not tie and figures[0] > figures[1]
+                tie = tie or figures[0] == figures[1]
+                for name in {pair.paradigm, "all"}:
+                    pairs[name] += 1
+                    right[name] += better
+                    ties[name] += tie
+                rows.row(pair.path, pair.number, *pair[2:5], *figures, int(better), int(tie))
+    if not pairs:
+        raise UserError(f"--pairs {' '.join(args.pairs)}: has no pair; give BLiMP's lines, or two columns")
+    printer = Printer()
+    printer.row("paradigm", "pairs", "accuracy", "low", "high", "ties")
+    for name in [*(name for name in pairs if name != "all"), "all"]:
+        printer.row(name, pairs[name], right[name] / pairs[name], *wilson(right[name], pairs[name]), ties[name])
+    if ties["all"]:
+        reason = "have the same tokens twice, as unknown words have, and count as wrong"
+        warn(f"{ties['all']} of {pairs['all']} pairs {reason}")
+    if args.rows:
+
+        def fill(out: BinaryIO) -> None:
+            out.write(file.getvalue().encode())
+
+        write(args.rows, fill)
+
+
+def score_pairs(score: Scorer, reader: Reader, pairs: list[Pair]) -> Iterator[tuple[Pair, Scored, Scored]]:
+    lines = [reader.line(pair.number, text, pair.place) for pair in pairs for text in (pair.good, pair.bad)]
+    scored = score([lines], reader.word_starts if any(pair.prefix for pair in pairs) else None)
+    return zip(pairs, scored, scored, strict=True)
+
+
+def print_hypotheses(score: Scorer, reader: Reader, args: Namespace, closing: bool) -> None:
+    """Prints for each id the text with the highest total, or with --all every text.
+
+    The total is the score (with several, their sum, weighted) + weight · ln p(text) + bonus · words.
+    """
+    best: dict[str, tuple[float, float, float, str]] = {}
+    found, printer, header = read_hypotheses(args.nbest), Printer(), ("id", "total", "score", "logprob", "text")
+    for hypothesis, scored in score_hypotheses(score, reader, found):
+        weights = args.score_weights or [1.0] * len(hypothesis.scores)
+        if len(weights) != len(hypothesis.scores):
+            problem = f"has {len(hypothesis.scores)} scores, and --score_weights {len(weights)}"
+            raise UserError(f"{hypothesis.place}: {problem}; give a weight for each")
+        own = math.fsum(w * x for w, x in zip(weights, hypothesis.scores, strict=True) if w)  # 0 · -inf is no number
+        logprob, words = sum_of(scored, closing), len(hypothesis.text.split())
+        total = own + args.weight * logprob + args.length_bonus * words
+        row = total, own, logprob, hypothesis.text
+        if args.all:
+            more = hypothesis.scores if len(hypothesis.scores) > 1 else []
+            if not best:
+                printer.row(*header, *(f"score{i}" for i in range(1, len(more) + 1)))
+            printer.row(hypothesis.name, *row, *more)
+        if hypothesis.id not in best or total > best[hypothesis.id][0]:
+            best[hypothesis.id] = row
+    if not best:
+        raise UserError(f"{args.nbest}: has no text; give lines of an id, a score and a text")
+    if not args.all:
+        printer.row(*header)
+        for id, row in best.items():
+            printer.row(id, *row)
+
+
+def score_hypotheses(score: Scorer, reader: Reader, found: Iterator[Hypothesis]) -> Iterator[tuple[Hypothesis, Scored]]:
+    while window := list(islice(found, WINDOW)):
+        lines = [reader.line(i, hypothesis.text, hypothesis.place) for i, hypothesis in enumerate(window)]
+        yield from zip(window, score([lines], None), strict=True)
+
+
+if __name__ == "__main__":
+    not_a_command(__file__)
