@@ -48,10 +48,9 @@ class Pair(NamedTuple):
 
 
 class Hypothesis(NamedTuple):
-    """A text of a list to choose from. `name` is its own in the file, `id` that of its list."""
+    """A text of a list to choose from; `id` is that of the list, `place` its file and line."""
 
     place: str
-    name: str
     id: str
     scores: list[float]
     text: str
@@ -192,7 +191,7 @@ def split_tabs(line: str, place: str) -> Hypothesis:
     id, *scores, text = split_cells(line)
     if not scores:
         raise UserError(f"{place}: has {line.count(chr(9)) + 1} columns; give an id, a score and a text")
-    return Hypothesis(place, id, id, [read_score(score, place) for score in scores], text.strip())
+    return Hypothesis(place, id, [read_score(score, place) for score in scores], text.strip())
 
 
 def split_moses(line: str, place: str) -> Hypothesis:
@@ -201,7 +200,7 @@ def split_moses(line: str, place: str) -> Hypothesis:
     if len(cells) < 3:
         raise UserError(f"{place}: has {len(cells)} parts between |||; give id ||| text ||| features ||| score")
     score = (cells[3] if len(cells) > 3 else cells[2]).split() or [""]
-    return Hypothesis(place, cells[0], cells[0], [read_score(score[-1], place)], cells[1])
+    return Hypothesis(place, cells[0], [read_score(score[-1], place)], cells[1])
 
 
 def split_kaldi(line: str, place: str) -> Hypothesis:
@@ -213,7 +212,7 @@ def split_kaldi(line: str, place: str) -> Hypothesis:
             f"{place}: {name[:40]!r} begins no list; give id<TAB>score<TAB>text, Moses's id ||| text ||| features ||| "
             "score, or Kaldi's utterance-n text"
         )
-    return Hypothesis(place, name, numbered[1], [], text.strip())
+    return Hypothesis(place, numbered[1], [], text.strip())
 
 
 def read_score(text: str, place: str) -> float:

@@ -101,7 +101,7 @@ def print_hypotheses(score: Scorer, reader: Reader, args: Namespace, closing: bo
             more = hypothesis.scores if len(hypothesis.scores) > 1 else []
             if not best:
                 printer.row(*header, *(f"score{i}" for i in range(1, len(more) + 1)))
-            printer.row(hypothesis.name, *row, *more)
+            printer.row(hypothesis.id, *row, *more)
         if hypothesis.id not in best or total > best[hypothesis.id][0]:
             best[hypothesis.id] = row
     if not best:
