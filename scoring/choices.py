@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
-from typing import BinaryIO
+from typing import NamedTuple
 
 from corpus.forms import Hypothesis, Pair, find_pair_files, read_hypotheses, read_pairs
 from harness.files import check_writable, write
@@ -33,31 +33,45 @@ def wilson(right: int, count: int) -> tuple[float, float]:
     return max(0.0, (middle - width) / (1 + z * z / count)), min(1.0, (middle + width) / (1 + z * z / count))
 
 
-def print_pairs(score: Scorer, reader: Reader, args: Namespace, closing: bool) -> None:
-    """Prints the share of pairs whose good sentence has the higher probability, per paradigm and of all pairs.
+class Judged(NamedTuple):
+    """A pair and the log-probabilities of its sentences, in nats. The same tokens twice are a tie, and never right."""
 
-    A pair whose sentences have the same tokens is a tie, and never right.
-    """
+    pair: Pair
+    good: float
+    bad: float
+    tie: bool
+
+    @property
+    def right(self) -> bool:
+        return not self.tie and self.good > self.bad
+
+
+def judge_pairs(score: Scorer, reader: Reader, path: str, closing: bool) -> Iterator[Judged]:
+    """The pairs of a file, many side by side."""
+    found = read_pairs(path)
+    while window := list(islice(found, WINDOW // 2)):
+        lines = [reader.line(pair.number, text, pair.place) for pair in window for text in (pair.good, pair.bad)]
+        scored = score([lines], reader.word_starts if any(pair.prefix for pair in window) else None)
+        for pair, first, second in zip(window, scored, scored, strict=True):
+            good, bad = (sum_of(x, closing, pair.prefix) for x in (first, second))
+            yield Judged(pair, good, bad, first.line.ids == second.line.ids or good == bad)
+
+
+def print_pairs(score: Scorer, reader: Reader, args: Namespace, closing: bool) -> None:
+    """Prints the share of pairs whose good sentence has the higher log-probability, per paradigm and of all pairs."""
     if args.rows:
         check_writable(args.rows, "--rows")
-    names = "path", "line", "paradigm", "good", "bad", "logprob_good", "logprob_bad", "right", "tie"
     file = io.StringIO()
     rows = Printer(file)
-    rows.row(*names)
+    rows.row("path", "line", "paradigm", "good", "bad", "logprob_good", "logprob_bad", "right", "tie")
     pairs, right, ties = Counter[str](), Counter[str](), Counter[str]()
     for path in find_pair_files(args.pairs):
-        found = read_pairs(path)
-        while window := list(islice(found, WINDOW // 2)):
-            for pair, good, bad in score_pairs(score, reader, window):
-                tie = good.line.ids == bad.line.ids
-                figures = [sum_of(x, closing, pair.prefix) for x in (good, bad)]
-                better = not tie and figures[0] > figures[1]
-                tie = tie or figures[0] == figures[1]
-                for name in {pair.paradigm, "all"}:
-                    pairs[name] += 1
-                    right[name] += better
-                    ties[name] += tie
-                rows.row(pair.path, pair.number, *pair[2:5], *figures, int(better), int(tie))
+        for judged in judge_pairs(score, reader, path, closing):
+            for name in {judged.pair.paradigm, "all"}:
+                pairs[name] += 1
+                right[name] += judged.right
+                ties[name] += judged.tie
+            rows.row(*judged.pair[:5], judged.good, judged.bad, int(judged.right), int(judged.tie))
     if not pairs:
         raise UserError(f"--pairs {' '.join(args.pairs)}: has no pair; give BLiMP's lines, or two columns")
     printer = Printer()
@@ -65,20 +79,10 @@ def print_pairs(score: Scorer, reader: Reader, args: Namespace, closing: bool) -
     for name in [*(name for name in pairs if name != "all"), "all"]:
         printer.row(name, pairs[name], right[name] / pairs[name], *wilson(right[name], pairs[name]), ties[name])
     if ties["all"]:
-        reason = "have the same tokens twice, as unknown words have, and count as wrong"
+        reason = "have the same tokens twice, as unknown words have; they do not count as right"
         warn(f"{ties['all']} of {pairs['all']} pairs {reason}")
     if args.rows:
-
-        def fill(out: BinaryIO) -> None:
-            out.write(file.getvalue().encode())
-
-        write(args.rows, fill)
-
-
-def score_pairs(score: Scorer, reader: Reader, pairs: list[Pair]) -> Iterator[tuple[Pair, Scored, Scored]]:
-    lines = [reader.line(pair.number, text, pair.place) for pair in pairs for text in (pair.good, pair.bad)]
-    scored = score([lines], reader.word_starts if any(pair.prefix for pair in pairs) else None)
-    return zip(pairs, scored, scored, strict=True)
+        write(args.rows, lambda out: out.write(file.getvalue().encode()))
 
 
 def print_hypotheses(score: Scorer, reader: Reader, args: Namespace, closing: bool) -> None:

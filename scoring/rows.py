@@ -50,15 +50,16 @@ class Word(NamedTuple):
 
 def words_of(scored: Scored, reader: Reader) -> Iterator[Word]:
     """The words of a line that have tokens, without `<eos>`."""
-    start, last = scored.start, 0
+    logprob, entropy, start = scored.logprob.tolist(), scored.entropy.tolist(), scored.start.tolist()
+    last = 0
     for number, pieces in groupby(scored.line.tokens, key=lambda token: token.word):
         tokens, first = list(pieces), last
         last = first + len(tokens)
-        surprisal = -scored.logprob[first:last].sum().item()
-        whole = surprisal + (start[first] - start[last]).item()
+        surprisal = -sum(logprob[first:last])
+        whole = surprisal + start[first] - start[last]
         unknown = sum(map(reader.is_unknown, tokens))
         if number != END:
-            yield Word(number, len(tokens), unknown, surprisal, whole, scored.entropy[first].item())
+            yield Word(number, len(tokens), unknown, surprisal, whole, entropy[first])
 
 
 def line_rows(scored: Scored, reader: Reader, unit: float, closing: bool) -> Rows:
