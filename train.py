@@ -28,7 +28,7 @@ from harness.ranks import ALONE, NO_TIME, Ranks, Stop, Stopper
 from harness.start import Start, check_files, load_corpus
 from model import Criterion, Hidden, RNNModel, build, detach
 from mos import sampled
-from optim import OPTIMIZERS, Mean, annealed, has_stalled, make_optimizer
+from optim import Mean, annealed, averages, has_stalled, make_optimizer
 from products import autocast_dtype
 from utils import RunError, UserError, keep_freed_memory, not_a_command
 
@@ -237,11 +237,11 @@ def train_epoch(run: Run, check_stop: Callable[[], None]) -> None:
 def fit(run: Run, on_stall: str = "") -> str:
     """Trains up to the last epoch; after each one validates, saves the best model and the run's state.
 
-    `on_stall`: when the validation loss stalls, "stop", "average" or "nothing"; "": as in the optimizer's row.
+    `on_stall`: when the validation loss stalls, "stop", "average" or "nothing"; "": as the settings say.
     Returns why it ended: "epochs", "SIGINT", "SIGTERM" or the flag that said so.
     """
     args, at = run.args, run.at
-    on_stall = on_stall or ("average" if args.average else OPTIMIZERS[args.optimizer].on_stall)
+    on_stall = on_stall or ("average" if averages(args) else "nothing")
     run.log.write("start", script=run.script, epoch=at.epoch, batch=at.batch, step=at.step)
     run.counted_until_s = time.perf_counter()
     on_stream = run.graphs.capture.on_stream if run.graphs else contextlib.nullcontext

@@ -11,6 +11,7 @@ from argparse import Namespace
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, NoReturn
 
+from harness.needs import check_needs
 from model import LAYERS
 from optim import OPTIMIZERS
 from utils import UserError
@@ -196,8 +197,11 @@ class ArgumentParser(argparse.ArgumentParser):
             group.add_argument(*flag.names.split(), help=(flag.help + default).replace("%", "%%"), **flag.options)
 
     def parse_all(self, flags: Collection[Flag], **defaults: Any) -> Namespace:
-        """The given values, and the defaults of the other flags."""
-        return Namespace(**{**{flag.name: flag.default for flag in flags}, **defaults, **vars(self.parse_args())})
+        """The given values, and the defaults of the other flags; UserError if a given one does nothing."""
+        known = {flag.name: flag.default for flag in flags}
+        args = Namespace(**{**known, **defaults, **vars(self.parse_args())})
+        check_needs(args, known, {})
+        return args
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
@@ -222,10 +226,15 @@ def parse_evaluation(doc: str, *groups: tuple[str, Collection[Flag]]) -> Namespa
 
 
 def resolve_args(given: dict[str, Any], stored: dict[str, Any]) -> Namespace:
-    """All settings of a run: given over stored over default; a fresh name for --save, the optimizer's --lr."""
+    """All settings of a run: given over stored over default; a fresh name for --save, the optimizer's --lr.
+
+    Raises:
+        UserError: a given flag does nothing beside the other settings.
+    """
     stored = {name: value for name, value in stored.items() if name in BY_NAME and BY_NAME[name].stored}
     kind = LAYERS[given.get("model", stored.get("model", DEFAULTS["model"]))]
-    args = Namespace(**{**DEFAULTS, **kind.defaults, **stored, **given})
+    defaults = {**DEFAULTS, **kind.defaults}
+    args = Namespace(**{**defaults, **stored, **given})
     changed = "optimizer" in given and given["optimizer"] != stored.get("optimizer")
     if args.lr is None or (changed and "lr" not in given):
         args.lr = OPTIMIZERS[args.optimizer].lr
@@ -233,6 +242,7 @@ def resolve_args(given: dict[str, Any], stored: dict[str, Any]) -> Namespace:
         args.beta1 = DEFAULTS["beta1"]
     if args.save is None:
         args.save = args.resume or f"{time.time_ns() // 1_000_000}.pt"
+    check_needs(args, defaults, stored)
     return args
 
 

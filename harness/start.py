@@ -112,10 +112,6 @@ def find_training(script: str, given: dict[str, Any]) -> dict[str, Any]:
     args = flags.resolve_args({**given, "resume": path}, stored)
     if args.epochs == 0 and not saved:
         raise UserError("--epochs 0: there is no saved model to evaluate; give --resume MODEL")
-    if {"anneal", "epochs"} & given.keys() and args.anneal >= args.epochs > 0:
-        raise UserError(
-            f"--anneal {args.anneal}: has to lie before the last epoch, --epochs {args.epochs}; 0 leaves it out"
-        )
     return {"given": given, "args": args, "state": state, "saved": saved, "path": path}
 
 

@@ -126,9 +126,11 @@ def test_the_help_leaves_the_models_shape_to_the_model(capsys, script):
 
 @pytest.mark.parametrize("script", sorted({script for script, _ in COMMANDS}))
 def test_a_script_takes_the_flags_that_the_pages_give_it(script, monkeypatch):
-    """As far as the command line goes: what would open a file is cut off."""
+    """As far as the command line goes, flags that do nothing refused: what would open a file is cut off."""
 
-    def taken(*_):
+    def taken(*given):
+        if script in ("main", "finetune"):
+            resolve_args({name: value for name, value in given[1].items() if name != "output"}, {})
         raise EOFError
 
     module = importlib.import_module(script)
@@ -141,6 +143,68 @@ def test_a_script_takes_the_flags_that_the_pages_give_it(script, monkeypatch):
 
 def test_the_commands_of_the_pages_are_found():
     assert len(COMMANDS) > 60
+
+
+MOGRIFIER = ["--model", "Mogrifier", "--rounds", 0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "refused", "too"),
+    [
+        ([], ["--rounds", 3], ["--model", "Mogrifier"]),
+        ([], ["--rank", 4], ["--model", "Mogrifier"]),
+        (MOGRIFIER, ["--rank", 4], ["--rounds", 2]),
+        ([], ["--dropoutr", 0.1], ["--model", "Mogrifier"]),
+        (MOGRIFIER, ["--wdrop", 0.5], ["--model", "LSTM", "--rounds", 5]),
+        (["--nlayers", 1], ["--nhid", 30], ["--untied"]),
+        (["--nlayers", 1], ["--dropouth", 0.2], ["--nlayers", 2]),
+        ([], ["--dropoutl", 0.2], ["--n_experts", 2]),
+        (["--dropout", 0, "--dropouti", 0, "--dropouth", 0], ["--samples", 2], ["--dropout", 0.1]),
+        ([], ["--beta1", 0.5], ["--optimizer", "adam"]),
+        (["--optimizer", "adam"], ["--nonmono", 9], ["--average"]),
+        (["--epochs", 9], ["--anneal", 9], ["--epochs", 10]),
+    ],
+)
+def test_a_flag_that_does_nothing_is_refused(flags, refused, too):
+    """It is named with its value; with what it needs it is taken, and so is a value that was stored before."""
+    given = parse(*flags, *refused)
+    with pytest.raises(UserError, match=f"^{refused[0]} {refused[1]}: "):
+        resolve_args(given, {})
+    resolve_args(parse(*flags, *refused, *too), {})
+    resolve_args(given, given)
+    resolve_args({}, given)
+
+
+def test_a_flag_of_0_or_the_default_is_never_refused():
+    zeros = ["--rounds", "--rank", "--dropoutr", "--dropouth", "--dropoutl", "--beta1", "--nonmono", "--anneal"]
+    resolve_args(parse("--nlayers", 1, "--wdrop", 0, *(word for name in zeros for word in (name, 0))), {})
+    defaults = [(f"--{name}", DEFAULTS[name]) for name in ("rounds", "nhid", "dropouth", "dropoutl", "beta1")]
+    resolve_args(parse("--nlayers", 1, "--samples", 1, *(word for pair in defaults for word in pair)), {})
+
+
+@pytest.mark.parametrize(
+    ("script", "refused", "too"),
+    [
+        *((pointer, f"--search_{name} 2", "--search") for name in ("thetas", "windows")),
+        (pointer, "--search_lambdas 0.5", "--search"),
+        *((dynamiceval, f"--{flag} 1", "--search") for flag in ("search_lrs", "search_lambs", "search_tokens")),
+        *((dynamiceval, flag, "--pointer") for flag in ("--theta 2", "--lambdasm 0.2", "--window 7")),
+        (score, "--lr 0.5 none.txt", "--adaptive"),
+        # beside a flag that it does not go with
+        *((pointer, f"{flag} 0.5 --search", None) for flag in ("--theta", "--lambdasm")),
+        (pointer, "--window 7 --search --search_windows 5", None),
+        *((dynamiceval, f"{flag} 0.5 --search", None) for flag in ("--lr", "--lamb")),
+        (generate, "--top_k 5 --next 3", None),
+    ],
+)
+def test_a_flag_that_does_nothing_in_an_evaluation_is_refused(script, refused, too, capsys):
+    """Before the model is opened, which is not there."""
+    assert toys.call(script, "--save", "none.pt", *refused.split()) == 2
+    assert f"error: {refused.split()[0]} " in (line := toys.error_line(capsys))
+    assert "does nothing" in line
+    if too:
+        assert toys.call(script, "--save", "none.pt", *refused.split(), too) == 2
+        assert "none.pt: No such file" in toys.error_line(capsys)
 
 
 def test_check_shape():

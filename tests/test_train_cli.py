@@ -243,7 +243,7 @@ def test_an_annealed_run_is_not_cut_short_unawares(trained):
     run = trained("--epochs", 3, "--optimizer", "adam", "--lr", 0.01, "--anneal", 1, "--log-interval", 1)
     result = run_cli("--resume", "m.pt", "--epochs", 1, cwd=run.folder)
     assert (result.status, result.out) == (2, "")
-    assert "--anneal 1: has to lie before the last epoch, --epochs 1; 0 leaves it out" in result.err
+    assert "--epochs 1: the rate would fall from the end of epoch 1 (--anneal)" in result.err
 
 
 def test_adam_moves_by_its_rate(trained):
