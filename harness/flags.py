@@ -9,6 +9,7 @@ import math
 import time
 from argparse import Namespace
 from collections.abc import Callable, Collection
+from difflib import get_close_matches
 from typing import Any, NamedTuple, NoReturn
 
 from harness.needs import check_needs
@@ -204,7 +205,12 @@ class ArgumentParser(argparse.ArgumentParser):
         return args
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
+        """Raises UserError; for flags that do not exist it names the nearest ones."""
+        unknown = message.partition("unrecognized arguments: ")[2].split()
+        flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+        near = [name for flag in flags for name in get_close_matches(flag, self._option_string_actions, n=1)]
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise UserError(f"{message}{hint} (see --help)")
 
 
 def parse_evaluation(doc: str, *groups: tuple[str, Collection[Flag]]) -> Namespace:

@@ -145,6 +145,26 @@ def test_the_commands_of_the_pages_are_found():
     assert len(COMMANDS) > 60
 
 
+@pytest.mark.parametrize(
+    ("script", "flags", "said"),
+    [
+        (main, "--dropot 0.3", "unrecognized arguments: --dropot 0.3; did you mean --dropout?"),
+        (main, "--batch-size=3 -epochs 5", "--batch-size=3 -epochs 5; did you mean --batch_size, --epochs?"),
+        (finetune, "--outptu a.pt", "--outptu a.pt; did you mean --output?"),
+        (pointer, "--save m.pt --lambda_sm 0.1", "--lambda_sm 0.1; did you mean --lambdasm?"),
+        (dynamiceval, "--save m.pt --serach", "--serach; did you mean --search?"),
+        (score, "--save m.pt --word_s", "--word_s; did you mean --words?"),
+        (main, "--quux", "unrecognized arguments: --quux (see --help)"),
+        (main, "--drop 0.3", "ambiguous option: --drop could match --dropout"),
+        (main, "--nlayers x0", "argument --nlayers: 'x0' is not a number of type int (see --help)"),
+    ],
+)
+def test_a_mistyped_flag_names_the_nearest(script, flags, said, capsys):
+    """One that is like none is only named; other errors, and abbreviations, are argparse's."""
+    assert toys.call(script, *flags.split()) == 2
+    assert said in toys.error_line(capsys)
+
+
 MOGRIFIER = ["--model", "Mogrifier", "--rounds", 0]
 
 
