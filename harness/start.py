@@ -151,8 +151,8 @@ def load_corpus(start: Start) -> Corpus:
         ranks.wait()
     vocab, tokenizer = (stored["vocab"], stored["tokenizer"]) if stored else (None, None)
     corpus = read_corpus(args.data, vocab, args.vocab_size, args.min_count, tokenizer)
-    check_length(corpus.train, batch_size, f"{args.data}: training text")
-    check_length(corpus.valid, EVAL_BATCH_SIZE, f"{args.data}: validation text")
+    check_length(corpus.train, batch_size, args.data)
+    check_length(corpus.valid, EVAL_BATCH_SIZE, args.data, "validation")
     if ranks.is_main:
         ranks.wait()
     if ranks.from_rank_0(corpus.digest) != corpus.digest:
