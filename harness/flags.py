@@ -104,7 +104,8 @@ FLAGS: dict[str, list[Flag]] = {
              "written beside it (default: a time stamp; in finetune.py PTB.pt)", **NOT_STORED),
         Flag("--resume", {}, "", "go on from this model and its .state, or without a .state start from the model; "
              "auto: go on from --save if it exists, otherwise start a new run", **NOT_STORED),
-        Flag("--log-interval --log_interval", POSITIVE, 200, "batches between two log lines"),
+        Flag("--log-interval --log_interval", POSITIVE, None, "batches between two log lines (default: 200, or "
+             "a tenth of an epoch if that is less)"),
         Flag("--checkpoint_every", COUNT, 0, "write the .state every N steps too; 0: only after each epoch"),
         Flag("--tensorboard", {"metavar": "DIR"}, None, "write the figures for TensorBoard too, to DIR", **NOT_STORED),
     ],
