@@ -65,7 +65,7 @@ def annealed(done: float, after: int, epochs: int) -> float:
 
 def averages(args: Namespace) -> bool:
     """Whether a stalled validation loss starts the averaging of weights."""
-    return args.average or OPTIMIZERS[args.optimizer].on_stall == "average"
+    return not args.no_average and (args.average or OPTIMIZERS[args.optimizer].on_stall == "average")
 
 
 def has_stalled(history: list[float], nonmono: int) -> bool:

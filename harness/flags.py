@@ -160,8 +160,9 @@ FLAGS: dict[str, list[Flag]] = {
              **NOT_INHERITED),
         Flag("--beta1", PROBABILITY, 0.9, "of Adam: share of the mean gradient that is kept per step",
              **NOT_INHERITED),
-        Flag("--average", TOGGLE, False, "average the weights once the validation loss stalls under Adam too",
+        Flag("--average", SWITCH, False, "average the weights once the validation loss stalls under Adam too",
              **NOT_INHERITED),
+        Flag("--no-average --no_average", SWITCH, False, "never average the weights, or no longer", **NOT_INHERITED),
         Flag("--when", {"type": int, "nargs": "+"}, [-1], "epochs after which the rate is divided by 10",
              **NOT_INHERITED),
         Flag("--anneal", COUNT, 0, "after this epoch the rate falls in a straight line, to 0 at the end of the "
@@ -247,6 +248,9 @@ def resolve_args(given: dict[str, Any], stored: dict[str, Any]) -> Namespace:
         args.lr = OPTIMIZERS[args.optimizer].lr
     if changed and "beta1" not in given:
         args.beta1 = DEFAULTS["beta1"]
+    for name, opposite in (("average", "no_average"), ("no_average", "average")):
+        if name in given and opposite not in given:
+            setattr(args, opposite, False)
     if args.save is None:
         args.save = args.resume or f"{time.time_ns() // 1_000_000}.pt"
     check_needs(args, defaults, stored)

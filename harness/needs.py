@@ -56,6 +56,7 @@ NEEDS = [
     Need("dropoutl", lambda s: s.n_experts, without("--n_experts")),
     Need("samples", drops_by_column, without("a dropout, such as --dropout or --dropouti")),
     Need("beta1", lambda s: OPTIMIZERS[s.optimizer].moments, without("--optimizer adam")),
+    Need("average", lambda s: not s.no_average, "does not go with --no-average; give one of them"),
     Need("nonmono", averages, without("averaging (--optimizer sgd, or --average)")),
     Need("anneal epochs", lambda s: not s.epochs or s.anneal < s.epochs, "the rate would fall from the end of "
          "epoch {anneal} (--anneal) to that of epoch {epochs} (--epochs); give a smaller --anneal, 0 to leave it out"),

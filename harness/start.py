@@ -15,7 +15,7 @@ import harness.files as files
 import harness.flags as flags
 from corpus.read import read_corpus
 from data import EVAL_BATCH_SIZE, Corpus, check_length
-from harness.log import RunLog, say, summary_writer
+from harness.log import RunLog, say, summary_writer, warn
 from harness.ranks import ALONE, Ranks, find_ranks
 from utils import UserError, pick_device, use_tf32
 
@@ -112,7 +112,22 @@ def find_training(script: str, given: dict[str, Any]) -> dict[str, Any]:
     args = flags.resolve_args({**given, "resume": path}, stored)
     if args.epochs == 0 and not saved:
         raise UserError("--epochs 0: there is no saved model to evaluate; give --resume MODEL")
+    if state:
+        leave_behind(state, args, "no_average" in given)
     return {"given": given, "args": args, "state": state, "saved": saved, "path": path}
+
+
+def leave_behind(state: dict[str, Any], args: Namespace, ends_averaging: bool) -> None:
+    """Takes the mean out of a state that another optimizer goes on with, or --no-average, and says so.
+
+    `checkpoint.restore` does not give an optimizer the moments of another one.
+    """
+    before = state["args"].get("optimizer", args.optimizer)
+    if before != args.optimizer:
+        warn(f"--optimizer {args.optimizer}: starts afresh where {before} has come to, at the rate {args.lr:g}")
+    if state["mean"] is not None and (ends_averaging or before != args.optimizer):
+        warn("averaging ends: the run goes on from the weights that are not averaged")
+        state["mean"] = None
 
 
 def find_finetuning(script: str, given: dict[str, Any]) -> dict[str, Any]:
