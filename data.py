@@ -99,12 +99,15 @@ def eval_batches(ids: Tensor, bptt: int, batch_size: int) -> Iterator[tuple[Tens
     return (get_batch(ids, slices) for slices in sampler)
 
 
-def check_length(ids: Tensor, batch_size: int, name: str) -> None:
-    """Raises UserError when the text is too short for one batch: two rows of `batch_size` columns."""
+def check_length(ids: Tensor, batch_size: int, data: str, split: str = "training") -> None:
+    """Raises UserError when a text of the corpus `data` is too short for a batch: two rows of `batch_size` columns."""
     if len(ids) < 2 * batch_size:
+        hint = f"give --batch_size {len(ids) // 2} at most, or more training text"
+        if split == "validation":  # the flag changes nothing there
+            hint = "give more validation text (with prepare.py, a larger --valid or a --valid_file)"
         raise UserError(
-            f"{name}: {len(ids)} tokens are too few for a batch of {batch_size} columns, which takes "
-            f"{2 * batch_size}; use a smaller --batch_size or more text"
+            f"{data}: the {split} text has {len(ids)} tokens, too few for a batch of {batch_size} columns, which takes "
+            f"{2 * batch_size}; {hint}"
         )
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from corpus.read import read_corpus
-from data import Corpus, eval_batches
+from data import Corpus, check_length, eval_batches
 from evaluate import print_best, print_table, report
 from harness.files import STATS_FORMAT, NotWrittenError, Opened, check_parts, load, open_model, save
 from harness.flags import COUNT, POSITIVE, SWITCH, Flag, number, parse_evaluation
@@ -186,10 +186,9 @@ def find_statistics(saved: Opened, path: str, corpus: Corpus, args: Namespace) -
     """The statistics in the file `path` if they belong to these weights, text and settings; otherwise new ones.
 
     Raises:
-        UserError: the training text is too short.
+        UserError: the training text is too short for --batch_size.
     """
-    if len(corpus.train) < 2 * args.batch_size:
-        raise UserError(f"--batch_size {args.batch_size}: the training text has {len(corpus.train)} tokens; give less")
+    check_length(corpus.train, args.batch_size, args.data or saved.args.data)
     weights = weights_of(saved)
     digest = hashlib.sha256("\n".join(saved.vocab).encode())
     for weight in weights:

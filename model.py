@@ -186,11 +186,6 @@ def build(args: dict[str, Any], ntoken: int) -> tuple[RNNModel, Criterion]:
     """
     args = {"n_experts": 0, "nhidlast": 0, "splits": None, **dict.fromkeys(DROPOUTS, 0.0), **args}
     n_experts, splits, options = args["n_experts"], args["splits"], kind_of_layer(args["model"]).options
-    if args["dropoutr"] and "dropoutr" not in options:
-        raise ValueError(
-            f"--dropoutr {args['dropoutr']}: layers of --model {args['model']} have no such dropout; leave it out "
-            "(--wdrop drops parts of their recurrent matrix)"
-        )
     dropouts = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")
     model = RNNModel(
         args["model"], ntoken, args["emsize"], args["nhid"], args["nlayers"], tie_weights=args["tied"],

@@ -4,13 +4,14 @@ Method: Merity, Keskar, Socher, arXiv 1708.02182 ("AWD"), section 3 and algorith
 """
 
 import copy
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from utils import UserError, not_a_command
+from utils import not_a_command
 
 
 class Optimizer(NamedTuple):
@@ -33,13 +34,10 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer `name` with weight decay, over the parameters of model and criterion.
 
-    Raises:
-        UserError: it has no momentum for `beta1` to set.
+    `beta1`: share of the mean gradient that is kept per step, in one that keeps moments.
     """
     fused = parameters[0].device.type in ("cpu", "cuda") or None  # one pass, no temporaries; None: torch decides
     betas = {"betas": (beta1, 0.999)} if OPTIMIZERS[name].moments else {}
-    if not betas and beta1 != 0.9:
-        raise UserError(f"--beta1 {beta1}: is a setting of Adam; give --optimizer adam, or leave it out")
     return OPTIMIZERS[name].kind(parameters, lr=lr, weight_decay=wdecay, fused=fused, **betas)
 
 
@@ -63,6 +61,11 @@ class Mean:
 def annealed(done: float, after: int, epochs: int) -> float:
     """The share of the rate that is left after `done` epochs: 1 up to epoch `after`, then a straight line to 0."""
     return (epochs - done) / (epochs - after) if after and done > after else 1.0
+
+
+def averages(args: Namespace) -> bool:
+    """Whether a stalled validation loss starts the averaging of weights."""
+    return not args.no_average and (args.average or OPTIMIZERS[args.optimizer].on_stall == "average")
 
 
 def has_stalled(history: list[float], nonmono: int) -> bool:

@@ -9,12 +9,14 @@ Training and validation perplexity over epochs and over time, from the logs that
 (SAVE.log.jsonl). Stars mark the best validation, dashed lines the switch to averaging.
 """
 
+import csv
 import io
 import math
 import os
 import warnings
 from typing import Any, NamedTuple
 
+from corpus.codec import SPACE, byte_table
 from corpus.text import read_lines
 from harness.curves import SUFFIX, Curve, Point, read_curves
 from harness.files import check_writable, write
@@ -24,6 +26,7 @@ from utils import UserError
 
 # Okabe and Ito's palette, which colour-blind people can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+BYTES = byte_table()
 
 
 class Bar(NamedTuple):
@@ -34,28 +37,39 @@ class Bar(NamedTuple):
     entropy: float | None
 
 
+def as_text(token: str) -> str:
+    """A token without its marks: a byte-level piece (GPT-2's) as the text of its bytes, `▁` as a space.
+
+    A space at the edge is left out, a token that is nothing else becomes `␣`. Part of a character stays as it is.
+    """
+    if all(character in BYTES for character in token):
+        text = bytes(map(BYTES.__getitem__, token)).decode("utf-8", "replace")
+        token = text if text.isprintable() and "\ufffd" not in text else token
+    return token.replace(SPACE, " ").strip() or "␣"
+
+
 def read_surprisal(path: str, line: int) -> list[Bar]:
     """The rows of one line of text from a TSV that score.py wrote.
 
     Raises:
         UserError: it is another file, or has no such line.
     """
-    rows = (row.split("\t") for row in read_lines(path))
-    header = next(rows)
-    columns = {name: i for i, name in enumerate(header)}
-    name = "word" if "word" in columns else "token"
-    if not {"line", name, "surprisal"} <= columns.keys():
-        raise UserError(f"{path}: is no output of score.py --tokens or --words: its first line is another header")
+    rows = csv.DictReader(read_lines(path), delimiter="\t")
     bars, last = [], "0"
-    for i, row in enumerate(rows, start=2):
-        try:
-            last = row[columns["line"]]
-            entropy = float(row[columns["entropy"]]) if "entropy" in columns else None
-            bar = Bar(row[columns[name]], float(row[columns["surprisal"]]), entropy)
-        except (IndexError, ValueError):
-            raise UserError(f"{path}, line {i}: has not the columns that the first line says") from None
-        if last == str(line):
-            bars.append(bar)
+    try:
+        columns = rows.fieldnames or ()
+        name = "word" if "word" in columns else "token"
+        if not {"line", name, "surprisal"} <= set(columns):
+            raise UserError(f"{path}: is no output of score.py --tokens or --words: its first line is another header")
+        for row in rows:
+            last = row["line"]
+            entropy = float(row["entropy"]) if "entropy" in columns else None
+            bar = Bar(row[name] if name == "word" else as_text(row[name]), float(row["surprisal"]), entropy)
+            if last == str(line):
+                bars.append(bar)
+    except (TypeError, ValueError, csv.Error):  # None stands for a column that is missing
+        place = f"{path}, line {max(1, rows.line_num)}"
+        raise UserError(f"{place}: has not the columns that the first line says; write it by score.py again") from None
     if not bars:
         raise UserError(f"--line {line}: {path} has only the lines up to {last}; give one of them")
     return bars

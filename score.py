@@ -70,8 +70,6 @@ LISTS = [
     Flag("--all", SWITCH, False, "a row for every text, not for the best alone"),
 ]  # fmt: skip
 GROUPS = {"scores": SCORES, "tables": TABLE, "minimal pairs": PAIRS, "n-best lists": LISTS, "with --adaptive": DYNAMIC}
-# a flag, and those that do nothing without it
-NEEDS = {"table": TABLE[1:], "pairs": PAIRS[1:], "nbest": LISTS[1:], "adaptive": DYNAMIC}
 
 
 def check_uses(args: Namespace) -> None:
@@ -82,10 +80,6 @@ def check_uses(args: Namespace) -> None:
         raise UserError(f"{given}; give one of them, what is to be scored")
     if args.tokens and args.words:
         raise UserError("--tokens --words: print different tables; give one of them")
-    for name, flags in NEEDS.items():
-        for flag in flags:
-            if getattr(args, flag.name) != flag.default and not getattr(args, name):
-                raise UserError(f"--{flag.name}: does nothing without --{name}; give both, or leave it out")
     if args.table and not args.word:
         raise UserError("--table: needs --word COLUMN, the column of the words")
     useless = {

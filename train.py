@@ -28,7 +28,7 @@ from harness.ranks import ALONE, NO_TIME, Ranks, Stop, Stopper
 from harness.start import Start, check_files, load_corpus
 from model import Criterion, Hidden, RNNModel, build, detach
 from mos import sampled
-from optim import OPTIMIZERS, Mean, annealed, has_stalled, make_optimizer
+from optim import Mean, annealed, averages, has_stalled, make_optimizer
 from products import autocast_dtype
 from utils import RunError, UserError, keep_freed_memory, not_a_command
 
@@ -76,6 +76,8 @@ class Run:
         self.mean: Mean | None = None  # of the weights, once averaging is on
         self.columns = ranks.columns(args.batch_size)  # this rank's columns of the whole batch
         self.last_row = len(corpus.train) // args.batch_size - 1  # of the text in columns; it is only a target
+        self.batches = len(corpus.train) // args.batch_size // args.bptt  # in an epoch, if each has `bptt` rows
+        self.log_interval = args.log_interval or min(200, max(1, math.ceil(self.batches / 10)))  # batches
         self.hidden: list[Hidden] = self.first_hidden()
         self.offsets: Tensor | None = None  # with --shuffle: the rows by which this epoch rotates each column
         self.length_generator = torch.Generator().manual_seed(args.seed)  # batch lengths; all ranks draw the same
@@ -83,9 +85,8 @@ class Run:
         for layer in self.model.layers:
             layer.padded = args.padded and device.type == "cuda"
         reads_values = args.splits or self.scaler.is_enabled()  # from the device, in every step
-        by_graphs = args.graphs and device.type == "cuda" and ranks.size == 1 and not reads_values
-        step = partial(gradient_step, self)
-        self.graphs = StepGraphs(step, self.optimizer, device, CudaCapture()) if by_graphs else None
+        fits = args.graphs and device.type == "cuda" and ranks.size == 1 and not reads_values
+        self.graphs = StepGraphs(partial(gradient_step, self), self.optimizer, device, CudaCapture()) if fits else None
         self.grad_norm: Tensor | None = None  # of the last step, before clipping; still on the device
         self.unread_losses: list[Tensor] = []  # still on the device
         self.writing = checkpoint.Writing()
@@ -225,7 +226,7 @@ def train_epoch(run: Run, check_stop: Callable[[], None]) -> None:
             loss = train_step(run, source, target)
             run.count_step(loss, len(source))
             bar.show(len(source) * args.batch_size, at.mean_loss)
-            if at.batch % args.log_interval == 0:
+            if at.batch % run.log_interval == 0:
                 log_training(run)
             if args.checkpoint_every and at.step % args.checkpoint_every == 0:
                 checkpoint.save_state(run)
@@ -237,11 +238,11 @@ def train_epoch(run: Run, check_stop: Callable[[], None]) -> None:
 def fit(run: Run, on_stall: str = "") -> str:
     """Trains up to the last epoch; after each one validates, saves the best model and the run's state.
 
-    `on_stall`: when the validation loss stalls, "stop", "average" or "nothing"; "": as in the optimizer's row.
+    `on_stall`: when the validation loss stalls, "stop", "average" or "nothing"; "": as the settings say.
     Returns why it ended: "epochs", "SIGINT", "SIGTERM" or the flag that said so.
     """
     args, at = run.args, run.at
-    on_stall = on_stall or ("average" if args.average else OPTIMIZERS[args.optimizer].on_stall)
+    on_stall = on_stall or ("average" if averages(args) else "nothing")
     run.log.write("start", script=run.script, epoch=at.epoch, batch=at.batch, step=at.step)
     run.counted_until_s = time.perf_counter()
     on_stream = run.graphs.capture.on_stream if run.graphs else contextlib.nullcontext
@@ -295,13 +296,12 @@ def log_training(run: Run) -> None:
     elapsed_s = run.last_log[0] - since_s
     ms_per_batch = elapsed_s * 1000 / (at.batch - batch)
     tokens_per_s = (at.row - row) * run.args.batch_size / elapsed_s
-    batches = len(run.corpus.train) // run.args.batch_size // run.args.bptt
     say_or_drop(
-        f"| epoch {at.epoch:3d} | {at.batch:5d}/{batches:5d} batches | lr {run.rate():05.5f} "
+        f"| epoch {at.epoch:3d} | {at.batch:5d}/{run.batches:5d} batches | lr {run.rate():05.5f} "
         f"| ms/batch {ms_per_batch:5.2f} | {figures(loss)}"
     )
     grad_norm = None if run.grad_norm is None else run.grad_norm.item()
-    place = {"epoch": at.epoch, "batch": at.batch, "batches": batches, "step": at.step, "lr": run.rate()}
+    place = {"epoch": at.epoch, "batch": at.batch, "batches": run.batches, "step": at.step, "lr": run.rate()}
     run.log.write("train", loss, **place, ms_per_batch=ms_per_batch, tokens_per_s=tokens_per_s, grad_norm=grad_norm)
 
 

@@ -65,7 +65,7 @@ def setting(name: str, tiny: bool) -> tuple[int, Namespace]:
     if tiny:
         ntoken, given, splits = 60, {**given, **TINY}, [10, 20, 40] if splits else []
         if given.get("model") == "Mogrifier":
-            given |= {"nhid": given["emsize"], "rank": 3}
+            given |= {"nhid": given["emsize"], "rank": 3 if given["rounds"] else 0}
     return ntoken, resolve_args({**given, "splits": splits, "save": "none.pt"}, {})  # nothing is saved
 
 
@@ -173,7 +173,7 @@ def others(data: str | None, tiny: bool, folder: Path, device: torch.device) -> 
 
     write_corpus(toy, 1000, ntoken=50)
     flags: list[object] = ["--data", toy, "--save", folder / "m.pt", "--device", device, "--max_steps", 1]
-    flags += ["--log-interval", 1, "--emsize", 8, "--nhid", 12, "--nlayers", 1, "--batch_size", 4]
+    flags += ["--log-interval", 1, "--emsize", 8, "--nlayers", 1, "--batch_size", 4]
     yield "start-up: main.py --help", 0, partial(start_up, "--help", until="usage")
     yield "start-up: main.py, a toy's first step", 0, partial(start_up, *flags, until="| epoch")
 

@@ -23,7 +23,7 @@ from data import Corpus
 from harness.log import figures, ppl, say, warn
 from harness.ranks import Ranks
 from model import Criterion, Hidden, RNNModel, detach
-from optim import OPTIMIZERS, Mean
+from optim import OPTIMIZERS, Mean, averages
 from utils import RunError, UserError, map_tensors, out_of_memory
 
 WRITE_EVERY_S = 60  # on a GPU
@@ -242,8 +242,7 @@ def begin_or_resume(run: SavedRun, state: dict[str, Any] | None, given: dict[str
     args, ranks = run.args, run.ranks
     if ranks.is_main:
         # The state is the largest file: the weights, the optimizer's moments of them, and their mean.
-        optimizer = OPTIMIZERS[args.optimizer]
-        copies = 1 + optimizer.moments + (args.average or optimizer.on_stall == "average")
+        copies = 1 + OPTIMIZERS[args.optimizer].moments + averages(args)
         files.check_writable(f"{args.save}.state", "--save", copies * 4 * sum(p.numel() for p in run.parameters))
     if state:
         resume(run, state, given)

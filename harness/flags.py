@@ -9,8 +9,10 @@ import math
 import time
 from argparse import Namespace
 from collections.abc import Callable, Collection
+from difflib import get_close_matches
 from typing import Any, NamedTuple, NoReturn
 
+from harness.needs import check_needs
 from model import LAYERS
 from optim import OPTIMIZERS
 from utils import UserError
@@ -102,7 +104,8 @@ FLAGS: dict[str, list[Flag]] = {
              "written beside it (default: a time stamp; in finetune.py PTB.pt)", **NOT_STORED),
         Flag("--resume", {}, "", "go on from this model and its .state, or without a .state start from the model; "
              "auto: go on from --save if it exists, otherwise start a new run", **NOT_STORED),
-        Flag("--log-interval --log_interval", POSITIVE, 200, "batches between two log lines"),
+        Flag("--log-interval --log_interval", POSITIVE, None, "batches between two log lines (default: 200, or "
+             "a tenth of an epoch if that is less)"),
         Flag("--checkpoint_every", COUNT, 0, "write the .state every N steps too; 0: only after each epoch"),
         Flag("--tensorboard", {"metavar": "DIR"}, None, "write the figures for TensorBoard too, to DIR", **NOT_STORED),
     ],
@@ -157,8 +160,9 @@ FLAGS: dict[str, list[Flag]] = {
              **NOT_INHERITED),
         Flag("--beta1", PROBABILITY, 0.9, "of Adam: share of the mean gradient that is kept per step",
              **NOT_INHERITED),
-        Flag("--average", TOGGLE, False, "average the weights once the validation loss stalls under Adam too",
+        Flag("--average", SWITCH, False, "average the weights once the validation loss stalls under Adam too",
              **NOT_INHERITED),
+        Flag("--no-average --no_average", SWITCH, False, "never average the weights, or no longer", **NOT_INHERITED),
         Flag("--when", {"type": int, "nargs": "+"}, [-1], "epochs after which the rate is divided by 10",
              **NOT_INHERITED),
         Flag("--anneal", COUNT, 0, "after this epoch the rate falls in a straight line, to 0 at the end of the "
@@ -196,11 +200,19 @@ class ArgumentParser(argparse.ArgumentParser):
             group.add_argument(*flag.names.split(), help=(flag.help + default).replace("%", "%%"), **flag.options)
 
     def parse_all(self, flags: Collection[Flag], **defaults: Any) -> Namespace:
-        """The given values, and the defaults of the other flags."""
-        return Namespace(**{**{flag.name: flag.default for flag in flags}, **defaults, **vars(self.parse_args())})
+        """The given values, and the defaults of the other flags; UserError if a given one does nothing."""
+        known = {flag.name: flag.default for flag in flags}
+        args = Namespace(**{**known, **defaults, **vars(self.parse_args())})
+        check_needs(args, known, {})
+        return args
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
+        """Raises UserError; for flags that do not exist it names the nearest ones."""
+        unknown = message.partition("unrecognized arguments: ")[2].split()
+        flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+        near = [name for flag in flags for name in get_close_matches(flag, self._option_string_actions, n=1)]
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise UserError(f"{message}{hint} (see --help)")
 
 
 def parse_evaluation(doc: str, *groups: tuple[str, Collection[Flag]]) -> Namespace:
@@ -222,17 +234,26 @@ def parse_evaluation(doc: str, *groups: tuple[str, Collection[Flag]]) -> Namespa
 
 
 def resolve_args(given: dict[str, Any], stored: dict[str, Any]) -> Namespace:
-    """All settings of a run: given over stored over default; a fresh name for --save, the optimizer's --lr."""
+    """All settings of a run: given over stored over default; a fresh name for --save, the optimizer's --lr.
+
+    Raises:
+        UserError: a given flag does nothing beside the other settings.
+    """
     stored = {name: value for name, value in stored.items() if name in BY_NAME and BY_NAME[name].stored}
     kind = LAYERS[given.get("model", stored.get("model", DEFAULTS["model"]))]
-    args = Namespace(**{**DEFAULTS, **kind.defaults, **stored, **given})
+    defaults = {**DEFAULTS, **kind.defaults}
+    args = Namespace(**{**defaults, **stored, **given})
     changed = "optimizer" in given and given["optimizer"] != stored.get("optimizer")
     if args.lr is None or (changed and "lr" not in given):
         args.lr = OPTIMIZERS[args.optimizer].lr
     if changed and "beta1" not in given:
         args.beta1 = DEFAULTS["beta1"]
+    for name, opposite in (("average", "no_average"), ("no_average", "average")):
+        if name in given and opposite not in given:
+            setattr(args, opposite, False)
     if args.save is None:
         args.save = args.resume or f"{time.time_ns() // 1_000_000}.pt"
+    check_needs(args, defaults, stored)
     return args
 
 

@@ -15,7 +15,7 @@ import harness.files as files
 import harness.flags as flags
 from corpus.read import read_corpus
 from data import EVAL_BATCH_SIZE, Corpus, check_length
-from harness.log import RunLog, say, summary_writer
+from harness.log import RunLog, say, summary_writer, warn
 from harness.ranks import ALONE, Ranks, find_ranks
 from utils import UserError, pick_device, use_tf32
 
@@ -112,11 +112,22 @@ def find_training(script: str, given: dict[str, Any]) -> dict[str, Any]:
     args = flags.resolve_args({**given, "resume": path}, stored)
     if args.epochs == 0 and not saved:
         raise UserError("--epochs 0: there is no saved model to evaluate; give --resume MODEL")
-    if {"anneal", "epochs"} & given.keys() and args.anneal >= args.epochs > 0:
-        raise UserError(
-            f"--anneal {args.anneal}: has to lie before the last epoch, --epochs {args.epochs}; 0 leaves it out"
-        )
+    if state:
+        leave_behind(state, args, "no_average" in given)
     return {"given": given, "args": args, "state": state, "saved": saved, "path": path}
+
+
+def leave_behind(state: dict[str, Any], args: Namespace, ends_averaging: bool) -> None:
+    """Takes the mean out of a state that another optimizer goes on with, or --no-average, and says so.
+
+    `checkpoint.restore` does not give an optimizer the moments of another one.
+    """
+    before = state["args"].get("optimizer", args.optimizer)
+    if before != args.optimizer:
+        warn(f"--optimizer {args.optimizer}: starts afresh where {before} has come to, at the rate {args.lr:g}")
+    if state["mean"] is not None and (ends_averaging or before != args.optimizer):
+        warn("averaging ends: the run goes on from the weights that are not averaged")
+        state["mean"] = None
 
 
 def find_finetuning(script: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -155,8 +166,8 @@ def load_corpus(start: Start) -> Corpus:
         ranks.wait()
     vocab, tokenizer = (stored["vocab"], stored["tokenizer"]) if stored else (None, None)
     corpus = read_corpus(args.data, vocab, args.vocab_size, args.min_count, tokenizer)
-    check_length(corpus.train, batch_size, f"{args.data}: training text")
-    check_length(corpus.valid, EVAL_BATCH_SIZE, f"{args.data}: validation text")
+    check_length(corpus.train, batch_size, args.data)
+    check_length(corpus.valid, EVAL_BATCH_SIZE, args.data, "validation")
     if ranks.is_main:
         ranks.wait()
     if ranks.from_rank_0(corpus.digest) != corpus.digest:

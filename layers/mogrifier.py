@@ -187,13 +187,11 @@ class Mogrifier(RecurrentLayer):
 
     Args:
         input_size, hidden_size: E, H.
+        wdrop: of no effect, as this cell has no weight drop.
         rounds, rank: R, K; rank 0: a full matrix in place of A·B.
         dropoutr: dropout of h; one mask serves all steps of a batch.
 
     Parameters: weight_ih (4H, E), weight_hh (4H, H), bias (4H,), rows in the order i, f, g, o; rounds.R.
-
-    Raises:
-        ValueError: with weight drop, which this cell does not have.
     """
 
     locked, summed = False, True
@@ -205,10 +203,6 @@ class Mogrifier(RecurrentLayer):
         rounds: int = 5, rank: int = 0, dropoutr: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
-        if wdrop:
-            raise ValueError(
-                f"--wdrop {wdrop}: a Mogrifier has no weight drop; leave it out, --dropoutr drops its state"
-            )
         self.hidden_size, self.rank, self.dropoutr = hidden_size, rank, dropoutr
         self.weight_ih = nn.Parameter(torch.empty(4 * hidden_size, input_size))
         self.weight_hh = nn.Parameter(torch.empty(4 * hidden_size, hidden_size))

@@ -22,7 +22,7 @@ class RecurrentLayer(nn.Module):
     """The interface of a layer. A new kind is a subclass and a row of `LAYERS` in model.py.
 
     With weight drop a dropped parameter is called `..._raw`, and each of them gets one mask per batch by `drop_weight`.
-    A kind without weight drop has 0 in `defaults["wdrop"]` and raises ValueError for another value.
+    A kind without weight drop has 0 in `defaults["wdrop"]`, and another value of the flag is refused.
 
     Args:
         input_size, hidden_size: E and H.

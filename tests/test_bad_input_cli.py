@@ -103,9 +103,13 @@ def test_a_single_prediction_is_enough_for_a_test(old):
 
 
 def test_a_corpus_shorter_than_a_batch(old):
-    """More columns than words: the line says so."""
+    """The line names the text and its tokens, says how many are needed, and what to do: with validation text, more."""
     write_corpus(old / "bad", (60, 500, 300))
-    refuse(old, 2, "train", "batch", flags=["--data", "bad", "--save", "m.pt", "--batch_size", 200])
+    flags = ["--data", "bad", "--save", "m.pt", "--batch_size", 200]
+    refuse(old, 2, "bad: the training text has 68 tokens", "takes 400; give --batch_size 34 at most", flags=flags)
+    write_corpus(old / "short", (500, 14, 300))
+    flags = ["--data", "short", "--save", "m.pt"]
+    refuse(old, 2, "short: the validation text has 16 tokens", "takes 20; give more validation text", flags=flags)
 
 
 # Flags

@@ -134,9 +134,12 @@ def test_an_epoch_goes_on_where_it_stopped():
 
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_a_text_has_to_fill_one_batch(batch_size):
-    """Two rows make one batch; a token less is an error that names the text and the flag."""
+    """Two rows make one batch; a token less is an error that names the text, both numbers, and what to do."""
     ids = torch.arange(2 * batch_size)
-    check_length(ids, batch_size, "train.txt")
+    check_length(ids, batch_size, "data/x")
     assert len(list(eval_batches(ids, 70, batch_size))) == 1
-    with pytest.raises(UserError, match=rf"train.txt: {2 * batch_size - 1} tokens are too few .*--batch_size"):
-        check_length(ids[1:], batch_size, "train.txt")
+    size = rf"text has {2 * batch_size - 1} tokens, too few for a batch of {batch_size} columns, .*; give"
+    with pytest.raises(UserError, match=rf"data/x: the training {size} --batch_size {batch_size - 1} at most, or more"):
+        check_length(ids[1:], batch_size, "data/x")
+    with pytest.raises(UserError, match=rf"data/x: the validation {size} more validation text"):
+        check_length(ids[1:], batch_size, "data/x", "validation")

@@ -190,10 +190,10 @@ def test_a_run_that_began_over_another_ones_model_is_not_held_to_it(trained, bas
 
 @pytest.mark.parametrize(
     ("flags", "times"),
-    [([], 1), (["--optimizer", "adam"], 0), (["--optimizer", "adam", "--average"], 1)],
-    ids=["SGD", "Adam", "Adam --average"],
+    [([], 1), (["--no-average"], 0), (["--optimizer", "adam"], 0), (["--optimizer", "adam", "--average"], 1)],
+    ids=["SGD", "SGD --no-average", "Adam", "Adam --average"],
 )
-def test_averaging_begins_once_and_under_adam_only_when_asked_for(corpus, tmp_path, monkeypatch, flags, times):
+def test_averaging_begins_once_and_only_when_asked_for(corpus, tmp_path, monkeypatch, flags, times):
     losses = iter([3.0, 2.0, 4.0, 5.0, 4.0])  # stalled after epochs 3 and 4; the last is the test's
     monkeypatch.setattr(train, "evaluate", lambda *_, **__: next(losses))
     monkeypatch.chdir(tmp_path)

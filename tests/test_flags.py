@@ -44,9 +44,9 @@ def parse(*argv: object, groups: tuple[str, ...] = OF_MAIN) -> dict[str, object]
 
 
 def test_defaults_are_those_of_the_contract():
-    """The contract's flags, given, change nothing."""
+    """The contract's flags, given, change nothing, except that --log-interval then holds for short epochs too."""
     expected, args = resolve_args(parse(*CONTRACT.split()), {}), resolve_args({}, {})
-    assert vars(expected) | {"save": ""} == vars(args) | {"save": ""}
+    assert vars(expected) | {"save": "", "log_interval": None} == vars(args) | {"save": ""}
     assert (args.resume, args.device, args.tied, args.splits) == ("", "auto", True, None)
     assert re.fullmatch(r"\d+\.pt", args.save)
 
@@ -126,9 +126,11 @@ def test_the_help_leaves_the_models_shape_to_the_model(capsys, script):
 
 @pytest.mark.parametrize("script", sorted({script for script, _ in COMMANDS}))
 def test_a_script_takes_the_flags_that_the_pages_give_it(script, monkeypatch):
-    """As far as the command line goes: what would open a file is cut off."""
+    """As far as the command line goes, flags that do nothing refused: what would open a file is cut off."""
 
-    def taken(*_):
+    def taken(*given):
+        if script in ("main", "finetune"):
+            resolve_args({name: value for name, value in given[1].items() if name != "output"}, {})
         raise EOFError
 
     module = importlib.import_module(script)
@@ -141,6 +143,85 @@ def test_a_script_takes_the_flags_that_the_pages_give_it(script, monkeypatch):
 
 def test_the_commands_of_the_pages_are_found():
     assert len(COMMANDS) > 60
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "said"),
+    [
+        (main, "--dropot 0.3", "unrecognized arguments: --dropot 0.3; did you mean --dropout?"),
+        (main, "--batch-size=3 -epochs 5", "--batch-size=3 -epochs 5; did you mean --batch_size, --epochs?"),
+        (finetune, "--outptu a.pt", "--outptu a.pt; did you mean --output?"),
+        (pointer, "--save m.pt --lambda_sm 0.1", "--lambda_sm 0.1; did you mean --lambdasm?"),
+        (dynamiceval, "--save m.pt --serach", "--serach; did you mean --search?"),
+        (score, "--save m.pt --word_s", "--word_s; did you mean --words?"),
+        (main, "--quux", "unrecognized arguments: --quux (see --help)"),
+        (main, "--drop 0.3", "ambiguous option: --drop could match --dropout"),
+        (main, "--nlayers x0", "argument --nlayers: 'x0' is not a number of type int (see --help)"),
+    ],
+)
+def test_a_mistyped_flag_names_the_nearest(script, flags, said, capsys):
+    """One that is like none is only named; other errors, and abbreviations, are argparse's."""
+    assert toys.call(script, *flags.split()) == 2
+    assert said in toys.error_line(capsys)
+
+
+MOGRIFIER = ["--model", "Mogrifier", "--rounds", 0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "refused", "too"),
+    [
+        ([], ["--rounds", 3], ["--model", "Mogrifier"]),
+        ([], ["--rank", 4], ["--model", "Mogrifier"]),
+        (MOGRIFIER, ["--rank", 4], ["--rounds", 2]),
+        ([], ["--dropoutr", 0.1], ["--model", "Mogrifier"]),
+        (MOGRIFIER, ["--wdrop", 0.5], ["--model", "LSTM", "--rounds", 5]),
+        ([], ["--dropoutl", 0.2], ["--n_experts", 2]),
+        ([], ["--beta1", 0.5], ["--optimizer", "adam"]),
+        (["--optimizer", "adam"], ["--nonmono", 9], ["--average"]),
+        (["--epochs", 9], ["--anneal", 9], ["--epochs", 10]),
+    ],
+)
+def test_a_flag_that_does_nothing_is_refused(flags, refused, too):
+    """It is named with its value; with what it needs it is taken, and so is a value that was stored before."""
+    given = parse(*flags, *refused)
+    with pytest.raises(UserError, match=f"^{refused[0]} {refused[1]}: "):
+        resolve_args(given, {})
+    resolve_args(parse(*flags, *refused, *too), {})
+    resolve_args(given, given)
+    resolve_args({}, given)
+
+
+def test_a_flag_of_0_or_the_default_is_never_refused():
+    zeros = ["--rounds", "--rank", "--dropoutr", "--dropoutl", "--beta1", "--nonmono", "--anneal"]
+    resolve_args(parse("--wdrop", 0, *(word for name in zeros for word in (name, 0))), {})
+    defaults = [(f"--{name}", DEFAULTS[name]) for name in ("rounds", "dropoutl", "beta1")]
+    resolve_args(parse(*(word for pair in defaults for word in pair)), {})
+
+
+@pytest.mark.parametrize(
+    ("script", "refused", "too"),
+    [
+        *((pointer, f"--search_{name} 2", "--search") for name in ("thetas", "windows")),
+        (pointer, "--search_lambdas 0.5", "--search"),
+        *((dynamiceval, f"--{flag} 1", "--search") for flag in ("search_lrs", "search_lambs", "search_tokens")),
+        *((dynamiceval, flag, "--pointer") for flag in ("--theta 2", "--lambdasm 0.2", "--window 7")),
+        (score, "--lr 0.5 none.txt", "--adaptive"),
+        # beside a flag that it does not go with
+        *((pointer, f"{flag} 0.5 --search", None) for flag in ("--theta", "--lambdasm")),
+        (pointer, "--window 7 --search --search_windows 5", None),
+        *((dynamiceval, f"{flag} 0.5 --search", None) for flag in ("--lr", "--lamb")),
+        (generate, "--top_k 5 --next 3", None),
+    ],
+)
+def test_a_flag_that_does_nothing_in_an_evaluation_is_refused(script, refused, too, capsys):
+    """Before the model is opened, which is not there."""
+    assert toys.call(script, "--save", "none.pt", *refused.split()) == 2
+    assert f"error: {refused.split()[0]} " in (line := toys.error_line(capsys))
+    assert "does nothing" in line
+    if too:
+        assert toys.call(script, "--save", "none.pt", *refused.split(), too) == 2
+        assert "none.pt: No such file" in toys.error_line(capsys)
 
 
 def test_check_shape():

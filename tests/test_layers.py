@@ -13,11 +13,13 @@ import reference
 import torch
 from runner import ROOT
 from torch import Tensor
-from toys import draw, has_weight_drop, make_layer, options_of
+from toys import draw, has_weight_drop, make_layer
 
+from harness.flags import resolve_args
 from layers.recurrent import RecurrentLayer
 from layers.weight_drop import drop_weight
 from model import LAYERS
+from utils import UserError
 
 E, H = 3, 4
 # T and B. Layers have separate code for short texts of a single column, for up to 64 columns, and for all others.
@@ -209,8 +211,8 @@ def test_weight_drop_survives_evaluation_and_steps(kind, first):
 @pytest.mark.parametrize("kind", [kind for kind in LAYERS if kind not in DROPPING])
 def test_a_kind_without_weight_drop_refuses_it(kind):
     """It is an error that names the flag, not a setting that does nothing."""
-    with pytest.raises(ValueError, match=r"--wdrop 0\.5"):
-        LAYERS[kind](E, H, 0.5, first=True, **options_of(kind))
+    with pytest.raises(UserError, match=rf"--wdrop 0\.5: .*{kind}"):
+        resolve_args({"model": kind, "wdrop": 0.5}, {})
 
 
 def test_the_example_of_the_documentation_works(tmp_path):

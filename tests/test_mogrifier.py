@@ -20,7 +20,6 @@ from model import RNNModel, build
 from mos import MixtureOfSoftmaxes, sampled
 from optim import make_optimizer
 from splitcross import SplitCrossEntropyLoss
-from utils import UserError
 
 E, H = 5, 6
 CELLS = [(rounds, rank) for rounds in (0, 1, 2, 5) for rank in (0, 3)]
@@ -156,8 +155,7 @@ def test_what_makes_no_sense_is_one_line(corpus, tmp_path, capsys, flags, named)
 def test_beta1_is_the_optimizers():
     parameters = [nn.Parameter(torch.zeros(2))]
     assert make_optimizer(parameters, "adam", 0.1, 0.0, 0.0).param_groups[0]["betas"] == (0.0, 0.999)
-    with pytest.raises(UserError, match="beta1"):
-        make_optimizer(parameters, "sgd", 0.1, 0.0, 0.0)
+    assert "betas" not in make_optimizer(parameters, "sgd", 0.1, 0.0, 0.0).param_groups[0]
 
 
 @pytest.mark.parametrize("kind", ["plain", "split", "mixture"])
@@ -184,7 +182,8 @@ def test_of_samples_the_probabilities_are_averaged(kind, monkeypatch):
 
 
 def test_samples_of_a_model_that_drops_nothing_change_nothing(trained):
-    flags = ["--epochs", 1, *NO_DROPOUT_FLAGS]
+    """--samples needs a dropout: one so small that it drops nothing."""
+    flags = ["--epochs", 1, *NO_DROPOUT_FLAGS, "--dropout", 1e-12]
     one, three = trained(*flags), trained(*flags, "--samples", 3)
     losses = [[entry["loss"] for entry in run.log("valid")] for run in (one, three)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -1,5 +1,6 @@
 """plot.py: what it reads out of logs, however the runs were cut up, and the picture that it leaves."""
 
+import csv
 import json
 import shutil
 import signal
@@ -208,11 +209,36 @@ def test_surprisal_is_a_bar_per_word_of_one_line(tmp_path):
     assert (tmp_path / "w.tsv.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_tokens_are_shown_as_text(tmp_path):
+    """Byte-level pieces, spaces of either kind; what is no such piece stays, and so do parts of a character."""
+    shown = {
+        **{"Ġcan": "can", "ĠnaÃ¯ve": "naïve", "âĤ¬": "€", "Ã": "Ã", "Ġ": "␣", "▁": "␣", "▁can": "can"},
+        **{"<unk> word": "<unk> word", "<eos>": "<eos>", "café": "café", "več": "več", "日本": "日本", "104": "104"},
+    }
+    rows = [f"1\t{i}\t{token}\t1.0\t2.0\t3" for i, token in enumerate(shown, 1)]
+    (tmp_path / "t.tsv").write_text(TOKENS + "\n".join(rows))
+    assert [bar.name for bar in plot.read_surprisal(str(tmp_path / "t.tsv"), 1)] == list(shown.values())
+    (tmp_path / "w.tsv").write_text("line\tword\tsurprisal\n1\tĠcan\t1.0\n")  # a word is text already
+    assert plot.read_surprisal(str(tmp_path / "w.tsv"), 1) == [("Ġcan", 1.0, None)]
+
+
+def test_a_table_is_read_as_csv_quotes_it(tmp_path):
+    """Quotes, and columns of others with tabs and newlines in them, at any place."""
+    header = ["note", "line", "token", "more", "surprisal", "entropy"]
+    rows = [["a\tb", 1, '"', 'x"y', 0.5, 3.0], ["a\nb", 1, 'say"', "", 1.5, 2.0], ["", 2, "'", "z", 2.5, 1.0]]
+    with (tmp_path / "t.tsv").open("w", newline="") as file:
+        csv.writer(file, delimiter="\t", lineterminator="\n").writerows([header, *rows])
+    assert plot.read_surprisal(str(tmp_path / "t.tsv"), 1) == [('"', 0.5, 3.0), ('say"', 1.5, 2.0)]
+    assert plot.read_surprisal(str(tmp_path / "t.tsv"), 2) == [("'", 2.5, 1.0)]
+
+
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
         (["--surprisal", "t.tsv", "--line", 3], "--line 3"),
         (["--surprisal", "cut.tsv"], "cut.tsv, line 3"),
+        (["--surprisal", "unquoted.tsv"], "unquoted.tsv, line 3"),
+        (["--surprisal", "returns.tsv"], "returns.tsv, line 1"),
         (["--surprisal", "m.pt.log.jsonl"], "m.pt.log.jsonl"),
         (["--surprisal", "none.tsv"], "none.tsv"),
         (["m.pt", "--surprisal", "t.tsv"], "RUN"),
@@ -231,6 +257,8 @@ def test_bad_input_is_one_line(run, argv, named):
     """Status 2; the file or flag, and what to do; no picture."""
     (run / "t.tsv").write_text(TOKENS + "1\t1\tthe\t2.5\t6.0\t1\n")
     (run / "cut.tsv").write_text(TOKENS + "1\t1\tthe\t2.5\t6.0\t1\n1\t2\tca")
+    (run / "unquoted.tsv").write_text(TOKENS + '1\t1\t"\t2.5\t6.0\t1\n1\t2\tcan\t2.5\t6.0\t1\n')
+    (run / "returns.tsv").write_text(TOKENS.replace("position", "po\rsition"))
     (run / "empty.pt.log.jsonl").touch()
     (run / "tests_only.log.jsonl").write_text('{"kind": "test", "loss": 4.0}\n')
     for name, entries in {

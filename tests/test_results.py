@@ -1,5 +1,6 @@
 """What was measured: every figure in a table is that of a log, and every log's run can be run again."""
 
+import importlib
 import json
 import os
 import re
@@ -11,8 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import read_log
 from runner import ENVIRONMENT, ROOT, WALL_S
+from toys import call, error_line
 
-from harness.flags import FLAGS, MODEL, OPTIMISATION, REGULARISATION, RUN, ArgumentParser
+from harness.flags import FLAGS, MODEL, OPTIMISATION, REGULARISATION, RUN, ArgumentParser, resolve_args
 
 RESULTS = ROOT / "results"
 ROWS = re.findall(r"^ +([a-z-]+)\) flags=", (RESULTS / "run.sh").read_text(), re.MULTILINE)
@@ -122,7 +124,7 @@ def run_row(folder, name, models, seed=""):
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_a_row_gives_flags_that_main_takes(name, tmp_path):
+def test_a_row_gives_flags_that_the_scripts_take(name, tmp_path, capsys):
     assert run_row(tmp_path, name, models=ROWS).returncode == 0
     calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
     choice = [call for call in calls if call[0] == "bench.py"]
@@ -140,13 +142,16 @@ def test_a_row_gives_flags_that_main_takes(name, tmp_path):
         args = parser.parse_args(flags)
         assert (args.output, args.resume) == (f"runs/{name}.pt", "auto")
         assert args.save.removeprefix("runs/").removesuffix(".pt") in ROWS
+        del args.output
     else:
         assert training == "main.py"
         args = ArgumentParser("", *FLAGS).parse_args(flags)
         seed = 9001 if name == "ptb-qrnn" else 141  # as published
         assert (args.save, args.resume, args.seed) == (f"runs/{name}.pt", "auto", seed)
+    resolve_args(vars(args), {})  # refuses a flag that does nothing
     for script, *flags in evaluations:
-        assert (ROOT / script).exists()
+        assert call(importlib.import_module(script.removesuffix(".py")), *flags) == 2
+        assert f"runs/{name}.pt: No such file" in error_line(capsys)  # all flags were taken
         assert flags[:4] == ["--data", args.data, "--save", f"runs/{name}.pt"]
 
 

@@ -379,6 +379,64 @@ def test_resume_auto_without_epochs_says_that_it_evaluates(lstm):
     assert result.out.splitlines()[0] == "| --resume auto: evaluates m.pt"
 
 
+@pytest.mark.parametrize("step", [10, 65], ids=["before it begins", "once it has begun"])
+def test_no_average_ends_averaging(lstm, tmp_path, step):
+    """The raw weights go on as if nothing had happened, and are those to evaluate with, also when resumed again."""
+    flags, whole = lstm
+    assert run_cli(*flags, "--max_steps", step, cwd=tmp_path).status == 0
+    begun = load(tmp_path / "m.pt.state")["mean"] is not None
+    assert begun == (step == 65)
+    result = resume(tmp_path, "--no-average", "--max_steps", 70)
+    assert result.status == 0, result
+    assert ("averaging ends: the run goes on from the weights that are not" in result.err) == begun
+    result = resume(tmp_path, "--max_steps", 0)
+    assert (result.status, result.err) == (0, ""), result
+    state = load(tmp_path / "m.pt.state")
+    assert state["mean"] is None
+    assert not differences(state["weights"], whole.state["weights"])
+    valid = [entry for entry in read_log(tmp_path / "m.pt.log.jsonl") if entry["kind"] == "valid"]
+    assert {entry["averaged"] for entry in valid if entry["step"] > step} == {False}
+    assert resume(tmp_path, "--average", "--epochs", 6).status == 0  # on again: at the next stall
+    assert load(tmp_path / "m.pt.state")["args"]["no_average"] is False
+
+
+def test_a_run_of_an_older_version_averages_as_it_did(lstm, tmp_path):
+    """Its average is False and it knows no --no-average: under SGD that has always meant averaging after a stall."""
+    flags, whole = lstm
+    assert run_cli(*flags, "--max_steps", 10, cwd=tmp_path).status == 0
+    state = load(tmp_path / "m.pt.state")
+    assert state["args"].pop("no_average") is False
+    torch.save(state, tmp_path / "m.pt.state")
+    assert_same_end(tmp_path, resume(tmp_path, "--max_steps", 0), whole)
+
+
+@pytest.mark.parametrize("before", ["sgd", "adam"])
+def test_another_optimizer_leaves_mean_and_moments_behind(make_case, tmp_path, before):
+    """It goes on from the raw weights: at a rate of almost nothing they stay. It says so, once."""
+    adam = ["--optimizer", "adam", "--lr", 0.3, "--average", "--nonmono", 0]
+    flags, _ = make_case(RUNS["averaging LSTM"]) if before == "sgd" else make_case([*adam, "--clip", 1])
+    assert run_cli(*flags, "--max_steps", 0, cwd=tmp_path).status == 0
+    old = load(tmp_path / "m.pt.state")
+    assert old["mean"] is not None
+    after = {"sgd": "adam", "adam": "sgd"}[before]
+    more = ["--optimizer", after, "--epochs", 5, "--wdecay", 0]
+    result = resume(tmp_path, *more, "--lr", 1e-12, "--max_steps", old["at"]["step"] + 3)
+    assert result.status == 0, result
+    afresh = f"--optimizer {after}: starts afresh where {before} has come to, at the rate 1e-12"
+    assert [line.partition("warning: ")[2].partition(" the run goes")[0] for line in result.err.splitlines()] == [
+        *(afresh, "averaging ends:")
+    ]
+    new = load(tmp_path / "m.pt.state")
+    assert new["mean"] is None
+    assert new["args"]["optimizer"] == after
+    steps = {float(entry["step"]) for entry in new["optimizer"]["state"].values()}
+    assert steps == ({3.0} if after == "adam" else set())
+    for name, tensor in old["weights"].items():
+        torch.testing.assert_close(new["weights"][name], tensor, rtol=0, atol=1e-6)
+    result = resume(tmp_path, *more, "--max_steps", old["at"]["step"] + 4)
+    assert (result.status, result.err) == (0, ""), result
+
+
 @pytest.mark.parametrize("warm", [False, True])
 def test_another_optimizer_starts_at_its_own_rate(trained, tmp_path, warm):
     """`--resume SGD.pt --optimizer adam` goes on at Adam's 1e-3, and says so; a rate that is given wins."""

@@ -404,6 +404,18 @@ def test_shuffled_epochs_begin_each_column_where_its_own_new_draw_says(make_run)
     assert all(len(set(offsets.tolist())) > 1 for offsets in drawn)
 
 
+@pytest.mark.parametrize(
+    ("bptt", "given", "expected"),  # 2,000 tokens in 4 columns
+    [(5, None, 10), (6, None, 9), (300, None, 1), (600, None, 1), (5, 17, 17), (5, 2000, 2000)],
+)
+def test_a_line_per_tenth_of_a_short_epoch(make_run, bptt, given, expected):
+    assert make_run(bptt=bptt, log_interval=given).log_interval == expected
+
+
+def test_a_line_per_200_batches_of_a_long_epoch(make_run):
+    assert make_run(bptt=1, batch_size=1).log_interval == 200
+
+
 @pytest.mark.parametrize("samples", [1, 3])
 def test_a_mixture_is_trained_with_a_mask_per_column_on_its_latents(make_run, monkeypatch, samples):
     run, seen = make_run(n_experts=2, dropoutl=0.5, samples=samples), []

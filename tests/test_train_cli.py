@@ -124,6 +124,20 @@ def test_printed_layout_is_the_originals(trained):
     assert "| End of training | test loss  0.00 | test ppl    00.00 | test bpc    0.000" in lines
 
 
+def test_a_short_epoch_has_a_line_after_each_tenth(corpus, tmp_path):
+    """Of its 25 or so batches: after every third, to its end, also when resumed. A flag that is given holds."""
+    at = SMALL.index("--log-interval")
+    flags = ["--data", corpus, *SMALL[:at], *SMALL[at + 2 :], "--save", "m.pt"]
+    for more in ([*flags, "--epochs", 1], ["--resume", "m.pt", "--epochs", 2]):
+        result = run_cli(*more, cwd=tmp_path)
+        assert result.status == 0, result
+        batches = [int(match["batch"]) for match in STEP_LINE.finditer(result.out)]
+        assert batches == [*range(3, max(batches) + 1, 3)]
+        assert len(batches) in (8, 9, 10)
+    result = run_cli(*flags, "--epochs", 1, "--log-interval", 200, cwd=tmp_path)
+    assert not STEP_LINE.search(result.out)
+
+
 def corpus_of(run: Trained) -> Path:
     return Path(run.saved["args"]["data"])
 
@@ -243,7 +257,7 @@ def test_an_annealed_run_is_not_cut_short_unawares(trained):
     run = trained("--epochs", 3, "--optimizer", "adam", "--lr", 0.01, "--anneal", 1, "--log-interval", 1)
     result = run_cli("--resume", "m.pt", "--epochs", 1, cwd=run.folder)
     assert (result.status, result.out) == (2, "")
-    assert "--anneal 1: has to lie before the last epoch, --epochs 1; 0 leaves it out" in result.err
+    assert "--epochs 1: the rate would fall from the end of epoch 1 (--anneal)" in result.err
 
 
 def test_adam_moves_by_its_rate(trained):
