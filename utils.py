@@ -2,8 +2,13 @@
 
 import contextlib
 import ctypes
+import errno
+import functools
 import importlib.util
 import os
+import re
+import secrets
+import stat
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -12,6 +17,9 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+
+if sys.platform != "win32":
+    import fcntl
 
 # `pytorch-nlp` 0.5.0 (2019) is the last release. Its `torchnlp.samplers` imports `torch._six`, which torch 2.0
 # removed. This module takes its place, if torch has none, before torchnlp is imported below.
@@ -51,30 +59,89 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def replacing(path: str | Path, suffix: str = ".tmp") -> Iterator[BinaryIO]:
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """Opens a new file that replaces `path` when the block ends without an error: whole or not at all.
 
-    Until then it is called `path` + `suffix`. An error removes it. A file that a killed writer left under that name is
-    overwritten by the next writer. The rename survives a power loss. A full disk raises OSError.
+    A link is followed to its target, whose mode and owner are kept. The rename survives a power loss where the file
+    system can promise that. A full disk raises OSError.
     """
-    temporary = f"{path}{suffix}"
-    try:
-        with open(temporary, "wb") as file:
+    target = os.path.realpath(path)
+    with new_file_beside(target) as file:
+        with contextlib.suppress(OSError):  # there is none yet; or it belongs to somebody else
+            before = os.stat(target)
+            os.chmod(file.name, stat.S_IMODE(before.st_mode))
+            os.chown(file.name, before.st_uid, before.st_gid)
+        try:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
-            raise error.__context__ from None  # torch's zip writer has turned an OSError into a RuntimeError
-        raise
-    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None  # torch's zip writer has turned an OSError into a RuntimeError
+            raise
+        file.flush()
+        os.fsync(file.fileno())
+        if sys.platform == "win32":  # it renames no open file
+            file.close()
+        os.replace(file.name, target)
+    sync_folder(os.path.dirname(target))
+
+
+@contextlib.contextmanager
+def new_file_beside(target: str) -> Iterator[BinaryIO]:
+    """Opens a new file under a name of its own, TARGET.XXXXXXXX.tmp, that is removed when the block ends.
+
+    While it is open it is locked, so that what killed writers have left is told from what is being written: that is
+    removed first.
+    """
+    folder, name = os.path.split(target)
+    remove_leftovers(folder, f"{re.escape(name)}[.][0-9a-f]{{8}}[.]tmp")
+    with open(f"{target}.{secrets.token_hex(4)}.tmp", "xb") as file:  # "x": follows no link, overwrites nothing
+        try_lock(file)
+        try:
+            yield file
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(file.name)
+
+
+def remove_leftovers(folder: str | Path, pattern: str) -> None:
+    """Removes the files of this pattern that no process has locked."""
+    with contextlib.suppress(OSError):
+        for name in filter(re.compile(pattern).fullmatch, os.listdir(folder or ".")):
+            path = os.path.join(folder, name)
+            with contextlib.suppress(OSError):
+                if stat.S_ISREG(os.lstat(path).st_mode):
+                    with open(path, "r+b") as file:
+                        if try_lock(file):
+                            os.unlink(path)
+
+
+def try_lock(file: BinaryIO) -> bool | None:
+    """Locks a file until it is closed or its process ends. False: another process has it; None: no locks here."""
+    if sys.platform == "win32":
+        return None
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return False if error.errno in (errno.EWOULDBLOCK, errno.EACCES) else None
+    return True
+
+
+def sync_folder(folder: str) -> None:
+    """Writes the names in a folder to the disk. Some file systems cannot; the file is there all the same."""
+    try:
+        descriptor = os.open(folder or ".", os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        warn_unsynced(error.strerror or str(error))
+
+
+@functools.cache  # says it once
+def warn_unsynced(reason: str) -> None:
+    consequence = "after a power loss the newest files may be missing"
+    print(f"warning: the folder cannot be synced ({reason}); {consequence}", file=sys.stderr)
 
 
 def pick_device(name: str) -> torch.device:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from corpus.corpora import CORPORA, SPLITS
-from utils import UserError, penn_treebank_dataset, replacing, wikitext_2_dataset
+from utils import UserError, penn_treebank_dataset, remove_leftovers, replacing, wikitext_2_dataset
 
 TOKENIZER = "tokenizer.json"  # beside texts that prepare.py has made
 
@@ -106,7 +106,8 @@ def save_cache(path: Path, corpus: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # The words as one string: for a list of 267,735 torch's reader, written in Python, would take a second.
     contents = {**corpus, "vocab": json.dumps(corpus["vocab"]), "check": checksum(corpus)}
-    with replacing(path, suffix=f".{os.getpid()}.tmp") as file:  # several processes may write it at once
+    remove_leftovers(path.parent, r"[.]cache-.*[.]tmp")  # of other rules too
+    with replacing(path) as file:
         torch.save(contents, file)
 
 

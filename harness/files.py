@@ -7,7 +7,6 @@ Both are plain data and tensors, written whole or not at all, and loaded with `w
 no code from it.
 """
 
-import contextlib
 import os
 import pickle
 import re
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from harness.flags import DEFAULTS, check_shape, check_stored
 from model import DROPOUTS, Criterion, RNNModel, build
-from utils import RunError, UserError, map_tensors, out_of_memory, pick_device, replacing
+from utils import RunError, UserError, map_tensors, new_file_beside, out_of_memory, pick_device, replacing
 
 MODEL_FORMAT, STATE_FORMAT, STATS_FORMAT = "awd-lm model 1", "awd-lm state 2", "awd-lm statistics 1"
 FORMATS = {
@@ -84,16 +83,20 @@ def check_writable(path: str, flag: str, size: int = 0) -> None:
     """Checks that a file of `size` bytes can be made at `path`: better now than after the first epoch.
 
     Raises:
-        UserError: `path` is a folder or a device, or its folder cannot be written to.
+        UserError: `path` is no name, a folder, a device or a loop of links, or its folder cannot be written to.
         NotWrittenError: there is no space.
     """
-    if os.path.isdir(path):
+    target = os.path.realpath(path)
+    if not path:
+        raise UserError(f"{flag} '': is no name; give the name of a file")
+    if os.path.isdir(target):
         raise UserError(f"{flag} {path}: is a folder; give the name of a file")
-    if os.path.exists(path) and not os.path.isfile(path):  # the new file would replace /dev/null itself
+    if os.path.islink(target):
+        raise UserError(f"{flag} {path}: is a link that leads back to itself; give the name of a file")
+    if os.path.exists(target) and not os.path.isfile(target):  # the new file would replace /dev/null itself
         raise UserError(f"{flag} {path}: is a device or pipe; give the name of a file")
-    temporary = f"{path}.tmp"
     try:
-        with open(temporary, "wb") as file:
+        with new_file_beside(target) as file:
             if size and hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:
@@ -101,9 +104,6 @@ def check_writable(path: str, flag: str, size: int = 0) -> None:
             raise NotWrittenError(path, f"{error.strerror}; it takes {size / 2**20:.0f} MiB") from None
         hint = "choose a folder that can be written to"
         raise UserError(f"{flag} {path}: {error.strerror}; {hint}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
 
 
 def load(path: str, flag: str, format: str) -> dict[str, Any]:

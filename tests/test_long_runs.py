@@ -174,8 +174,8 @@ def test_killed_in_mid_write(corpus, tmp_path):
         assert step > before
         if (tmp_path / "m.pt").exists():
             load(tmp_path / "m.pt")
-        assert temporaries(tmp_path) <= {"m.pt.tmp", "m.pt.state.tmp"}
-    (tmp_path / "m.pt.tmp").touch()
+        assert len(temporaries(tmp_path)) <= 2
+    (tmp_path / "m.pt.01234567.tmp").touch()
     assert run_cli(*flags, "--epochs", 1, cwd=tmp_path).status == 0
     assert not temporaries(tmp_path)
 

@@ -2,9 +2,11 @@
 
 import contextlib
 import ctypes
+import errno
 import multiprocessing
 import os
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +20,7 @@ import torch
 from runner import ROOT, run_cli
 from toys import file_limit
 
+import utils
 from utils import RunError, UserError, keep_freed_memory, map_tensors, out_of_memory, pick_device, replacing
 
 
@@ -72,17 +75,56 @@ def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
         fill(file)
 
 
-@pytest.mark.parametrize("suffix", [".tmp", ".7.tmp"])
-def test_a_file_is_replaced_once_it_is_whole(tmp_path, suffix):
-    """Until the block ends the old file is there, the new one beside it under its fixed name; then only it."""
-    path, temporary = tmp_path / "m.pt", tmp_path / f"m.pt{suffix}"
+def test_a_file_is_replaced_once_it_is_whole(tmp_path):
+    """Until the block ends the old file is there, the new one beside it under a name of its own; then only it."""
+    path = tmp_path / "m.pt"
     path.write_bytes(b"old")
-    with replacing(path, suffix=suffix) as file:
+    with replacing(path) as file, replacing(path) as other:
         file.write(b"new")
+        other.write(b"newer")
         assert path.read_bytes() == b"old"
-        assert temporary.exists()
+        assert len({file.name, other.name, str(path)}) == len(os.listdir(tmp_path)) == 3
     assert path.read_bytes() == b"new"
     assert os.listdir(tmp_path) == ["m.pt"]
+
+
+def test_a_link_is_followed_and_the_mode_kept(tmp_path):
+    """A link stays one, also where its target is not there yet; what others have put at old fixed names stays."""
+    (tmp_path / "disk").mkdir()
+    target, link, victim = tmp_path / "disk" / "m.pt", tmp_path / "m.pt", tmp_path / "victim"
+    link.symlink_to(target)
+    victim.write_bytes(b"precious")
+    (tmp_path / "m.pt.tmp").symlink_to(victim)
+    for mode in (0o600, 0o640):
+        with replacing(link) as file:
+            file.write(b"new")
+        assert link.is_symlink()
+        assert target.read_bytes() == b"new"
+        target.chmod(mode)
+    with replacing(link) as file:
+        file.write(b"newer")
+    assert (target.stat().st_mode & 0o777, target.read_bytes(), victim.read_bytes()) == (0o640, b"newer", b"precious")
+    assert sorted(os.listdir(tmp_path)) == ["disk", "m.pt", "m.pt.tmp", "victim"]
+    assert os.listdir(tmp_path / "disk") == ["m.pt"]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EACCES, errno.ENOTSUP, errno.EIO])
+def test_a_folder_that_cannot_be_synced_costs_a_warning_at_most(tmp_path, monkeypatch, capsys, number):
+    """Once in all; the files are there."""
+    fsync = os.fsync
+
+    def refuse(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    utils.warn_unsynced.cache_clear()
+    for name in ("a", "b"):
+        with replacing(tmp_path / name) as file:
+            file.write(b"new")
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
@@ -102,36 +144,31 @@ def test_an_error_removes_the_temporary_file_and_keeps_the_old_one(tmp_path, err
 
 
 @pytest.mark.parametrize("end", ["well", "badly"])
-def test_what_a_killed_writer_left_is_overwritten_by_the_next(tmp_path, end):
-    """A longer rest under the fixed name neither shows in the new file nor stays; nothing piles up."""
-    (tmp_path / "m.pt.tmp").write_bytes(b"half of a large file")
-    with contextlib.suppress(RuntimeError), replacing(tmp_path / "m.pt") as file:
-        file.write(b"new")
-        if end == "badly":
-            raise RuntimeError
-    assert os.listdir(tmp_path) == (["m.pt"] if end == "well" else [])
-    assert end == "badly" or (tmp_path / "m.pt").read_bytes() == b"new"
-
-
-def test_a_real_kill_leaves_the_old_file_whole(tmp_path):
-    """A process that dies in the block leaves the old file and one temporary one, which the next takes over."""
+def test_what_killed_writers_left_is_removed_by_the_next(tmp_path, end):
+    """Real kills: the old file stays whole, and one that is still being written by a living process is not touched."""
     path = tmp_path / "m.pt"
     path.write_bytes(b"old")
 
     def die() -> None:
         with replacing(path) as file:
             file.write(b"x" * 10**6)
+            file.flush()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    for _ in range(2):
-        process = multiprocessing.get_context("fork").Process(target=die)
-        process.start()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
-        assert path.read_bytes() == b"old"
-        assert sorted(os.listdir(tmp_path)) == ["m.pt", "m.pt.tmp"]
-    with replacing(path) as file:
-        file.write(b"new")
+    with replacing(path) as living:
+        for _ in range(2):
+            process = multiprocessing.get_context("fork").Process(target=die)
+            process.start()
+            process.join()
+            assert process.exitcode == -signal.SIGKILL
+            assert path.read_bytes() == b"old"
+            assert len(os.listdir(tmp_path)) == 3  # the second one has removed what the first one left
+        with contextlib.suppress(RuntimeError), replacing(path) as file:
+            file.write(b"new")
+            if end == "badly":
+                raise RuntimeError
+        assert sorted(os.listdir(tmp_path)) == sorted(["m.pt", os.path.basename(living.name)])
+        assert path.read_bytes() == (b"new" if end == "well" else b"old")
     assert os.listdir(tmp_path) == ["m.pt"]
 
 
