@@ -10,7 +10,7 @@ model, except --lr (30), --epochs and --nonmono, which have their defaults. Meth
 1708.02182, section 5.
 """
 
-from harness.checkpoint import save_model
+from harness.checkpoint import save_model, save_state
 from harness.flags import MODEL, OPTIMISATION, REGULARISATION, RUN, ArgumentParser, Flag
 from harness.script import run_script
 from harness.start import begin
@@ -22,16 +22,17 @@ def main() -> int:
     output = Flag("--output", {}, None, "write the better model to this file and do not change --save")
     parser.add_flags("finetune.py only", [output])
     given = vars(parser.parse_args())
-    start = begin("finetune.py", given)  # processes, device, settings, a state or model to go on from
-    run = start_run(start)  # corpus, model, optimizer; then the state, if there is one
-    if start.saved:
-        loss = evaluate_start(run, "before fine-tuning")
-        if not start.overwrites_start:
-            save_model(run, loss)
-        run.start_averaging()
-    del start  # frees the state, which is several times as large as the weights
-    why = fit(run, on_stall="stop")
-    return finish(run, why)
+    with begin("finetune.py", given) as start:  # processes, device, settings, a state or model to go on from
+        run = start_run(start)  # corpus, model, optimizer; then the state, if there is one
+        if start.saved:
+            loss = evaluate_start(run, "before fine-tuning")
+            run.start_averaging()
+            if not start.overwrites_start:
+                save_state(run)
+                save_model(run, loss)
+        del start  # frees the state, which is several times as large as the weights
+        why = fit(run, on_stall="stop")
+        return finish(run, why)
 
 
 if __name__ == "__main__":

@@ -17,17 +17,17 @@ from train import evaluate_start, finish, fit, start_run
 
 def main() -> int:
     given = vars(ArgumentParser(__doc__, *FLAGS).parse_args())
-    start = begin("main.py", given)  # processes, device, settings, a state or model to go on from
-    if start.saved and start.args.epochs == 0:
-        if start.ranks.is_main:
-            evaluate_only(start.saved, load_corpus(start), start.args.bptt)
-        return 0
-    run = start_run(start)  # corpus, model, optimizer; then the state, if there is one
-    if start.saved and start.overwrites_start:
-        evaluate_start(run, "warm start")
-    del start  # frees the state, which is several times as large as the weights
-    why = fit(run)
-    return finish(run, why)
+    with begin("main.py", given) as start:  # processes, device, settings, a state or model to go on from
+        if start.saved and start.args.epochs == 0:
+            if start.ranks.is_main:
+                evaluate_only(start.saved, load_corpus(start), start.args.bptt)
+            return 0
+        run = start_run(start)  # corpus, model, optimizer; then the state, if there is one
+        if start.saved and start.overwrites_start:
+            evaluate_start(run, "warm start")
+        del start  # frees the state, which is several times as large as the weights
+        why = fit(run)
+        return finish(run, why)
 
 
 if __name__ == "__main__":

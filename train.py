@@ -24,7 +24,7 @@ from data import EVAL_BATCH_SIZE, Corpus, VariableLengthSampler, get_batch, rota
 from evaluate import evaluate, test
 from harness.graphs import CudaCapture, StepGraphs, StepResult
 from harness.log import RULE, EpochBar, RunLog, figures, say, say_or_drop, warn
-from harness.ranks import ALONE, NO_TIME, Ranks, Stop, Stopper
+from harness.ranks import ALONE, ENDINGS, NO_TIME, Ranks, Stop, Stopper
 from harness.start import Start, check_files, load_corpus
 from model import Criterion, Hidden, RNNModel, build, detach
 from mos import sampled
@@ -239,7 +239,7 @@ def fit(run: Run, on_stall: str = "") -> str:
     """Trains up to the last epoch; after each one validates, saves the best model and the run's state.
 
     `on_stall`: when the validation loss stalls, "stop", "average" or "nothing"; "": as the settings say.
-    Returns why it ended: "epochs", "SIGINT", "SIGTERM" or the flag that said so.
+    Returns why it ended: "epochs", or one of `ranks.REASONS`.
     """
     args, at = run.args, run.at
     on_stall = on_stall or ("average" if averages(args) else "nothing")
@@ -255,6 +255,8 @@ def fit(run: Run, on_stall: str = "") -> str:
             while at.epoch <= args.epochs and not (on_stall == "stop" and has_stalled(at.history, args.nonmono)):
                 check_stop()
                 train_epoch(run, check_stop)
+                if not run.writing.has_state:  # a first model alone would be a warm start
+                    checkpoint.save_state(run)
                 loss = validate(run, stopper.check)
                 if (at.best_loss is None or loss < at.best_loss) and checkpoint.save_model(run, loss):
                     at.best_loss = loss
@@ -277,14 +279,14 @@ def fit(run: Run, on_stall: str = "") -> str:
             validate_first = at.best_loss is None or (stop.reason == "--max_steps" and at.row)
             if validate_first and stop.reason not in NO_TIME:
                 with contextlib.suppress(Stop):
-                    loss = validate(run, stopper.check_sigterm, partial=True)
+                    loss = validate(run, stopper.check_ending, partial=True)
                     if at.best_loss is None:
                         checkpoint.save_model(run, loss, partial=True)
-            return "SIGTERM" if stopper.terminated() else stop.reason
+            return stopper.ending() or stop.reason
         except RunError:
             checkpoint.write_pending_model(run)
             raise
-        return "SIGTERM" if stopper.terminated() else "epochs"
+        return stopper.ending() or "epochs"
 
 
 def log_training(run: Run) -> None:
@@ -295,14 +297,14 @@ def log_training(run: Run) -> None:
     at.loss_sum, at.loss_count = 0.0, 0
     elapsed_s = run.last_log[0] - since_s
     ms_per_batch = elapsed_s * 1000 / (at.batch - batch)
-    tokens_per_s = (at.row - row) * run.args.batch_size / elapsed_s
     say_or_drop(
         f"| epoch {at.epoch:3d} | {at.batch:5d}/{run.batches:5d} batches | lr {run.rate():05.5f} "
         f"| ms/batch {ms_per_batch:5.2f} | {figures(loss)}"
     )
     grad_norm = None if run.grad_norm is None else run.grad_norm.item()
     place = {"epoch": at.epoch, "batch": at.batch, "batches": run.batches, "step": at.step, "lr": run.rate()}
-    run.log.write("train", loss, **place, ms_per_batch=ms_per_batch, tokens_per_s=tokens_per_s, grad_norm=grad_norm)
+    speed = {"ms_per_batch": ms_per_batch, "tokens_per_s": (at.row - row) * run.args.batch_size / elapsed_s}
+    run.log.write("train", loss, **place, **speed, grad_norm=grad_norm)
 
 
 def validate(run: Run, check_stop: Callable[[], None], partial: bool = False) -> float:
@@ -331,19 +333,16 @@ def evaluate_start(run: Run, title: str) -> float:
 
 
 def finish(run: Run, why: str) -> int:
-    """After `fit`: tests the best model if there is time, on rank 0 alone; returns the exit status.
-
-    Raises NotWrittenError when the last attempt to write the best model or the state failed.
-    """
+    """After `fit`: tests the best model if there is time; returns the exit status. Raises NotWrittenError."""
     # The other ranks end now, with status 0: torchrun stops all as soon as one fails, and rank 0 goes on to test.
     run.ranks.end()
     if why in ("SIGINT", *NO_TIME):
-        say(f"| stopped ({why}); --resume {run.args.save} goes on")
+        (warn if why == "SIGPIPE" else say_or_drop)(f"| stopped ({why}); --resume {run.args.save} goes on")
     if why not in NO_TIME and run.ranks.is_main and os.path.exists(run.args.save):
         test(files.load_model(run.args.save, "--save"), run.corpus.test, run.args.bptt, run.log)
     for error in run.writing.failed.values():
         raise error
-    return 143 if why == "SIGTERM" else 0
+    return ENDINGS.get(why, 0)
 
 
 if __name__ == "__main__":

@@ -84,6 +84,7 @@ class Writing:
     pending: PendingModel | None = None
     state_s: float = -math.inf  # when the state was written, of time.monotonic
     state_is_old: bool = False
+    has_state: bool = False  # whether the file of the state is of this run
 
 
 class SavedRun(Protocol):
@@ -205,7 +206,7 @@ def save_state(run: SavedRun) -> None:
     path, state = f"{run.args.save}.state", collect_state(run)
     if run.ranks.is_main:
         try_to_write(run, path, lambda: files.save(path, state))
-    run.writing.state_s, run.writing.state_is_old = time.monotonic(), False
+    run.writing.state_s, run.writing.state_is_old, run.writing.has_state = time.monotonic(), False, True
 
 
 def collect_state(run: SavedRun) -> dict[str, Any]:
@@ -267,6 +268,9 @@ def resume(run: SavedRun, state: dict[str, Any], given: dict[str, Any]) -> None:
             raise
         reason = str(error).splitlines()[0]
         raise UserError(f"--resume {path}: a part of it does not fit this run ({reason}); {hint}") from None
+    run.writing.has_state = run.args.save == run.args.resume
+    if not run.writing.has_state:  # before the model, which is copied
+        save_state(run)
     run.at.best_loss = run.ranks.from_rank_0(loss_to_beat(run) if run.ranks.is_main else None)
     say(f"| resumed at epoch {run.at.epoch}, batch {run.at.batch}")
 

@@ -61,13 +61,12 @@ def say(text: str) -> None:
 
 
 def say_or_drop(text: str) -> None:
-    """Like `say`, but when the disk is full the line is dropped and the run goes on."""
-    try:
+    """Like `say`, but where the line cannot be written it is dropped: the disk is full, or stdout is closed.
+
+    In training, SIGPIPE has told the run that stdout is closed.
+    """
+    with contextlib.suppress(OSError):
         say(text)
-    except BrokenPipeError:  # the reader of a pipe has ended
-        raise
-    except OSError:
-        pass
 
 
 def warn(text: str) -> None:

@@ -10,11 +10,12 @@ GPU. Without torchrun there is one rank, and nothing is sent.
 
 import os
 import signal
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,8 +26,11 @@ from utils import UserError, map_tensors
 T = TypeVar("T")
 PATIENCE = timedelta(minutes=30)  # a rank that keeps the others waiting for longer counts as hung
 LARGE = 1 << 20  # elements; larger gradients are averaged in place, smaller ones joined in one tensor
-REASONS = ("", "--max_steps", "--max_minutes", "SIGINT", "SIGTERM")  # to stop; the last one has priority
-NO_TIME = ("SIGTERM", "--max_minutes")  # a run that ends for one of these neither validates nor tests
+# Signals that end a process at once, and a run after its state was written; the exit status of each. Of SIGPIPE stdout
+# has been closed; SIGUSR1 is what schedulers send before the time is up.
+ENDINGS = {"SIGPIPE": 141, "SIGUSR1": 138, "SIGHUP": 129, "SIGTERM": 143}
+REASONS = ("", "--max_steps", "--max_minutes", "SIGINT", *ENDINGS)  # to stop; the last one has priority
+NO_TIME = ("--max_minutes", *ENDINGS)  # a run that ends for one of these neither validates nor tests
 SEED_STRIDE = 1_000_003  # between ranks; torch's CPU generator uses the lower 32 bits of a seed
 
 
@@ -194,7 +198,7 @@ ALONE = Ranks()
 
 
 def find_ranks() -> Ranks:
-    """This process's rank from the environment that torchrun sets; a single process without torchrun."""
+    """This process's rank from the environment that torchrun or a scheduler sets; a single process without."""
     rank, size = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
     if rank.isdecimal() and size.isdecimal() and int(rank) < int(size):
         return Ranks(int(rank), int(size))
@@ -202,7 +206,7 @@ def find_ranks() -> Ranks:
 
 
 class Stop(Exception):  # noqa: N818 - it ends a run, but is no error
-    """Ends training between two steps; `reason` is "SIGINT", "SIGTERM", or the flag that set the limit."""
+    """Ends training between two steps; `reason` is one of REASONS: a signal, or the flag that set the limit."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -210,9 +214,9 @@ class Stop(Exception):  # noqa: N818 - it ends a run, but is no error
 
 
 class Stopper:
-    """While entered, Ctrl-C and SIGTERM are only noted; `check`, between two steps, raises Stop for them.
+    """While entered, Ctrl-C and the signals of ENDINGS are only noted; between two steps `check` raises Stop for them.
 
-    A second Ctrl-C interrupts at once. SIGTERM has priority over all other reasons, whatever comes after it.
+    A second Ctrl-C interrupts at once. Of several reasons the last one in REASONS counts, in whatever order they come.
 
     Args:
         deadline_s: of `time.monotonic`, for --max_minutes; None: no limit.
@@ -223,7 +227,7 @@ class Stopper:
         self.deadline_s, self.ranks, self.signal = deadline_s, ranks, ""
 
     def __enter__(self) -> "Stopper":
-        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {signal.SIGINT: signal.signal(signal.SIGINT, self.note), **handle_endings(self.note, pipe=True)}
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -233,8 +237,7 @@ class Stopper:
     def note(self, number: int, frame: FrameType | None) -> None:
         if self.signal == "SIGINT" and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if self.signal != "SIGTERM":
-            self.signal = signal.Signals(number).name
+        self.signal = max(self.signal, signal.Signals(number).name, key=REASONS.index)
 
     def check(self, otherwise: str = "") -> None:
         """Raises Stop for a signal, for the deadline, or for the reason given. Collective."""
@@ -243,11 +246,49 @@ class Stopper:
         if reason:
             raise Stop(reason)
 
-    def check_sigterm(self) -> None:
-        """Raises Stop for SIGTERM alone: nothing else interrupts the last evaluation of a run. Collective."""
-        if self.terminated():
-            raise Stop("SIGTERM")
+    def check_ending(self) -> None:
+        """Raises Stop for the signals of ENDINGS: nothing else interrupts the last evaluation of a run. Collective."""
+        if reason := self.ending():
+            raise Stop(reason)
 
-    def terminated(self) -> bool:
-        """Whether any rank has received SIGTERM. Collective."""
-        return self.ranks.agree(self.signal) == "SIGTERM"
+    def ending(self) -> str:
+        """The signal of ENDINGS that a rank has received, or "". Collective."""
+        reason = self.ranks.agree(self.signal)
+        return reason if reason in ENDINGS else ""
+
+
+def handle_endings(handler: Callable[[int, FrameType | None], object], pipe: bool = False) -> dict[int, Any]:
+    """Sets the handler of the signals of ENDINGS; returns those from before. `pipe`: SIGPIPE too.
+
+    SIGHUP and SIGUSR1 stay ignored where they are (nohup).
+    """
+    before: dict[int, Any] = {}
+    for name in ENDINGS:
+        number = getattr(signal, name, None)  # Windows has SIGTERM alone
+        ignored = name in ("SIGHUP", "SIGUSR1") and signal.getsignal(number) is signal.SIG_IGN if number else True
+        if number and not ignored and (pipe or name != "SIGPIPE"):
+            before[number] = signal.signal(number, handler)
+    return before
+
+
+def end_with_parent() -> None:
+    """Lets this process end when torchrun, which has started it, was killed: as by SIGTERM, or after eight seconds.
+
+    Otherwise it would train and write on, beside the job that comes after.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(8)
+        os._exit(ENDINGS["SIGTERM"])
+
+    if under_torchrun():
+        threading.Thread(target=watch, daemon=True).start()
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun has started this process; RANK alone may be left over in the environment."""
+    return "TORCHELASTIC_RUN_ID" in os.environ

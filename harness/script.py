@@ -1,6 +1,6 @@
 """The start and end of every script: an error is one line on stderr, not a traceback.
 
-Exit status 2: wrong usage or data. 1: a run that failed. 130: Ctrl-C twice. 143: SIGTERM.
+Exit status 2: wrong usage or data. 1: a run that failed. 130: Ctrl-C twice. Those of signals: `ranks.ENDINGS`.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from harness.ranks import find_ranks
+from harness.ranks import ALONE, ENDINGS, find_ranks, handle_endings, under_torchrun
 from utils import UserError, keep_freed_memory, out_of_memory
 
 
@@ -20,13 +20,14 @@ def run_script(main: Callable[[], int | None], parallel: bool = False) -> None:
     """Calls `main()` and exits with its status. An error that a user or a machine can cause becomes one line on stderr.
 
     Args:
-        parallel: `main` can be one of several processes; otherwise rank 0 works alone, and the others end.
+        parallel: `main` can be one of several processes; otherwise torchrun's rank 0 works alone, and the others end.
     """
-    ranks = find_ranks()
+    open_closed_streams()
+    ranks = find_ranks() if parallel or under_torchrun() else ALONE
     if not (ranks.is_main or parallel):
         sys.exit(0)
     keep_freed_memory()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # while there is nothing to save
+    handlers = handle_endings(lambda number, _: sys.exit(128 + number))  # while there is nothing to save
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # whatever the terminal says; names may be no UTF-8
     message = ""
@@ -40,11 +41,13 @@ def run_script(main: Callable[[], int | None], parallel: bool = False) -> None:
         message, status = "interrupted", 130
     except Exception as error:
         message, status = describe(error), getattr(error, "status", 1)
+        status = ENDINGS["SIGPIPE"] if isinstance(error, BrokenPipeError) else status
         if not message and ranks.size == 1:
             raise  # a defect of the toolkit, whose traceback is needed to mend it
         message = message or f"{type(error).__name__}: {error}"
         status = status if ranks.size == 1 else 1
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler that raises would disturb Python's own exit
+    for number in handlers:  # a handler that raises would disturb Python's own exit
+        signal.signal(number, signal.SIG_DFL)
     try:
         sys.stdout.flush()
     except OSError:  # a full disk or a closed pipe (`| head`); Python would try again at its exit, and print an error
@@ -73,6 +76,16 @@ def describe(error: Exception) -> str:
     if isinstance(error, torch.AcceleratorError):
         return f"error: the device failed: {str(error).splitlines()[0]}; go on with --resume"
     return ""
+
+
+def open_closed_streams() -> None:
+    """Opens /dev/null as stdin, stdout and stderr where they are closed, so that no other file gets their numbers."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115 - for the process's whole life
 
 
 @contextlib.contextmanager

@@ -3,9 +3,11 @@
 "Collective": every process has to call the function.
 """
 
+import contextlib
 import os
 import time
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +18,10 @@ import harness.flags as flags
 from corpus.read import read_corpus
 from data import EVAL_BATCH_SIZE, Corpus, check_length
 from harness.log import RunLog, say, summary_writer, warn
-from harness.ranks import ALONE, Ranks, find_ranks
-from utils import UserError, pick_device, use_tf32
+from harness.ranks import ALONE, Ranks, end_with_parent, find_ranks
+from utils import UserError, pick_device, try_lock, use_tf32
+
+PATIENCE_S = 30
 
 
 @dataclass
@@ -53,15 +57,75 @@ class Start:
         return self.began_s + 60 * self.args.max_minutes if self.args.max_minutes else None
 
 
-def begin(script: str, given: dict[str, Any]) -> Start:
-    """Starts the processes and reads the state or model to go on from; rank 0 reads it for all. Collective."""
+@contextlib.contextmanager
+def begin(script: str, given: dict[str, Any]) -> Iterator[Start]:
+    """Starts the processes and reads the state or model to go on from; rank 0 reads it for all. Collective.
+
+    While entered, no other run writes the same files.
+    """
     began_s, ranks = time.monotonic(), find_ranks()
     device = pick_device(ranks.device_name(given.get("device", "auto")))
+    end_with_parent()
     ranks.start(device)
     use_tf32()
     find = find_training if script == "main.py" else find_finetuning
-    found = ranks.from_rank_0(find(script, given) if ranks.is_main else {})
-    return Start(script=script, device=device, ranks=ranks, began_s=began_s, **found)
+    with contextlib.ExitStack() as stack:
+        if ranks.is_main and given.get("epochs") != 0:
+            stack.enter_context(only_run(find_save(script, given)))
+        found = ranks.from_rank_0(find(script, given) if ranks.is_main else {})
+        yield Start(script=script, device=device, ranks=ranks, began_s=began_s, **found)
+
+
+def find_save(script: str, given: dict[str, Any]) -> str:
+    """The file that a run will write, as far as its flags say; "": it gets a name of its own."""
+    resumed = given.get("resume", "").removesuffix(".state")
+    resumed = "" if resumed == "auto" else resumed or ("PTB.pt" if script == "finetune.py" else "")
+    return given.get("output", given.get("save", resumed))
+
+
+@contextlib.contextmanager
+def only_run(save: str) -> Iterator[None]:
+    """Locks the log of --save, so that one run at a time writes it and the model.
+
+    The system drops the lock of a process that has ended. A second run waits for PATIENCE_S seconds, as the first one
+    may be about to end.
+
+    Raises:
+        UserError: the other run goes on.
+    """
+    path, end_s, said = os.path.realpath(f"{save}.log.jsonl"), time.monotonic() + PATIENCE_S, False
+    if not save or not os.path.isdir(os.path.dirname(path)):  # `check_files` says what is wrong
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        while (locked := lock_file(path, stack)) is False:
+            if not said:
+                say(f"| {save}: another run is writing it; waits for {PATIENCE_S} s for its end")
+            said = True
+            if time.monotonic() > end_s:
+                raise UserError(f"--save {save}: another run is writing it; wait for its end, or give another --save")
+            time.sleep(0.1)
+        if locked is None:
+            warn(f"{path}: cannot be locked here; see to it that no second run has the same --save")
+        yield
+
+
+def lock_file(path: str, stack: contextlib.ExitStack) -> bool | None:
+    """As `try_lock`; the lock is kept until `stack` ends, which removes the file if it is empty then."""
+    with contextlib.ExitStack() as closing:
+        file = closing.enter_context(open(path, "ab"))
+        locked = try_lock(file)
+        if locked is False or not os.path.exists(path) or not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            return False  # also when the run before has just removed it
+        closing.callback(remove_if_empty, path)
+        stack.enter_context(closing.pop_all())
+    return locked
+
+
+def remove_if_empty(path: str) -> None:
+    with contextlib.suppress(OSError):
+        if not os.path.getsize(path):
+            os.unlink(path)
 
 
 def find_state(script: str, given: dict[str, Any]) -> tuple[str, dict[str, Any] | None]:

@@ -361,9 +361,12 @@ def test_a_device_that_fails_while_a_file_is_written_is_no_full_disk(make_run, m
         ([signal.SIGINT, signal.SIGTERM], "SIGTERM"),
         ([signal.SIGTERM, signal.SIGINT], "SIGTERM"),
         ([signal.SIGTERM, signal.SIGINT, signal.SIGINT], "SIGTERM"),
+        ([signal.SIGHUP, signal.SIGUSR1], "SIGHUP"),
+        ([signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP], "SIGTERM"),
+        ([signal.SIGPIPE, signal.SIGINT], "SIGPIPE"),
     ],
 )
-def test_sigterm_outweighs_whatever_comes_after_it(signals, reason):
+def test_the_most_urgent_signal_counts(signals, reason):
     """A signal is noted, and obeyed by the next check; only a second Ctrl-C interrupts at once."""
     with Stopper() as stopper:
         stopper.check()
@@ -372,9 +375,9 @@ def test_sigterm_outweighs_whatever_comes_after_it(signals, reason):
         with pytest.raises(Stop) as stop:
             stopper.check("--max_steps")
         assert stop.value.reason == reason
-        assert stopper.terminated() == (reason == "SIGTERM")
+        assert stopper.ending() == ("" if reason == "SIGINT" else reason)
         if reason == "SIGINT":
-            stopper.check_sigterm()
+            stopper.check_ending()
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
 
