@@ -6,13 +6,15 @@
     zcat wiki.gz | python prepare.py - --out data/wiki --like MODEL.pt                 # by a model's tokenizer
 
 Every document goes whole to train.txt, valid.txt or test.txt, one line for each line of the text, with spaces between
-the tokens; the tokenizer goes to tokenizer.json. The input is UTF-8: files, all files of a folder, pipes, or stdin; it
-is never changed. The tokenizer is made on the training text. The same text and settings give the same bytes. Memory is
-bounded by the longest line (with position by nothing) and the numbers of documents and of different words. Needs `pip
-install tokenizers`.
+the tokens; the tokenizer goes to tokenizer.json, and the checksums of all four to manifest.json. The input is UTF-8:
+files, all files of a folder, pipes, or stdin; it is never changed. The tokenizer is made on the training text. The same
+text and settings give the same bytes. Memory is bounded by the longest line (with position by nothing) and the numbers
+of documents and of different words. Needs `pip install tokenizers`.
 """
 
+import hashlib
 import itertools
+import json
 import tempfile
 from argparse import Namespace
 from collections import Counter
@@ -23,7 +25,7 @@ from typing import Any
 
 from corpus.codec import BLOCK_CHARACTER, SPACE, import_tokenizers
 from corpus.documents import TEST, TRAIN, VALID, Files, Source
-from corpus.files import SPLITS, TOKENIZER, read_tokenizer
+from corpus.files import MANIFEST, SPLITS, TOKENIZER, file_digest, read_tokenizer
 from corpus.read import UNK
 from harness.files import check_writable, load_model, write
 from harness.flags import COUNT, SEED, SWITCH, ArgumentParser, Flag, number
@@ -129,7 +131,9 @@ def train_tokenizer(tokenizer: Any, lines: Iterator[str], level: str, vocab_size
 
 
 def write_corpus(source: Source, tokenizer: Any, contents: str, out: Path) -> list[Counter[str]]:
-    """Writes the three texts and the tokenizer; returns for each text its numbers of lines, words, tokens, unknown.
+    """Writes three texts, the tokenizer and a list of their checksums.
+
+    Returns for each text its numbers of lines, words, tokens, unknown.
 
     contents: of tokenizer.json.
     """
@@ -153,6 +157,12 @@ def write_corpus(source: Source, tokenizer: Any, contents: str, out: Path) -> li
         for path, count in zip((f"{split}.txt" for split in SPLITS), counts, strict=True):
             if count["tokens"] < 2:
                 raise UserError(f"--out {out}: {path} would be empty; give more text or a larger share")
+        digests = {TOKENIZER: hashlib.sha256(contents.encode()).hexdigest()}
+        for name, file in zip(SPLITS, files, strict=True):
+            file.flush()
+            digests[f"{name}.txt"] = file_digest(file.name)
+        # First, so that what a kill leaves of old and new files is no corpus: it does not fit the list.
+        write(str(out / MANIFEST), lambda file: file.write(json.dumps(digests, indent=1).encode()))
         write(str(out / TOKENIZER), lambda file: file.write(contents.encode()))
     return counts
 
@@ -178,7 +188,7 @@ def make_corpus(args: Namespace, files: Files) -> None:
     else:
         tokenizer = make_tokenizer(args.level, args.lower, args.normalize)
     given_files = {split: files.find(path)[0] for split, path in given.items()}
-    written = {(out / name).resolve() for name in (TOKENIZER, *(f"{split}.txt" for split in SPLITS))}
+    written = {(out / name).resolve() for name in (MANIFEST, TOKENIZER, *(f"{split}.txt" for split in SPLITS))}
     for path in [*files.paths, *given_files.values()]:
         if path.resolve() in written:
             raise UserError(f"--out {out}: {path} would be written over; give another folder")

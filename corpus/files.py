@@ -22,7 +22,7 @@ from torch import Tensor
 from corpus.corpora import CORPORA, SPLITS
 from utils import UserError, penn_treebank_dataset, remove_leftovers, replacing, wikitext_2_dataset
 
-TOKENIZER = "tokenizer.json"  # beside texts that prepare.py has made
+TOKENIZER, MANIFEST = "tokenizer.json", "manifest.json"  # beside texts that prepare.py has made
 
 
 def find_files(data: str) -> list[Path]:
@@ -80,6 +80,28 @@ def file_digest(path: str | Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def check_manifest(files: list[Path], digests: list[str], tokenizer: str | None) -> None:
+    """Raises UserError when texts and tokenizer are not those that prepare.py wrote together into their folder.
+
+    `digests`: the sha256 of each text. A folder without a list of checksums is taken as it is.
+    """
+    folder = files[0].parent
+    path, found = folder / MANIFEST, dict(zip((file.name for file in files), digests, strict=True))
+    if not path.is_file():
+        return
+    if tokenizer is not None:
+        found[TOKENIZER] = hashlib.sha256(tokenizer.encode()).hexdigest()
+    try:
+        written = json.loads(path.read_text("utf-8"))
+        changed = [name for name in written if written[name] != found.get(name)]
+    except (OSError, ValueError, TypeError, RecursionError):
+        changed = [MANIFEST]
+    if changed:
+        reason = "prepare.py was stopped while it wrote, or the file has changed since"
+        cure = f"run prepare.py again, or remove {MANIFEST} to take the folder as it is"
+        raise UserError(f"{folder / changed[0]}: does not belong to the other files ({reason}); {cure}")
 
 
 def read_tokenizer(folder: Path) -> tuple[str | None, list[str]]:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from corpus.files import (
     DATASETS,
     TOKENIZER,
+    check_manifest,
     fetch_dataset,
     file_digest,
     find_files,
@@ -101,6 +102,7 @@ def read_corpus(
     digests = [file_digest(path) for path in files]
     digest = hashlib.sha256("".join(digests).encode()).hexdigest()
     own, pieces = read_tokenizer(files[0].parent)
+    check_manifest(files, digests, own)
     if vocab and own and not same_tokenizer(own, tokenizer):
         model = "the model's tokenizer" if tokenizer else "the form of the model's corpus: the model has no tokenizer"
         raise UserError(

@@ -22,6 +22,7 @@ import pointer
 import prepare
 from corpus.corpora import SPLITS
 from corpus.read import read_corpus
+from utils import UserError
 
 EVERY = "--min_count", 1  # no word is rare
 CHAR = "--level", "char", *EVERY  # documents can be told apart in every text
@@ -59,7 +60,8 @@ def lines_of(folder: Path, split: str = "train") -> list[str]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    assert {path.name for path in folder.iterdir()} == {"train.txt", "valid.txt", "test.txt", "tokenizer.json"}
+    names = {"train.txt", "valid.txt", "test.txt", "tokenizer.json", "manifest.json"}
+    assert {path.name for path in folder.iterdir()} == names
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -602,3 +604,30 @@ def test_a_model_without_a_tokenizer_takes_no_corpus_that_has_one(base, tmp_path
     capsys.readouterr()
     assert call(main, "--resume", base / "m.pt", "--epochs", 0, "--data", folder) == 2
     assert "the model has no tokenizer" in error_line(capsys)
+
+
+@pytest.mark.parametrize("kills", range(1, 7))
+def test_what_a_kill_leaves_of_two_corpora_is_refused(tmp_path, monkeypatch, kills):
+    """Stopped after each rename over a corpus that is there: afterwards main.py reads one of the two, or refuses."""
+    text = write(tmp_path / "text", "".join(f"line {i} of a text\n" for i in range(60)))
+    flags = [text, "--level", "char", "--documents", "lines"]
+    corpora = [contents(make(tmp_path / f"corpus{seed}", *flags, "--seed", seed)) for seed in (1, 2)]
+    out, replace = make(tmp_path / "out", *flags, "--seed", 1), os.replace
+
+    def stop(*paths: str) -> None:
+        nonlocal kills
+        replace(*paths)
+        kills -= 1
+        if not kills:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", stop)
+        call(prepare, *flags, "--out", out, "--seed", 2)
+    if contents(out) in corpora:
+        read_corpus(str(out))
+    else:
+        with pytest.raises(UserError, match="does not belong to the other files"):
+            read_corpus(str(out))
+        (out / "manifest.json").unlink()
+        read_corpus(str(out))  # a folder without a list is taken as it is
