@@ -505,7 +505,8 @@ def test_a_process_answers_while_its_stdin_stays_open(save):
     """The same through two pipes, as a decoder has it."""
     argv = [sys.executable, ROOT / "score.py", "--save", save, "-"]
     pipe = subprocess.PIPE
-    with subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=os.environ | ENVIRONMENT) as child:
+    environment = os.environ | ENVIRONMENT | {"PYTHONUNBUFFERED": ""}  # a pipe is buffered, as it is in a shell
+    with subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment) as child:
         watch = threading.Timer(WALL_S, child.kill)
         watch.start()
         rows = []
