@@ -12,7 +12,6 @@ text and settings give the same bytes. Memory is bounded by the longest line (wi
 of documents and of different words. Needs `pip install tokenizers`.
 """
 
-import hashlib
 import itertools
 import json
 import tempfile
@@ -25,7 +24,7 @@ from typing import Any
 
 from corpus.codec import BLOCK_CHARACTER, SPACE, import_tokenizers
 from corpus.documents import TEST, TRAIN, VALID, Files, Source
-from corpus.files import MANIFEST, SPLITS, TOKENIZER, file_digest, read_tokenizer
+from corpus.files import MANIFEST, SPLITS, TOKENIZER, file_digest, read_tokenizer, text_digest
 from corpus.read import UNK
 from harness.files import check_writable, load_model, write
 from harness.flags import COUNT, SEED, SWITCH, ArgumentParser, Flag, number
@@ -157,7 +156,7 @@ def write_corpus(source: Source, tokenizer: Any, contents: str, out: Path) -> li
         for path, count in zip((f"{split}.txt" for split in SPLITS), counts, strict=True):
             if count["tokens"] < 2:
                 raise UserError(f"--out {out}: {path} would be empty; give more text or a larger share")
-        digests = {TOKENIZER: hashlib.sha256(contents.encode()).hexdigest()}
+        digests = {TOKENIZER: text_digest(contents)}
         for name, file in zip(SPLITS, files, strict=True):
             file.flush()
             digests[f"{name}.txt"] = file_digest(file.name)

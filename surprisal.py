@@ -10,6 +10,7 @@ Lines come in windows, lists of lines that are there at the same time: a window 
 Shapes: T time, B lines side by side, E the criterion's input, V vocabulary, N = T·B.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import NamedTuple
@@ -28,6 +29,7 @@ from utils import RunError, UserError, not_a_command
 
 BATCH_LINES = 64  # lines scored together
 FILLED_SHARE = 0.7  # of a batch: the least share of tokens that are no filling
+DIVERGED = "; the model does not learn but diverges: try a lower --lr"
 WINDOW = 512  # lines sorted by length before batching
 BATCH_TOKENS = 4096  # tokens of all lines together that go through the model at once
 BATCH_DISTRIBUTIONS = 512  # distributions over the vocabulary at once; each expert of a mixture has one
@@ -168,7 +170,10 @@ def score_adaptively(
         for source, target in zip(words[:-1].split(bptt), words[1:].split(bptt), strict=True):
             figures, hidden = learn(saved, source, target, hidden, detail, moving, bptt)
             parts.append(figures.cpu().double())
-        yield make_scored(line, torch.cat(parts, dim=1), "; the model does not learn but diverges, try a lower --lr")
+        scored = make_scored(line, torch.cat(parts, dim=1), DIVERGED)
+        if -scored.logprob.mean() > 8 * math.log(saved.model.encoder.num_embeddings):  # 8 times that of a random guess
+            raise RunError(f"line {line.number}: its log-probability is {scored.logprob.sum():g}{DIVERGED}")
+        yield scored
 
 
 def learn(

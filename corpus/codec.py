@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from corpus.plain import PlainForm, Token, character_tokens
+from corpus.plain import PlainForm, Token, byte_tokens, character_tokens
 from corpus.read import EOS, UNK
 from utils import UserError
 
@@ -82,8 +82,10 @@ class WordCodec:
 
     def tokens(self, line: str) -> list[Token]:
         """The tokens of a line in the corpus's form, or with --plain of plain text."""
-        if self.plain and (self.bytes or self.characters):
-            return character_tokens(line, self.bytes)
+        if self.plain and self.bytes:
+            return byte_tokens(line)
+        if self.plain and self.characters:
+            return character_tokens(line, self.plain.vocab)
         if self.plain:
             return self.plain.tokens(line)
         return [Token(word, word, i) for i, word in enumerate(line.split())]
@@ -94,9 +96,10 @@ class WordCodec:
 
     def encode(self, line: str) -> str:
         """A line of plain text in the corpus's form: tokens with spaces between them. Words are as they are given."""
-        if self.bytes or self.characters:
-            return " ".join(token.piece for token in character_tokens(line, self.bytes))
-        return " ".join(token.piece for token in self.plain.tokens(line)) if self.plain else line
+        if self.plain or self.bytes or self.characters:
+            tokens = self.tokens(line) if self.plain else byte_tokens(line) if self.bytes else character_tokens(line)
+            return " ".join(token.piece for token in tokens)
+        return line
 
     def piece(self, word: str) -> str:
         """The text that the next token adds: a newline for `<eos>`, nothing for part of a character."""

@@ -82,21 +82,26 @@ def file_digest(path: str | Path) -> str:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
+def text_digest(text: str) -> str:
+    """The sha256 of a text without white space around it, such as an editor's newline."""
+    return hashlib.sha256(text.strip().encode()).hexdigest()
+
+
 def check_manifest(files: list[Path], digests: list[str], tokenizer: str | None) -> None:
     """Raises UserError when texts and tokenizer are not those that prepare.py wrote together into their folder.
 
-    `digests`: the sha256 of each text. A folder without a list of checksums is taken as it is.
+    A folder without a list of checksums is taken as it is, and the tokenizer may have been removed. `digests`: the
+    sha256 of each text.
     """
     folder = files[0].parent
     path, found = folder / MANIFEST, dict(zip((file.name for file in files), digests, strict=True))
     if not path.is_file():
         return
-    if tokenizer is not None:
-        found[TOKENIZER] = hashlib.sha256(tokenizer.encode()).hexdigest()
     try:
         written = json.loads(path.read_text("utf-8"))
+        found[TOKENIZER] = text_digest(tokenizer) if tokenizer else written.get(TOKENIZER)
         changed = [name for name in written if written[name] != found.get(name)]
-    except (OSError, ValueError, TypeError, RecursionError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         changed = [MANIFEST]
     if changed:
         reason = "prepare.py was stopped while it wrote, or the file has changed since"

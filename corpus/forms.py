@@ -7,6 +7,7 @@ import csv
 import json
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -103,9 +104,13 @@ def read_pairs(path: str) -> Iterator[Pair]:
             else:
                 found = pair_of_cells(cells, place)
         own, good, bad, prefix = found
-        for text in (good, bad):
+        for text in (good, bad, own or ""):
             check_characters(text, place)
+        if not (good.strip() and bad.strip()):
+            raise UserError(f"{place}: has an empty sentence; give {WHAT}")
         yield Pair(path, number, paradigm if own is None else own, good, bad, prefix)
+    if header and not any(good in header for good, _ in SENTENCES):
+        print(f"{path}: its first row, {' '.join(header)!r}, is taken as a header, not as a pair", file=sys.stderr)
 
 
 def header_of(cells: list[str], place: str) -> list[str] | None:
@@ -117,8 +122,9 @@ def header_of(cells: list[str], place: str) -> list[str] | None:
         raise UserError(
             f"{place}: Linzen's table has one form of each verb; give a table with both, as Goldberg's lgd_dataset.tsv"
         )
-    one_word = all(len(cell.split()) == 1 for cell in cells)
-    return names if len(cells) == 2 and one_word and names[0] not in ("true", "false") else None
+    if len(cells) in (2, 4, 5) and all(len(name.split()) == 1 for name in names) and names[0] not in ("true", "false"):
+        return names
+    return None
 
 
 def named_pair(fields: Mapping[str, object], place: str) -> tuple[str | None, str, str, bool]:
@@ -176,14 +182,18 @@ def read_hypotheses(path: str) -> Iterator[Hypothesis]:
     Raises:
         UserError: see `read_lines`; or a line has another form.
     """
-    split = None
+    split, scores = None, 0
     for number, line in enumerate(read_lines(path), start=1):
         place = f"{path}, line {number}"
         if not line.strip():
             continue
         if split is None:
             split = split_moses if "|||" in line else split_tabs if "\t" in line else split_kaldi
-        yield split(line, place)
+            scores = len(split(line, place).scores)
+        found = split(line, place)
+        if len(found.scores) != scores:
+            raise UserError(f"{place}: has {len(found.scores)} scores, and the first line {scores}; give all alike")
+        yield found
 
 
 def split_tabs(line: str, place: str) -> Hypothesis:
@@ -199,8 +209,7 @@ def split_moses(line: str, place: str) -> Hypothesis:
     cells = [cell.strip() for cell in line.split("|||")]
     if len(cells) < 3:
         raise UserError(f"{place}: has {len(cells)} parts between |||; give id ||| text ||| features ||| score")
-    score = (cells[3] if len(cells) > 3 else cells[2]).split() or [""]
-    return Hypothesis(place, cells[0], [read_score(score[-1], place)], cells[1])
+    return Hypothesis(place, cells[0], [read_score(cells[3] if len(cells) > 3 else cells[2], place)], cells[1])
 
 
 def split_kaldi(line: str, place: str) -> Hypothesis:
@@ -227,16 +236,18 @@ def read_score(text: str, place: str) -> float:
 
 
 class Table(NamedTuple):
-    """A table: its delimiter, the names of its columns, and its rows, each with its line in the file."""
+    """A table: its file, delimiter, the names of its columns, and its rows, each with its line in the file."""
 
+    path: str
     delimiter: str
     header: list[str]
     rows: Iterator[tuple[int, list[str]]]
 
     def column(self, name: str, flag: str) -> int:
         """The place of a column; UserError if there is none of that name."""
-        if name not in self.header:
-            raise UserError(f"{flag} {name}: the table has no such column; its columns are {' '.join(self.header)}")
+        if self.header.count(name) != 1:
+            problem = "has several columns of this name" if name in self.header else "has no such column"
+            raise UserError(f"{flag} {name}: {self.path} {problem}; its columns are {' '.join(self.header)}")
         return self.header.index(name)
 
 
@@ -259,7 +270,7 @@ def read_table(path: str) -> Table:
                 raise UserError(f"{path}, line {number}: has {len(cells)} columns, and the header {len(header)}{hint}")
             yield number, cells
 
-    return Table("," if comma else "\t", header, checked())
+    return Table(path, "," if comma else "\t", header, checked())
 
 
 def csv_rows(path: str) -> Iterator[tuple[int, list[str]]]:
@@ -279,24 +290,24 @@ def tab_rows(path: str) -> Iterator[tuple[int, list[str]]]:
     for number, line in enumerate(read_lines(path), start=1):
         if all_quoted is None:
             all_quoted = all(is_quoted(cell) for cell in line.split("\t"))
-        if line.strip():
-            yield number, split_cells(line, all_quoted)
+        if line.strip() and all_quoted:  # R writes a quotation mark as \" or as ""
+            yield number, next(csv.reader([line.replace('\\"', '""')], delimiter="\t"))
+        elif line.strip():
+            yield number, split_cells(line)
 
 
 def is_quoted(cell: str) -> bool:
     return len(cell) > 1 and cell[0] == cell[-1] == '"'
 
 
-def split_cells(line: str, all_quoted: bool = False) -> list[str]:
-    """The cells of a line between tabs. A quoted cell is taken out of its quotes if it cannot be meant otherwise.
+def split_cells(line: str) -> list[str]:
+    """The cells of a line between tabs; one that csv has quoted, with doubled marks inside, is taken out of its quotes.
 
     A `"` alone is text, and begins no cell that goes on over the next lines, as it would for the module csv.
     """
     cells = []
     for cell in line.split("\t"):
         inner = cell[1:-1] if is_quoted(cell) else ""
-        rest = inner.replace('""', "").replace('\\"', "")
-        if '"' not in rest and (all_quoted or len(rest) < len(inner)) and is_quoted(cell):
-            cell = inner.replace('""', '"').replace('\\"', '"')
-        cells.append(cell)
+        rest = inner.replace('""', "")
+        cells.append(inner.replace('""', '"') if '"' not in rest and len(rest) < len(inner) else cell)
     return cells

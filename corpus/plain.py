@@ -6,12 +6,15 @@ WikiText keeps case and punctuation, and writes `well @-@ known`. What the vocab
 
 import re
 from bisect import bisect_left
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 NUMBER = re.compile(r"[+-]?\d[\d.,]*(?<![.,])|[.,]\d+")
-CONTRACTION = re.compile(r"(?i)(.+?)(n't|'(?:s|re|ve|ll|d|m))")
-COMPOUND = re.compile(r"\w+(?:[-'’.]\w+)*")
+WHOLE_NUMBER = re.compile(rf"(?<!\w)(?:{NUMBER.pattern})(?!\w)")
+CONTRACTIONS = [re.compile(r"(?i)(.+)(n't)"), re.compile(r"(.+)('\w+)"), re.compile(r"(?i)(can)(not)")]
+COMPOUND = re.compile(r"\w+(?:[-'’.]+\w+)*")
 INNER = re.compile(r"\w+|[^\w\s]")
+MARKS = re.compile(r"[^\w\s]+")
 QUOTES = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"'})
 
 
@@ -31,7 +34,7 @@ class PlainForm:
         words = [word for word in vocab if not re.fullmatch(r"<.+>", word)]
         self.numbers = "N" in self.vocab and not any(word.isdecimal() for word in words)
         self.lower = not any(word != word.lower() for word in words if word != "N")
-        self.contractions = bool({"n't", "'s"} & self.vocab)
+        self.contractions = bool({"n't", "'t", "'s"} & self.vocab)
         self.joints = [mark for mark in "-,." if f"@{mark}@" in self.vocab]
         self.punctuation = bool(set('.,;:!?"') & self.vocab)
 
@@ -61,7 +64,7 @@ class PlainForm:
         if text in self.vocab:
             return text
         text = text.translate(QUOTES)
-        if self.numbers and NUMBER.fullmatch(text):
+        if self.numbers and (text == "%" or NUMBER.fullmatch(text)):
             return "N"
         return text.lower() if self.lower else text
 
@@ -70,29 +73,65 @@ class PlainForm:
 
     def split(self, word: str) -> list[str]:
         """A word without white space, in parts."""
-        if not word or self.knows(word) or word.isalnum():
+        if not word or self.knows(word):
             return [word] if word else []
-        contraction = CONTRACTION.fullmatch(word.translate(QUOTES))
-        if self.contractions and contraction and self.knows(contraction[2]):
-            cut = len(contraction[1])
-            return [*self.split(word[:cut]), word[cut:]]
+        for contraction in CONTRACTIONS if self.contractions else ():
+            parts = contraction.fullmatch(word.translate(QUOTES))
+            if parts and self.knows(parts[2]):
+                return [*self.split(word[: parts.end(1)]), word[parts.end(1) :]]
+        if word.isalnum():
+            return [word]
         if not word[0].isalnum():
-            return [word[0], *self.split(word[1:])]
+            cut = self.marks(word)
+            return [word[:cut], *self.split(word[cut:])]
         if not word[-1].isalnum():
-            return [*self.split(word[:-1]), word[-1]]
+            cut = len(word) - self.marks(word[::-1])
+            return [*self.split(word[:cut]), word[cut:]]
         for mark in self.joints:
             if mark in word:
                 first, rest = word.split(mark, 1)
                 return [*self.split(first), f"@{mark}@", *self.split(rest)]
         return [word] if COMPOUND.fullmatch(word) else INNER.findall(word)
 
+    def marks(self, word: str) -> int:
+        """How many signs at the start of a word are one token: all of them if it knows them so (`...`), or one."""
+        run = MARKS.match(word)
+        return run.end() if run and run[0] in self.vocab else 1
 
-def character_tokens(line: str, as_bytes: bool) -> list[Token]:
-    """A token for each character, `_` for a space; or one for each byte, its number."""
-    ends = [match.end() for match in re.finditer(r"\S+", line)]
-    found = []
-    for i, character in enumerate(line):
-        word = min(bisect_left(ends, i + 1), len(ends) - 1)
-        pieces = map(str, character.encode("utf-8", "surrogateescape")) if as_bytes else [character.replace(" ", "_")]
-        found += [Token(piece, character, word) for piece in pieces]
+
+def byte_tokens(line: str) -> list[Token]:
+    """A token for each byte, its number."""
+    return [
+        Token(str(byte), character, word)
+        for word, character in numbered(line)
+        for byte in character.encode("utf-8", "surrogateescape")
+    ]
+
+
+def character_tokens(line: str, vocab: Collection[str] = ()) -> list[Token]:
+    """A token for each character, `_` for a space.
+
+    vocab: of a corpus whose form the line is brought into. A capital becomes a small letter, a number N, white space
+    one `_`, and signs that are no letters are left out, where the vocabulary has no others.
+    """
+    if not vocab:
+        return [Token(character.replace(" ", "_"), character, word) for word, character in numbered(line)]
+    penn, found = [piece for piece in vocab if piece.isupper()] == ["N"], []
+    for number, word in enumerate(line.split()):
+        if penn:  # contractions apart too
+            word = WHOLE_NUMBER.sub(
+                "N", CONTRACTIONS[0].sub(r"\1 \2", CONTRACTIONS[1].sub(r"\1 \2", word.translate(QUOTES)))
+            )
+        for character in f" {word}" if number else word:
+            options = ("_" if character == " " else character, character.translate(QUOTES), character.lower())
+            piece = next((piece for piece in options if piece in vocab), options[0])
+            if piece in vocab or character.isalnum():
+                found.append(Token(piece, character, number))
     return found
+
+
+def numbered(line: str) -> Iterator[tuple[int, str]]:
+    """The characters of a line, each with the number of its word; a space belongs to the word after it."""
+    ends = [match.end() for match in re.finditer(r"\S+", line)]
+    for i, character in enumerate(line):
+        yield min(bisect_left(ends, i + 1), len(ends) - 1), character

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from harness.ranks import ALONE, ENDINGS, find_ranks, handle_endings, under_torchrun
+from harness.ranks import ALONE, find_ranks, handle_endings, under_torchrun
 from utils import UserError, keep_freed_memory, out_of_memory
 
 
@@ -41,7 +41,6 @@ def run_script(main: Callable[[], int | None], parallel: bool = False) -> None:
         message, status = "interrupted", 130
     except Exception as error:
         message, status = describe(error), getattr(error, "status", 1)
-        status = ENDINGS["SIGPIPE"] if isinstance(error, BrokenPipeError) else status
         if not message and ranks.size == 1:
             raise  # a defect of the toolkit, whose traceback is needed to mend it
         message = message or f"{type(error).__name__}: {error}"

@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
@@ -59,13 +60,16 @@ def judge_pairs(score: Scorer, reader: Reader, path: str, closing: bool) -> Iter
 
 def print_pairs(score: Scorer, reader: Reader, args: Namespace, closing: bool) -> None:
     """Prints the share of pairs whose good sentence has the higher log-probability, per paradigm and of all pairs."""
+    paths = find_pair_files(args.pairs)
     if args.rows:
         check_writable(args.rows, "--rows")
+        if os.path.realpath(args.rows) in map(os.path.realpath, [args.save, *paths]):
+            raise UserError(f"--rows {args.rows}: is a file that is read; give another name")
     file = io.StringIO()
     rows = Printer(file)
     rows.row("path", "line", "paradigm", "good", "bad", "logprob_good", "logprob_bad", "right", "tie")
     pairs, right, ties = Counter[str](), Counter[str](), Counter[str]()
-    for path in find_pair_files(args.pairs):
+    for path in paths:
         for judged in judge_pairs(score, reader, path, closing):
             for name in {judged.pair.paradigm, "all"}:
                 pairs[name] += 1
@@ -97,7 +101,8 @@ def print_hypotheses(score: Scorer, reader: Reader, args: Namespace, closing: bo
         if len(weights) != len(hypothesis.scores):
             problem = f"has {len(hypothesis.scores)} scores, and --score_weights {len(weights)}"
             raise UserError(f"{hypothesis.place}: {problem}; give a weight for each")
-        own = math.fsum(w * x for w, x in zip(weights, hypothesis.scores, strict=True) if w)  # 0 · -inf is no number
+        impossible = -math.inf in hypothesis.scores  # whatever its weight: 0 · -inf is no number
+        own = -math.inf if impossible else math.fsum(w * x for w, x in zip(weights, hypothesis.scores, strict=True))
         logprob, words = sum_of(scored, closing), len(hypothesis.text.split())
         total = own + args.weight * logprob + args.length_bonus * words
         row = total, own, logprob, hypothesis.text

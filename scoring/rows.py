@@ -29,7 +29,8 @@ class Printer:
         self.writer = csv.writer(file or sys.stdout, delimiter=delimiter, lineterminator="\n")
 
     def row(self, *cells: object) -> None:
-        self.writer.writerow([f"{cell:.6f}" if isinstance(cell, float) else cell for cell in cells])
+        # `+ 0.0`: -0.0 is written as 0
+        self.writer.writerow([f"{round(cell, 6) + 0.0:.6f}" if isinstance(cell, float) else cell for cell in cells])
 
 
 class Word(NamedTuple):

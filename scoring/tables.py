@@ -36,20 +36,30 @@ def read_stories(table: Table, reader: Reader, args: Namespace) -> Iterator[Stor
     """The stories of a table; without --story each sentence is one, and without --sentence too the whole table.
 
     Raises:
-        UserError: there is no such column; or the rows of a story do not stand together.
+        UserError: there is no such column; or the rows of a story or of its sentence do not stand together.
     """
     word = table.column(args.word, "--word")
     sentence = table.column(args.sentence, "--sentence") if args.sentence else None
     story = table.column(args.story, "--story") if args.story else None
     seen: set[str] = set()
     for rows in groups_of(table.rows, sentence if story is None else story):
-        place, name = f"{args.table}, line {rows[0][0]}", "" if story is None else rows[0][1][story]
-        if story is not None and name in seen:
-            cure = "the rows of a story have to stand together, and each word of it once"
-            raise UserError(f"{place}: the story {name[:40]!r} begins again; {cure}")
-        seen.add(name)
-        sentences = [[cells for _, cells in group] for group in groups_of(rows, sentence)]
-        yield make_story(sentences, word, reader, rows[0][0], place)
+        if story is not None:
+            check_new(rows, story, seen, args.table, "story")
+        sentences, within = [], set[str]()
+        for group in groups_of(rows, sentence):
+            if story is not None and sentence is not None:
+                check_new(group, sentence, within, args.table, "sentence")
+            sentences.append([cells for _, cells in group])
+        yield make_story(sentences, word, reader, rows[0][0], f"{args.table}, line {rows[0][0]}")
+
+
+def check_new(rows: list[tuple[int, list[str]]], column: int, seen: set[str], path: str, what: str) -> None:
+    """Raises UserError when rows go on with what has ended before; adds its name to `seen`."""
+    number, cells = rows[0]
+    if cells[column] in seen:
+        cure = f"the rows of a {what} have to stand together, and each of its words once"
+        raise UserError(f"{path}, line {number}: the {what} {cells[column][:40]!r} begins again; {cure}")
+    seen.add(cells[column])
 
 
 def make_story(sentences: list[list[list[str]]], word: int, reader: Reader, number: int, place: str) -> Story:
@@ -59,8 +69,8 @@ def make_story(sentences: list[list[list[str]]], word: int, reader: Reader, numb
     texts: list[str] = []
     counts: list[int] = []
     for rows in sentences:
-        line = reader.line(number, " ".join(cells[word] for cells in rows), place)
-        if counts:
+        line = reader.line(number, " ".join(part for cells in rows for part in cells[word].split()), place)
+        if ids and line.ids:
             tokens.append(Token(EOS, EOS, END))
             ids.append(reader.eos)
         tokens += [token._replace(word=token.word + sum(counts)) for token in line.tokens]
@@ -77,17 +87,20 @@ def print_table(score: Scorer, reader: Reader, args: Namespace, closing: bool) -
     stories, printer, names = read_stories(table, reader, args), Printer(delimiter=table.delimiter), Word._fields[1:]
     if twice := [name for name in names if name in table.header]:
         raise UserError(f"--table {args.table}: has a column {twice[0]} already; give it another name")
+    printed = False
     while window := list(islice(stories, WINDOW)):
         for scored, story in zip(score([[story.line for story in window]], reader.word_starts), window, strict=True):
-            if not total.counts:
+            if not printed:
                 printer.row(*table.header, *names)
-            total.add(scored)
+            printed = True
+            if story.line.ids:
+                total.add(scored)
             words, first = {word.number: word for word in words_of(scored, reader)}, 0
             for cells, count in zip(story.rows, story.counts, strict=True):
                 own = [words[i] for i in range(first, first + count) if i in words]
                 first += count
                 printer.row(*cells, *(figures_of(own, unit) if own else [""] * len(names)))
-    if not total.counts:
+    if not printed:
         raise UserError(f"--table {args.table}: has no row below its header; give a word per row")
     total.show()
 
