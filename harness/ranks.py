@@ -10,6 +10,7 @@ GPU. Without torchrun there is one rank, and nothing is sent.
 
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -89,12 +90,40 @@ class Ranks:
         # While torch waits for the other ranks no Python handler runs, so SIGTERM has to end the process by default.
         handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
         try:
-            dist.init_process_group(backend, timeout=PATIENCE)
+            if store := self.own_store():
+                dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=self.rank, world_size=self.size)
+            else:
+                dist.init_process_group(backend, timeout=PATIENCE)
         except ValueError as error:
             reason = str(error).rpartition("rendezvous: ")[2]
             hint = "start with torchrun, which says where rank 0 is, or unset RANK and WORLD_SIZE"
             raise UserError(f"WORLD_SIZE {self.size}: {reason}; {hint}") from None
         signal.signal(signal.SIGTERM, handler)
+
+    def own_store(self) -> dist.Store | None:
+        """The store by which the ranks find each other, where torchrun may start them again; None: as torch does it.
+
+        torchrun's own store outlives the ranks, and with it the addresses of those that were killed. So rank 0 opens a
+        new one, and the others look for its port until they reach it.
+        """
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            return None
+        host, key = os.environ["MASTER_ADDR"], "awd-lm: port of rank 0's store"
+        shared = next(dist.rendezvous("env://", timeout=PATIENCE))[0]
+        if self.is_main:
+            store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=PATIENCE)
+            shared.set(key, str(store.port))
+            return store
+        end_s = time.monotonic() + PATIENCE.total_seconds()
+        while True:
+            try:
+                port = int(shared.get(key))
+                socket.create_connection((host, port), timeout=2).close()
+                return dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=PATIENCE)
+            except OSError:  # the port of a rank 0 that is gone
+                if time.monotonic() > end_s:
+                    raise
+                time.sleep(0.1)
 
     def end(self) -> None:
         """Ends the communication: from here on no rank waits for another. Collective."""

@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import SMALL, Trained, load, read_log, write_corpus
 from runner import ENVIRONMENT, ROOT, WALL_S, Result, Running, start
-from test_resume_cli import assert_same_end, seen
+from test_resume_cli import assert_same_end, differences, seen, without_clock
 from toys import NO_DROPOUT_FLAGS, flags_of
 
 from harness.ranks import Ranks
@@ -332,3 +332,69 @@ def test_each_rank_has_the_gpu_of_its_own_number_on_its_machine(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="--nproc_per_node 4"):
         Ranks(5, 8).device_name("auto")
+
+
+DIES = """
+import os, runpy, signal, sys
+
+rank, sys.argv = sys.argv[1], ["main.py", *sys.argv[2:]]
+sys.path.insert(0, ROOT)
+import train
+
+step = train.train_step
+
+def dying(run, *batch):
+    if run.at.step == 9 and not run.args.resume and os.environ["RANK"] == rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(run, *batch)
+
+train.train_step = dying
+runpy.run_path(f"{ROOT}/main.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(("nodes", "dies"), [(1, 0), (2, 1)])
+def test_killed_ranks_come_back(corpus, tmp_path, nodes, dies):
+    """--max_restarts, on one machine and on two with a shared disk: bit for bit the run that was not killed."""
+    flags = ["--data", corpus, *EVERY, "--device", "cpu", "--epochs", 1, "--checkpoint_every", 4, "--resume", "auto"]
+    (tmp_path / "whole").mkdir()
+    assert run_ranks(2, *flags, cwd=tmp_path / "whole").status == 0
+    (tmp_path / "dies.py").write_text(f"ROOT = {str(ROOT)!r}\n{DIES}")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{probe.getsockname()[1]}"
+    line = [
+        *[sys.executable, "-m", "torch.distributed.run", "--nnodes", nodes, "--nproc_per_node", 2 // nodes],
+        *["--max_restarts", 1, "--rdzv-backend", "c10d", "--rdzv-endpoint", place, "--local-addr", "127.0.0.1"],
+        *[tmp_path / "dies.py", dies, *flags],
+    ]
+    agents = []
+    for node in range(nodes):
+        with open(tmp_path / f"out{node}", "wb") as out:
+            how = {"cwd": tmp_path, "env": os.environ | ENVIRONMENT, "stdout": out, "stderr": subprocess.STDOUT}
+            agents.append(subprocess.Popen([str(word) for word in line], **how))
+    try:
+        statuses = [agent.wait(WALL_S) for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    said = "".join(path.read_text() for path in tmp_path.glob("out*"))
+    assert statuses == [0] * nodes, said
+    assert said.count("| resumed at epoch 1, batch 8\n") == 1, said
+    for name in ("m.pt", "m.pt.state"):
+        found, expected = (without_clock(load(folder / name)) for folder in (tmp_path, tmp_path / "whole"))
+        for contents in (found, expected):
+            contents["args"].pop("resume", None)
+        assert not differences(found, expected)
+
+
+def test_a_state_that_rank_0_does_not_see_is_not_started_over(corpus, tmp_path):
+    """Two machines without a shared disk, after a restart: rank 0 is where no state is."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "m.pt.state").write_bytes(b"")
+    flags = ["--data", corpus, *EVERY, "--device", "cpu", "--resume", "auto"]
+    results = [rank.result() for rank in start_ranks(2, *flags, cwd=tmp_path, last_cwd=tmp_path / "other")]
+    assert [result.status for result in results] == [1, 1], results
+    for result in results:
+        assert "m.pt.state is on the machine of rank 1 and not on that of rank 0" in result.err
+    assert not (tmp_path / "m.pt.state").exists()
