@@ -181,6 +181,27 @@ def test_of_samples_the_probabilities_are_averaged(kind, monkeypatch):
         torch.testing.assert_close(*pair, rtol=1e-9, atol=1e-13)
 
 
+@pytest.mark.parametrize("K", [0, 3])
+def test_of_samples_in_half_precision_sums_are_exact(K):
+    """The last layer's output is bfloat16 under --amp bf16; the logarithm of D is not."""
+    T, B, D, V = 3, 2, 5, 11
+    criterion = MixtureOfSoftmaxes(E, E, K) if K else SplitCrossEntropyLoss(E)
+    weight, bias, targets = torch.randn(V, E), torch.randn(V), torch.randint(V, (T, B))
+    hiddens = torch.randn(T * B * D, E).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bool(K)):
+        found = sampled(criterion, D)(weight, bias, hiddens, targets)
+        if K:  # the experts are computed in half precision, what comes after them is compared
+            latents, log_prior = (x.double() for x in criterion.experts(hiddens, B * D))
+            weight = weight.bfloat16()
+    if K:
+        logits = latents @ weight.double().T + bias.double()
+        prob = (logits.log_softmax(2) + log_prior[:, :, None]).logsumexp(1).exp()
+    else:
+        prob = (hiddens.double() @ weight.double().T + bias.double()).softmax(1)
+    expected = -prob.view(T * B, D, V).mean(1).log().gather(1, targets.reshape(-1, 1)).mean()
+    assert found.item() == pytest.approx(expected.item(), abs=2e-3 if K else 1e-5)
+
+
 def test_samples_of_a_model_that_drops_nothing_change_nothing(trained):
     """--samples needs a dropout: one so small that it drops nothing."""
     flags = ["--epochs", 1, *NO_DROPOUT_FLAGS, "--dropout", 1e-12]

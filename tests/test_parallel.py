@@ -139,6 +139,13 @@ torch.testing.assert_close([p.grad for p in parameters], expected)
 
 assert ranks.columns(10) == [slice(0, 3), slice(3, 6), slice(6, 10)][me]
 assert ranks.columns(2) == [slice(0, 0), slice(0, 1), slice(1, 2)][me]
+seeds = []
+for step in (3, 4):  # of two resumes: the masks of one do not come again in the other
+    ranks.seed(5, step)
+    seeds.append(torch.initial_seed())
+assert ranks.gather(torch.tensor(seeds)).unique().numel() == 2 * n
+columns = torch.arange(6).view(2, 3).T + me  # of a layout of its own
+assert torch.equal(ranks.gather(columns), torch.stack([torch.arange(6).view(2, 3).T + r for r in range(n)]))
 assert ranks.sum([me + 0.1, 1.0]) == [0.1 + 1.1 + 2.1, 3.0]
 assert ranks.agree("SIGINT" if me == 2 else "") == "SIGINT"
 assert ranks.agree(["SIGINT", "SIGTERM", ""][me]) == "SIGTERM"

@@ -93,6 +93,22 @@ def test_linear_and_its_gradients_are_those_of_float64(library, rows, with_bias)
         same(gradient, wanted)
 
 
+def test_under_autocast_linear_is_torchs_own(library):
+    """With --amp bf16 the factors are halved, as autocast promises."""
+    x, weight, bias = torch.randn(4, 6), torch.randn(5, 6), torch.randn(5)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = linear(x, weight, bias), F.linear(x, weight, bias)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, expected)
+
+
+def test_the_softmax_never_multiplies_in_float16():
+    """A gradient divided by the number of positions would vanish in it."""
+    for dtype, expected in ((torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        with torch.autocast("cpu", dtype):
+            assert products.exact_or_bf16(torch.ones(2)) == expected
+
+
 def test_other_dtypes_are_torchs_own(library):
     """Float64, as the gradients are checked in, is not touched by the choice."""
     x, weight, bias = (tensor.double() for tensor in factors())
