@@ -14,6 +14,7 @@ of documents and of different words. Needs `pip install tokenizers`.
 
 import itertools
 import json
+import os
 import tempfile
 from argparse import Namespace
 from collections import Counter
@@ -187,9 +188,9 @@ def make_corpus(args: Namespace, files: Files) -> None:
     else:
         tokenizer = make_tokenizer(args.level, args.lower, args.normalize)
     given_files = {split: files.find(path)[0] for split, path in given.items()}
-    written = {(out / name).resolve() for name in (MANIFEST, TOKENIZER, *(f"{split}.txt" for split in SPLITS))}
+    written = {os.path.realpath(out / name) for name in (MANIFEST, TOKENIZER, *(f"{split}.txt" for split in SPLITS))}
     for path in [*files.paths, *given_files.values()]:
-        if path.resolve() in written:
+        if os.path.realpath(path) in written:
             raise UserError(f"--out {out}: {path} would be written over; give another folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
