@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from corpus.corpora import CORPORA, SPLITS
-from reader import open_file, read_tensors
+from corpus.reader import open_file, read_tensors
 from utils import UserError, penn_treebank_dataset, replacing, wikitext_2_dataset
 
 TOKENIZER = "tokenizer.json"  # beside texts that prepare.py has made

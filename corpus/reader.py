@@ -26,7 +26,7 @@ from zipfile import ZIP_STORED, ZipFile, ZipInfo
 
 import torch
 
-from utils import not_a_command, out_of_memory
+from utils import out_of_memory
 
 CHUNK = 1 << 20  # bytes of a record read at once
 MOST_RECORDS = 1 << 18
@@ -132,7 +132,8 @@ def check_file(file: BinaryIO, checksums: bool) -> None:
                         pass
         data = archive.read(records["data.pkl"])
     scan_opcodes(data, len(records))
-    check_tree(TreeReader(data, records).load(), 4 * len(data), sum(info.file_size for info in infos))
+    tensor_bytes = sum(info.file_size for name, info in records.items() if name.startswith("data/"))
+    check_tree(TreeReader(data, records).load(), 4 * len(data), 2 * tensor_bytes)
 
 
 def check_directory(file: BinaryIO) -> None:
@@ -166,6 +167,7 @@ def scan_opcodes(data: bytes, records: int) -> None:
     """
     at = puts = containers = 0
     sizes, end, unpack = OPCODES, len(data), struct.Struct("<I").unpack_from
+    most = 1000 + 32 * records + end // 1000
     while at < end:
         opcode = data[at]
         if opcode not in sizes:
@@ -184,11 +186,11 @@ def scan_opcodes(data: bytes, records: int) -> None:
             at = data.index(b"\n", data.index(b"\n", at) + 1)
         elif opcode in CONTAINERS:
             containers += 1
+            if containers > most:
+                raise DamagedError("it has far more lists than tensors")
         at += sizes[opcode]
     if at != end or not data.endswith(pickle.STOP):
         raise DamagedError("its pickle is cut")
-    if containers > 1000 + 32 * records + end // 1000:
-        raise DamagedError("it has far more lists than tensors")
 
 
 class TreeReader(pickle.Unpickler):
@@ -224,9 +226,8 @@ def check_tree(tree: Any, budget: int, most_bytes: int) -> None:
     """Raises DamagedError or ForbiddenError when a tree is too deep or too large, or holds an object or odd tensors.
 
     budget: the most values and characters, one that is there several times counted each time.
-    most_bytes: what the records hold. Two names of one tensor are sound (a tied weight), a hundred are not.
+    most_bytes: of all tensors together, twice what the records hold: a tied weight can have two names, not a hundred.
     """
-    most_bytes *= 2
     stack = [(tree, 0)]
     while stack:
         node, depth = stack.pop()
@@ -280,7 +281,3 @@ def check_claim(claim: Claim) -> int:
 
 def refuse_claim() -> NoReturn:
     raise DamagedError("a tensor is not in its record")
-
-
-if __name__ == "__main__":
-    not_a_command(__file__)

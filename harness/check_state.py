@@ -35,8 +35,6 @@ def check_state(run: "SavedRun", state: dict[str, Any]) -> None:
         check_like(state["scaler"], run.scaler.state_dict(), "scaler")
     if state["offsets"] is not None:
         check_tensor(state["offsets"], (batch_size,), [torch.int64], "offsets", 0, rows - 1)
-    elif stored.get("shuffle") and state["at"]["row"]:
-        raise ValueError("its offsets are missing")
     if (batch_size, samples) == (args.batch_size, args.samples):
         model = cast(RNNModel, run.weights["model"])
         check_hidden(state["hidden"], model.init_hidden(batch_size * samples))

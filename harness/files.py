@@ -3,8 +3,8 @@
     SAVE         {'format', 'args', 'vocab', 'tokenizer', 'model', 'criterion', 'metrics'}: for evaluation
     SAVE.state   for an exact resume: raw weights, mean, optimizer, generators, position
 
-Both are plain data and tensors, written whole or not at all, and read by reader.py, which believes nothing: loading a
-file runs no code from it.
+Both are plain data and tensors, written whole or not at all, and read by corpus/reader.py, which believes nothing:
+loading a file runs no code from it.
 """
 
 import contextlib
@@ -19,9 +19,9 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from corpus.reader import DamagedError, ForbiddenError, open_file, read_tensors
 from harness.flags import DEFAULTS, check_shape, check_stored
 from model import DROPOUTS, Criterion, RNNModel, build
-from reader import DamagedError, ForbiddenError, open_file, read_tensors
 from utils import RunError, UserError, map_tensors, pick_device, replacing
 
 MODEL_FORMAT, STATE_FORMAT, STATS_FORMAT = "awd-lm model 1", "awd-lm state 2", "awd-lm statistics 1"
