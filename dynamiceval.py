@@ -17,10 +17,12 @@ Shapes: T time, B batch, H hidden, P pairs in the pointer's cache from the text 
 
 import contextlib
 import hashlib
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -195,12 +197,14 @@ def find_statistics(saved: Opened, path: str, corpus: Corpus, args: Namespace) -
         digest.update(weight.detach().cpu().numpy().data)
     settings = {"batch_size": args.batch_size, "bptt": args.bptt, "max_batches": args.max_batches}
     settings |= {"text": corpus.digest, "weights": digest.hexdigest()}
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"--save {path}: is a folder, a pipe or a device; move it, the statistics are kept there")
     with contextlib.suppress(UserError):  # the file is missing or damaged
         stats = load(path, "--save", STATS_FORMAT)
         check_parts(stats, {"how": dict, "ms": list}, path)
-        shapes = [getattr(tensor, "shape", None) for tensor in stats["ms"]]
+        shapes = [weight.shape for weight in weights]
         # Compared as text: in a damaged file there can be values that cannot be compared.
-        if str(stats["how"]) == str(settings) and shapes == [weight.shape for weight in weights]:
+        if str(stats["how"]) == str(settings) and are_roots(stats["ms"], shapes):
             return [tensor.to(saved.device) for tensor in stats["ms"]]
     ms = gradient_statistics(saved, corpus.train.to(saved.device), args.batch_size, args.bptt, args.max_batches)
     try:
@@ -208,6 +212,14 @@ def find_statistics(saved: Opened, path: str, corpus: Corpus, args: Namespace) -
     except NotWrittenError as error:
         warn(f"{path}: cannot be written ({error.reason}); the statistics are taken again next time")
     return ms
+
+
+def are_roots(ms: list[Any], shapes: list[torch.Size]) -> bool:
+    """Whether these are tensors of float32 and of these shapes, their numbers finite and at least 0."""
+    sound = (
+        isinstance(x, Tensor) and x.dtype == torch.float32 and bool((x >= 0).all() and x.isfinite().all()) for x in ms
+    )
+    return all(sound) and [x.shape for x in ms] == shapes
 
 
 def search(saved: Opened, ms: list[Tensor], ids: Tensor, args: Namespace) -> tuple[float, float]:

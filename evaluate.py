@@ -3,6 +3,7 @@
 Losses are nats per token. Shapes: T time, B batch, N = T·B.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from harness.files import Opened, to_evaluate
 from harness.log import DOUBLE_RULE, RunLog, figures, figures_per_unit, ppl, say, unit_text
 from harness.ranks import ALONE, Ranks
 from model import Criterion, RNNModel
-from utils import not_a_command
+from utils import RunError, not_a_command
 
 # Positions at once, at least: with so many, matrix products reach their full speed, and a GPU does not wait for Python.
 POSITIONS, POSITIONS_ON_GPU = 1024, 2**14
@@ -59,6 +60,7 @@ def test(saved: dict[str, Any], ids: Tensor, bptt: int, log: RunLog) -> None:
     """Evaluates a saved model on the test text at batch size 1 and prints the last line of a run."""
     opened = to_evaluate(saved, ids.device)
     loss = evaluate(opened.model, opened.criterion, ids, bptt, TEST_BATCH_SIZE)
+    check_finite(loss, "test ")
     units = report("End of training", "test ", loss, opened, ids, bpc=True)
     log.write("test", loss, **units)
 
@@ -67,6 +69,7 @@ def evaluate_only(saved: dict[str, Any], corpus: Corpus, bptt: int) -> None:
     """`main.py --epochs 0`: prints a saved model's figures on this text; trains nothing and writes no file."""
     opened = to_evaluate(saved, corpus.valid.device)
     loss = evaluate(opened.model, opened.criterion, corpus.valid, bptt, EVAL_BATCH_SIZE)
+    check_finite(loss, "valid ")
     say(f"| End of evaluation | {figures(loss, 'valid ')}")
     test(saved, corpus.test, bptt, RunLog(None))
 
@@ -81,6 +84,12 @@ def report(title: str, prefix: str, loss: float, saved: Opened, ids: Tensor, bpc
     text = figures(loss, prefix, bpc) + unit_text(units, prefix)
     say(f"{DOUBLE_RULE}\n| {title} | {text}\n{DOUBLE_RULE}")
     return units
+
+
+def check_finite(loss: float, prefix: str) -> None:
+    """Raises RunError for a loss that is nan or infinite: finite weights can be too large to calculate with."""
+    if not math.isfinite(loss):
+        raise RunError(f"the {prefix}loss is {loss}: the weights are too large; use another copy, or train again")
 
 
 def print_table(

@@ -23,7 +23,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from corpus.codec import BLOCK_CHARACTER, SPACE, import_tokenizers
+from corpus.codec import BLOCK_CHARACTER, SPACE, TokenizerCodec, import_tokenizers
 from corpus.documents import TEST, TRAIN, VALID, Files, Source
 from corpus.files import MANIFEST, SPLITS, TOKENIZER, file_digest, read_tokenizer, text_digest
 from corpus.read import UNK
@@ -173,7 +173,7 @@ def make_corpus(args: Namespace, files: Files) -> None:
     Raises:
         UserError: a source cannot be read or is too small, or the folder cannot be written to.
     """
-    out, tokenizers = Path(args.out), import_tokenizers()
+    out = Path(args.out)
     if args.unwrap and args.documents == "position":
         raise UserError("--unwrap: does not go together with --documents position; leave one of them out")
     if args.document_mark and args.documents:
@@ -184,7 +184,7 @@ def make_corpus(args: Namespace, files: Files) -> None:
         raise UserError(f"--valid {args.valid} --test {args.test}: have to be above 0 and together below 1")
     contents = read_like(args.like) if args.like else ""
     if contents:
-        tokenizer = tokenizers.Tokenizer.from_str(contents)
+        tokenizer = TokenizerCodec(contents, f"--like {args.like}").tokenizer
     else:
         tokenizer = make_tokenizer(args.level, args.lower, args.normalize)
     given_files = {split: files.find(path)[0] for split, path in given.items()}

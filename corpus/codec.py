@@ -23,6 +23,8 @@ from utils import UserError
 
 SPACE = "▁"  # the token of a space among characters
 BLOCK_CHARACTER = "\ufdd0"  # the token of the character `▁` itself there; in Unicode no text has this one
+# Settings that prepare.py leaves empty: with a prefix the package can panic, with dropout it cuts a text by chance.
+NOT_IN_OURS = ("continuing_subword_prefix", "end_of_word_suffix", "dropout")
 WHITE_SPACE = b" \t\n\r\v\f"
 NO_SPACE_BEFORE = frozenset([*".,;:!?)]}%’”…/—", "..", "...", "--"])
 NO_SPACE_AFTER = frozenset("([{$£€“‘#@/—")
@@ -135,6 +137,8 @@ class TokenizerCodec:
     def __init__(self, tokenizer: str, place: str) -> None:
         tokenizers = import_tokenizers()
         try:
+            if any(json.loads(tokenizer)["model"].get(setting) for setting in NOT_IN_OURS):
+                raise ValueError
             self.tokenizer = tokenizers.Tokenizer.from_str(tokenizer)
         except Exception:  # of no narrower class
             raise UserError(f"{place}: holds no tokenizer that can be read; train the model again") from None

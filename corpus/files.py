@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import tempfile
-import warnings
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from corpus.corpora import CORPORA, SPLITS
+from corpus.reader import open_file, read_tensors
 from utils import UserError, penn_treebank_dataset, remove_leftovers, replacing, wikitext_2_dataset
 
 TOKENIZER, MANIFEST = "tokenizer.json", "manifest.json"  # beside texts that prepare.py has made
@@ -37,7 +37,7 @@ def find_files(data: str) -> list[Path]:
     files = [Path(data, f"{split}.txt") for split in SPLITS]
     for path in files:
         if not path.is_file():
-            raise UserError(f"{path}: is missing; {hint}")
+            raise UserError(f"{path}: {'is no file' if path.exists() else 'is missing'}; {hint}")
     return files
 
 
@@ -76,7 +76,7 @@ def fetch_dataset(name: str) -> list[Path]:
 def file_digest(path: str | Path) -> str:
     """The sha256 of a file: 0.3 s for WikiText-103's 540 MB."""
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
@@ -117,8 +117,14 @@ def read_tokenizer(folder: Path) -> tuple[str | None, list[str]]:
     """
     path = folder / TOKENIZER
     try:
-        text = path.read_text("utf-8") if path.exists() else None
-        vocab = json.loads(text)["model"]["vocab"] if text is not None else {}
+        if not path.exists():
+            return None, []
+        with open_file(path) as file:
+            text = file.read().decode()
+        vocab = json.loads(text)["model"]["vocab"]
+        "".join(vocab).encode()  # raises ValueError for half a character
+        if not all(type(number) is int for number in vocab.values()) or len({*vocab.values()}) != len(vocab):
+            raise ValueError
         return text, sorted(vocab, key=vocab.__getitem__)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
@@ -140,16 +146,37 @@ def save_cache(path: Path, corpus: dict[str, Any]) -> None:
 
 def load_cache(path: Path, digest: str) -> dict[str, Any] | None:
     """The cached ids of the texts with this digest, memory-mapped; None if there are none, or if they are damaged."""
-    with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):  # damaged files raise anything
-        cached = torch.load(path, weights_only=True, mmap=True)
+    with contextlib.suppress(Exception), open_file(path) as file:  # what is no cache raises anything
+        cached = read_tensors(file, mmap=True)
         cached["vocab"] = json.loads(cached["vocab"])
-        if cached["digest"] == digest and cached.pop("check") == checksum(cached):
+        if cached["digest"] == digest and cached.pop("check") == checksum(cached) and holds_ids(cached):
             return cached
     return None
 
 
+def holds_ids(cached: dict[str, Any]) -> bool:
+    """Whether a cache has words, three texts of their ids, and nothing else."""
+    vocab, tokenizer = cached["vocab"], cached.get("tokenizer")
+    return (
+        cached.keys() - {"tokenizer"} == {"vocab", "digest", *SPLITS}
+        and isinstance(vocab, list)
+        and all(isinstance(word, str) for word in vocab)
+        and len({*vocab}) == len(vocab)
+        and bool("".join(vocab).encode())  # raises UnicodeEncodeError for half a character
+        and (tokenizer is None or isinstance(tokenizer, str))
+        and all(
+            cached[split].dtype in (torch.int16, torch.int32)
+            and cached[split].dim() == 1
+            and len(cached[split]) > 1
+            and cached[split].min() >= 0
+            and cached[split].max() < len(vocab)
+            for split in SPLITS
+        )
+    )
+
+
 def checksum(corpus: dict[str, Any]) -> str:
-    """The sha256 of everything in a cache: torch does not check the checksums in its files."""
+    """The sha256 of everything in a cache; a memory-mapped file is not read for the zip's own checksums."""
     digest = hashlib.sha256()
     for name, part in corpus.items():
         digest.update(name.encode())

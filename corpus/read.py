@@ -28,7 +28,7 @@ from corpus.files import (
     read_tokenizer,
     save_cache,
 )
-from corpus.text import read_blocks
+from corpus.text import HashingBar, read_blocks
 from data import Corpus
 from utils import LabelEncoder, UserError
 
@@ -120,8 +120,8 @@ def read_corpus(
             cached = load_cache(path, digest)
             if cached and vocab in (None, cached["vocab"]):
                 return Corpus(**cached)
-    corpus = encode_files(data, files, digest, vocab, vocab_size, min_count, pieces)
-    corpus = corpus._replace(tokenizer=own)
+    corpus = encode_files(data, files, digests, vocab, vocab_size, min_count, pieces)
+    corpus = corpus._replace(digest=digest, tokenizer=own)
     problem = None
     for place in places:
         try:
@@ -173,23 +173,28 @@ def unknown_word(word: str, place: str) -> UserError:
 
 
 def encode_files(
-    data: str, files: list[Path], digest: str, vocab: list[str] | None, vocab_size: int, min_count: int,
+    data: str, files: list[Path], digests: list[str], vocab: list[str] | None, vocab_size: int, min_count: int,
     pieces: list[str],
 ) -> Corpus:  # fmt: skip
-    """Reads three texts, training first; see `read_corpus`. Memory: some 8 bytes per token for a moment."""
+    """Reads three texts with these sha256, training first; see `read_corpus`.
+
+    Memory: some 8 bytes per token for a moment. The corpus has no digest yet.
+    """
     table: KnownWords | FirstSeen = KnownWords(vocab) if vocab else FirstSeen()
     encoded: list[list[np.ndarray]] = []
     types = 0
-    with tqdm(
+    with HashingBar(
         total=sum(path.stat().st_size for path in files), unit="B", unit_scale=True,
         desc=f"reading {data}", delay=2, mininterval=0.5, leave=False,
     ) as bar:  # fmt: skip
-        for path in files:
-            table.place = str(path)
+        for path, digest in zip(files, digests, strict=True):
+            table.place, bar.sha256 = str(path), hashlib.sha256()
             blocks = [
                 np.fromiter(map(table.__getitem__, words), np.int32, len(words))
                 for words in read_words(table.place, bar)
             ]
+            if bar.sha256.hexdigest() != digest:
+                raise UserError(f"{path}: has changed while it was read; start again when it is complete")
             encoded.append(blocks)
             if (length := sum(map(len, blocks))) < 2:
                 problem = "has a single token" if length else "is empty"
@@ -207,7 +212,7 @@ def encode_files(
             block[:] = final[block]
     dtype = np.int16 if len(vocab) <= 1 << 15 else np.int32
     train, valid, test = (torch.from_numpy(np.concatenate(blocks, dtype=dtype)) for blocks in encoded)
-    return Corpus(vocab, train, valid, test, digest)
+    return Corpus(vocab, train, valid, test, "")
 
 
 def by_frequency(words: list[str], counts: np.ndarray, vocab_size: int, min_count: int) -> tuple[list[str], np.ndarray]:

@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
@@ -33,13 +33,19 @@ SIGNATURES = {
 }
 
 
+class HashingBar(tqdm):
+    """A bar over the bytes of texts that also takes the sha256 of the text that is being read."""
+
+    sha256: Any  # set before each text
+
+
 def open_text(path: str | Path) -> contextlib.AbstractContextManager[BinaryIO]:
     """A file's bytes; `-` is stdin, which stays open."""
     return contextlib.nullcontext(sys.stdin.buffer) if str(path) == "-" else open(path, "rb")
 
 
 def read_blocks(path: str | Path, bar: tqdm | None = None) -> Iterator[str]:
-    """The text of a file in blocks; from a pipe each one is what has arrived. `bar` counts bytes.
+    """The text of a file in blocks; from a pipe each one is what has arrived. `bar` counts bytes, and can hash them.
 
     Raises:
         UserError: the file cannot be read, is not UTF-8, has a NUL, or has lines that end in a carriage return alone.
@@ -49,6 +55,8 @@ def read_blocks(path: str | Path, bar: tqdm | None = None) -> Iterator[str]:
     try:
         with open_text(path) as file:
             while block := file.read1(BLOCK) if hasattr(file, "read1") else file.read(BLOCK):
+                if isinstance(bar, HashingBar):
+                    bar.sha256.update(block)
                 if line == 1 and not before:
                     refuse_signature(path, block)
                 if b"\0" in block:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import harness.files as files
 from corpus.files import file_digest
 from data import Corpus
+from harness.check_state import check_state
 from harness.log import figures, ppl, say, warn
 from harness.ranks import Ranks
 from model import Criterion, Hidden, RNNModel, detach
@@ -44,12 +45,6 @@ class Position:
     best_loss: float | None = None  # validation, nats per token, of the saved model
     history: list[float] = field(default_factory=list)  # validation loss of every epoch
     initial_save_digest: str = ""  # the sha256 of the file that lay at --save when the run began
-
-    def __post_init__(self) -> None:
-        """Raises TypeError when a count from a file is no whole number."""
-        for name in ("epoch", "row", "batch", "step", "loss_count"):
-            if type(getattr(self, name)) is not int:
-                raise TypeError(f"its {name} is {getattr(self, name)!r}")
 
     @property
     def mean_loss(self) -> float:
@@ -276,7 +271,8 @@ def resume(run: SavedRun, state: dict[str, Any], given: dict[str, Any]) -> None:
 
 
 def restore(run: SavedRun, state: dict[str, Any], given: dict[str, Any]) -> None:
-    """Puts each part of a state in its place."""
+    """Puts each part of a state in its place; raises ValueError and others when one does not fit."""
+    check_state(run, state)
     stored, args, samples = state["args"], run.args, run.args.samples
     run.weights.load_state_dict(files.fit_names(state["weights"], run.weights))
     if state["mean"] is not None:
@@ -290,14 +286,13 @@ def restore(run: SavedRun, state: dict[str, Any], given: dict[str, Any]) -> None
     run.at = Position(**position)
     if stored["optimizer"] == args.optimizer:
         names = [name for name, _ in run.weights.named_parameters()]
-        run.optimizer.load_state_dict(files.fit_order(state["optimizer"], state["weights"], names))
+        moments = files.fit_order(state["optimizer"], state["weights"], names)
+        settings = run.optimizer.state_dict()["param_groups"]  # this run's, not the file's
+        run.optimizer.load_state_dict({**moments, "param_groups": settings})
     else:
         run.at.lr = args.lr
     if "lr" in given and given["lr"] != stored["lr"]:  # otherwise the rate stays as --when has divided it
         run.at.lr = given["lr"]
-    for group in run.optimizer.param_groups:
-        group["weight_decay"] = args.wdecay
-        group |= {"betas": (args.beta1, 0.999)} if "betas" in group else {}
     if run.scaler.is_enabled() and state["scaler"]:
         run.scaler.load_state_dict(state["scaler"])
 

@@ -3,15 +3,14 @@
     SAVE         {'format', 'args', 'vocab', 'tokenizer', 'model', 'criterion', 'metrics'}: for evaluation
     SAVE.state   for an exact resume: raw weights, mean, optimizer, generators, position
 
-Both are plain data and tensors, written whole or not at all, and loaded with `weights_only=True`: loading a file runs
-no code from it.
+Both are plain data and tensors, written whole or not at all, and read by corpus/reader.py, which believes nothing:
+loading a file runs no code from it.
 """
 
+import math
 import os
-import pickle
 import re
 import shutil
-import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from typing import Any, BinaryIO, NamedTuple
@@ -19,9 +18,10 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from corpus.reader import DamagedError, ForbiddenError, open_file, read_tensors
 from harness.flags import DEFAULTS, check_shape, check_stored
 from model import DROPOUTS, Criterion, RNNModel, build
-from utils import RunError, UserError, map_tensors, new_file_beside, out_of_memory, pick_device, replacing
+from utils import RunError, UserError, map_tensors, new_file_beside, pick_device, replacing
 
 MODEL_FORMAT, STATE_FORMAT, STATS_FORMAT = "awd-lm model 1", "awd-lm state 2", "awd-lm statistics 1"
 FORMATS = {
@@ -110,30 +110,29 @@ def load(path: str, flag: str, format: str) -> dict[str, Any]:
     """Reads a file of this format that `save` wrote, onto the CPU.
 
     Raises:
-        UserError: it is missing, truncated, something else, or holds more than plain data and tensors.
+        UserError: it is missing, no file, damaged, something else, or holds more than plain data and tensors.
     """
-    what = FORMATS[format]
+    what, place = FORMATS[format], f"{flag} {path}"
+    hint = "remove it to warm-start from the model" if format == STATE_FORMAT else "save the model again with main.py"
     try:
-        file = open(path, "rb")  # noqa: SIM115 - closed below; an OSError while reading has another meaning
+        file = open_file(path)
     except OSError as error:
-        raise UserError(f"{flag} {path}: {error.strerror}; give the path of {what}") from None
+        raise UserError(f"{place}: {error.strerror}; give the path of {what}") from None
     try:
-        with file, warnings.catch_warnings(action="ignore"):  # torch warns of damaged files
-            contents = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
+        with file:
+            contents = read_tensors(file)
+    except ForbiddenError:
         raise UserError(
-            f"{flag} {path}: holds more than tensors and plain data, or something else than {what}; "
-            "refused, since loading it could run code: save the model again with main.py"
+            f"{place}: holds more than tensors and plain data, or something else than {what}; refused, since loading "
+            f"it could run code: {hint}"
         ) from None
-    except Exception as error:  # a damaged file can raise anything: IndexError, OSError, ...
-        if out_of_memory(error):
-            raise
+    except DamagedError as error:
         raise UserError(
-            f"{flag} {path}: is truncated, damaged or not {what}; use another copy, or train again"
+            f"{place}: is truncated, damaged or not {what} ({error}); use another copy, or train again"
         ) from None
     if not isinstance(contents, dict) or contents.get("format") != format:
         hint = "give a file that main.py wrote" if format == MODEL_FORMAT else "remove it to warm-start from the model"
-        raise UserError(f"{flag} {path}: is not {what} of this toolkit ({format!r}); {hint}")
+        raise UserError(f"{place}: is not {what} of this toolkit ({format!r}); {hint}")
     return contents
 
 
@@ -164,11 +163,9 @@ def load_model(path: str, flag: str) -> dict[str, Any]:
     check_parts(saved, MODEL_PARTS, f"{flag} {path}")
     check_tensors(saved, f"{flag} {path}")
     for name in ("valid_loss", "step", "partial"):  # a resumed run reads these metrics
-        if not isinstance(saved["metrics"].get(name, 0), int | float):
+        number = saved["metrics"].get(name, 0)
+        if not isinstance(number, int | float) or not math.isfinite(number):
             raise UserError(f"{flag} {path}: its metrics do not say {name} in a number; use another copy")
-    for name, tensor in [*saved["model"].items(), *saved["criterion"].items()]:
-        if not tensor.isfinite().all():
-            raise RunError(f"{flag} {path}: its {name} holds nan or infinite numbers; use another copy")
     return saved
 
 
@@ -189,16 +186,21 @@ def load_state(path: str, flag: str) -> dict[str, Any]:
 
 
 def check_parts(contents: dict[str, Any], parts: dict[str, Any], place: str) -> None:
-    """Raises UserError unless a file has all these parts, each of its type."""
+    """Raises UserError unless a file has all these parts, each of its type, and the keys of dicts are texts."""
     for name, kind in parts.items():
-        if name not in contents or not isinstance(contents[name], kind):
+        part = contents.get(name, Ellipsis)
+        if not isinstance(part, kind) or (isinstance(part, dict) and not all(isinstance(key, str) for key in part)):
             raise UserError(f"{place}: its {name!r} is missing or of another type; use another copy")
 
 
 def check_tensors(saved: dict[str, Any], place: str) -> None:
-    """Raises UserError unless `args` and `vocab` describe a model and the tensors have its shapes.
+    """Checks that `args` and `vocab` describe a model, and that the weights are its, float32 and finite.
 
     The model is built on the meta device, where tensors take no memory.
+
+    Raises:
+        UserError: they do not.
+        RunError: a weight is not finite.
     """
     args, vocab = saved["args"], saved["vocab"]
     if not vocab or not all(isinstance(word, str) for word in vocab) or len(set(vocab)) != len(vocab):
@@ -215,6 +217,11 @@ def check_tensors(saved: dict[str, Any], place: str) -> None:
         if expected != shapes:
             odd = sorted(map(str, set(expected.items()) ^ set(shapes.items())))[0]
             raise UserError(f"{place}: its {part} does not fit its args and vocabulary ({odd}); use another copy")
+        for name, tensor in saved[part].items():
+            if not isinstance(tensor, Tensor) or tensor.dtype != torch.float32:
+                raise UserError(f"{place}: its {name} is not of float32; use another copy")
+            if not tensor.isfinite().all():
+                raise RunError(f"{place}: its {name} holds nan or infinite numbers; use another copy")
 
 
 def strip_raw(name: str) -> str:

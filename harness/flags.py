@@ -263,9 +263,11 @@ def inherited_args(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_stored(stored: dict[str, Any], place: str) -> None:
-    """Raises UserError when a file has a value that the flag would not accept."""
+    """Raises UserError when a file has a value that the flag would not accept, or one that no flag has."""
     for name, value in stored.items():
-        if name in BY_NAME and BY_NAME[name].stored and not BY_NAME[name].takes(value):
+        values = value if isinstance(value, list) else [value]
+        plain = all(one is None or isinstance(one, bool | int | float | str) for one in values)
+        if not plain or (name in BY_NAME and BY_NAME[name].stored and not BY_NAME[name].takes(value)):
             raise UserError(f"{place}: its args say {name} {value!r}; use another copy")
 
 
