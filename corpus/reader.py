@@ -243,7 +243,7 @@ def check_tree(tree: Any, budget: int, most_bytes: int) -> None:
             inside = node
             if kind is list and set(map(type, node)) == {str}:  # a vocabulary
                 inside = ()
-                budget -= check_texts(node)
+                budget -= check_texts(node, strict=True)
         elif kind is str:
             budget -= check_texts([node])
         elif kind is Claim:
@@ -256,10 +256,13 @@ def check_tree(tree: Any, budget: int, most_bytes: int) -> None:
         stack += [(value, depth + 1) for value in inside]
 
 
-def check_texts(texts: list[str]) -> int:
-    """How many texts and characters these are; DamagedError when one cannot be printed."""
+def check_texts(texts: list[str], strict: bool = False) -> int:
+    """How many texts and characters these are; `strict`: DamagedError for half a character.
+
+    Names of files that are not UTF-8 have some, and stand in the settings.
+    """
     try:
-        return len(texts) + len("".join(texts).encode())
+        return len(texts) + len("".join(texts).encode(errors="strict" if strict else "surrogatepass"))
     except UnicodeEncodeError:
         raise DamagedError("a text has half a character") from None
 

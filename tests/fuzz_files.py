@@ -122,7 +122,7 @@ def use_model(path: Path) -> float:
     return evaluate(opened.model, opened.criterion, IDS[:60], 10, 1)
 
 
-STATISTICS = Namespace(batch_size=4, bptt=5, max_batches=3)
+STATISTICS = Namespace(data="text", batch_size=4, bptt=5, max_batches=3)
 
 
 def opened_toy() -> files.Opened:

@@ -108,6 +108,17 @@ def test_a_link_is_followed_and_the_mode_kept(tmp_path):
     assert os.listdir(tmp_path / "disk") == ["m.pt"]
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_never_replaced(tmp_path, make):
+    """By a link neither: /dev/null would be a file from then on."""
+    make(tmp_path / "odd")
+    (tmp_path / "link").symlink_to(tmp_path / "odd")
+    for name in ("odd", "link"):
+        with pytest.raises(OSError, match="is a folder, a pipe or a device"):
+            write(tmp_path / name, lambda file: pytest.fail("the block is not entered"))
+    assert not (tmp_path / "odd").is_file()
+
+
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EACCES, errno.ENOTSUP, errno.EIO])
 def test_a_folder_that_cannot_be_synced_costs_a_warning_at_most(tmp_path, monkeypatch, capsys, number):
     """Once in all; the files are there."""
