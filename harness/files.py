@@ -123,7 +123,7 @@ def load(path: str, flag: str, format: str) -> dict[str, Any]:
     except pickle.UnpicklingError:
         raise UserError(
             f"{flag} {path}: holds more than tensors and plain data, or something else than {what}; "
-            "refused, since loading it could run code: save the model again with main.py"
+            "refused, since loading it could run code; convert.py converts models of other programs"
         ) from None
     except Exception as error:  # a damaged file can raise anything: IndexError, OSError, ...
         if out_of_memory(error):
@@ -132,7 +132,7 @@ def load(path: str, flag: str, format: str) -> dict[str, Any]:
             f"{flag} {path}: is truncated, damaged or not {what}; use another copy, or train again"
         ) from None
     if not isinstance(contents, dict) or contents.get("format") != format:
-        hint = "give a file that main.py wrote" if format == MODEL_FORMAT else "remove it to warm-start from the model"
+        hint = "train one, or use convert.py" if format == MODEL_FORMAT else "remove it to warm-start from the model"
         raise UserError(f"{flag} {path}: is not {what} of this toolkit ({format!r}); {hint}")
     return contents
 
