@@ -1,8 +1,8 @@
 """A language model of another program as a saved model of this toolkit: LSTM, GRU or QRNN.
 
-    python convert.py hidden650.pt vocab.txt --save gulordava.pt             # word_language_model and what came of it
-    python convert.py PTB.pt corpus.MD5.data --save ptb.pt                   # awd-lstm-lm: its cached corpus
-    python convert.py lstm_fwd.pth itos_wt103.pkl --eos xxbos --unk xxunk --save wt103.pt      # fastai
+    python convert.py hidden650.pt vocab.txt --save gulordava.pt  # word_language_model and what came of it
+    python convert.py PTB.pt corpus.MD5.data --save ptb.pt  # awd-lstm-lm: its cached corpus
+    python convert.py lstm_fwd.pth itos_wt103.pkl --eos xxbos --unk xxunk --save wt103.pt  # fastai
     python score.py --save gulordava.pt sentences.txt
 
 Reads files of torch 0.3 to today, whole pickled modules or weights alone, without running anything of them. The

@@ -17,7 +17,7 @@ DEPTH = 4  # of holders in holders
 PICKLES = re.compile(
     rb"\x80[\x02-\x05]|PK\x03\x04|\((lp|dp|i)|[\]}]q\0|c?copy_reg\n|ccollections\n"
 )  # how pickles begin
-ENDS = ("xxbos", "xxeos", "_bos_", "_eos_", "</s>", "<s>", "<EOS>", "eos", "[EOS]")  # that --eos may mean
+ENDS = ("xxbos", "xxeos", "xbos", "_bos_", "_eos_", "</s>", "<s>", "<EOS>", "eos", "[EOS]")  # that --eos may mean
 UNKNOWN = ("xxunk", "_unk_", "<UNK>", "unk", "UNK", "[UNK]")  # that --unk may mean
 
 

@@ -2,7 +2,9 @@
 
 import os
 import pickle
+import re
 import resource
+import shlex
 import struct
 import zipfile
 from collections import OrderedDict
@@ -14,6 +16,7 @@ import pytest
 import torch
 import toys
 from foreign import WORDS
+from runner import ROOT
 from torch import nn
 
 import convert
@@ -213,6 +216,17 @@ def test_a_vocabulary_within_the_file(tmp_path):
     foreign.save({"model": language(LSTM).state_dict(), "vocab": foreign.Vocab(WORDS)}, tmp_path / "old.pt")
     assert toys.call(convert, tmp_path / "old.pt", "--save", tmp_path / "new.pt") == 0
     assert difference(tmp_path / "new.pt", LSTM) < 1e-12
+
+
+@pytest.mark.parametrize("page", ["docs/convert.md", "convert.py"])
+def test_the_commands_of_the_pages(tmp_path, monkeypatch, capsys, page):
+    """Each is taken as far as the file that is not here."""
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"^    python convert.py (.*)", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(commands) > 2
+    for command in commands:
+        assert toys.call(convert, *shlex.split(command, comments=True)) == 2
+        assert "No such file or directory; give the path of a file" in toys.error_line(capsys)
 
 
 # What the other scripts do with it
