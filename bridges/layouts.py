@@ -40,6 +40,7 @@ COPY = re.compile(r"encoder_(dp\.emb|with_dropout\.embed)\.weight")  # fastai's 
 GATED = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
 OURS = re.compile(rf"encoder\.weight|decoder\.(weight|bias)|rnns\.\d{{1,3}}\.({'|'.join(GATED)}|linear\.(weight|bias))")
 LAYER = re.compile(r"rnns\.(\d{1,3})\.(.*)")
+TORCHS = ("torch.nn.modules.rnn.LSTM", "torch.nn.modules.rnn.GRU", "torch.nn.modules.rnn.RNN")
 MISSING_PARTS = {"_reverse": "is bidirectional", "weight_hr": "has an LSTM with a projection of its state"}
 
 
@@ -153,6 +154,8 @@ def rename(weights: dict[str, Stored]) -> tuple[dict[str, Stored], list[Stored]]
         NotConvertibleError: there are other weights, or not all.
     """
     theirs = {our_name(name): name for name in weights}
+    if len(theirs) < len(weights):
+        raise NotConvertibleError("has two models, or two weights for one part of a model")
     named = {ours: weights[name] for ours, name in theirs.items()}
     raw = {name.removesuffix("_raw"): weight for name, weight in named.items() if name.endswith("_raw")}
     named = {name: weight for name, weight in named.items() if not name.endswith("_raw")} | raw
@@ -250,7 +253,9 @@ def same(contents: Contents, weight: Stored | None, other: Stored) -> bool:
     """Whether two weights are the same numbers; None: the weight is not there, as it is the other one."""
     if weight is None or weight == other:
         return True
-    return weight.shape == other.shape and torch.equal(contents.read_tensor(weight), contents.read_tensor(other))
+    if weight.shape != other.shape:
+        return False
+    return torch.equal(contents.read_tensor(weight).float(), contents.read_tensor(other).float())
 
 
 def read(contents: Contents, name: str, stored: Stored) -> Tensor:
@@ -273,10 +278,14 @@ def check_module(module: Bag | None) -> None:
     pending, seen = [module] if module else [], set[int]()
     while pending:
         bag = pending.pop()
+        if id(bag) in seen:
+            continue
         seen.add(id(bag))
-        pending += [
-            child for _, child in entries_of(bag, "_modules") if isinstance(child, Bag) and id(child) not in seen
-        ]
+        pending += [child for _, child in entries_of(bag, "_modules") if isinstance(child, Bag)]
+        if bag.of not in TORCHS and any(
+            str(name).startswith("weight_ih_l") for name, _ in entries_of(bag, "_parameters")
+        ):
+            raise NotConvertibleError(f"has recurrent layers of a class that is not torch's, {shown(bag.of)}")
         if bag.of.startswith("torchqrnn.") and bag.state.get("zoneout"):
             raise NotConvertibleError("has a QRNN with zoneout, which scales the forget gate in evaluation too")
         if bag.state.get("output_gate") is False:
@@ -295,7 +304,7 @@ def convert_criterion(
     if not stored:
         return [], {}
     if not splits or not all(type(split) is int and split < V for split in splits):
-        raise NotConvertibleError(f"has a split softmax of splits {shown(str(splits[:5]))} over {V:,} words")
+        raise NotConvertibleError(f"has a split softmax whose splits do not fit {V:,} words: {describe(splits)}")
     if set(stored) != {"tail_vectors", "tail_bias"} or not all(isinstance(part, Stored) for part in stored.values()):
         raise NotConvertibleError("has an output layer that is no split softmax")
     return splits, {name: read(contents, name, weight).flip(0) for name, weight in stored.items()}

@@ -45,18 +45,22 @@ def draw(
 ) -> Weights:
     """Random weights of layers of these widths, the embedding's first."""
     torch.manual_seed(0)
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(size) / 2
+
     layers = []
     for i, (E, H) in enumerate(pairwise(sizes)):
         if kind == "QRNN":
-            layers.append([torch.randn(3 * H, (2 if i == 0 else 1) * E), torch.randn(3 * H)])
+            layers.append([randn(3 * H, (2 if i == 0 else 1) * E), randn(3 * H)])
         else:
             G = {"LSTM": 4, "GRU": 3}[kind]
-            layers.append([torch.randn(G * H, E), torch.randn(G * H, H), torch.randn(G * H), torch.randn(G * H)])
-    embedding = torch.randn(V, sizes[0])
-    decoder = embedding if tied else torch.randn(V, sizes[-1])
+            layers.append([randn(G * H, E), randn(G * H, H), randn(G * H), randn(G * H)])
+    embedding = randn(V, sizes[0])
+    decoder = embedding if tied else randn(V, sizes[-1])
     K, H = len(splits), sizes[-1]
-    out = torch.randn(V) if bias else torch.zeros(V)
-    return Weights(kind, embedding, layers, decoder, out, list(splits), torch.randn(K, H), torch.randn(K))
+    out = randn(V) if bias else torch.zeros(V)
+    return Weights(kind, embedding, layers, decoder, out, list(splits), randn(K, H), randn(K))
 
 
 # The reference
@@ -105,12 +109,6 @@ def split_logprob(h: Tensor, weight: Tensor, bias: Tensor, splits: list[int], ve
 # The classes of the originals
 
 
-def named(cls: type, module: str) -> type:
-    """The same class under the module's name that the original had; see `modules_there`."""
-    cls.__module__, cls.__qualname__ = module, cls.__name__
-    return cls
-
-
 class RNNModel(nn.Module):
     """Of word_language_model and of awd-lstm-lm."""
 
@@ -146,6 +144,10 @@ class SplitCrossEntropyLoss(nn.Module):
             self.tail_vectors, self.tail_bias = nn.Parameter(w.tail_vectors), nn.Parameter(w.tail_bias)
 
 
+class LayerNormLSTM(nn.LSTM):
+    """Somebody's own, with the names of torch's."""
+
+
 class Dictionary:
     def __init__(self, words: list[str]) -> None:
         self.word2idx, self.idx2word = {word: i for i, word in enumerate(words)}, list(words)
@@ -163,23 +165,19 @@ class Vocab:
         self.itos, self.stoi = list(words), {word: i for i, word in enumerate(words)}
 
 
-for _cls, _module in (
-    *(
-        (RNNModel, "model"),
-        (WeightDrop, "weight_drop"),
-        (QRNNLayer, "torchqrnn.qrnn"),
-        (Vocab, "fastai.text.transform"),
-    ),
-    *((SplitCrossEntropyLoss, "splitcross"), (Dictionary, "data"), (Corpus, "data")),
-):
-    named(_cls, _module)
+MODULES = {  # where the originals had them
+    RNNModel: "model", WeightDrop: "weight_drop", QRNNLayer: "torchqrnn.qrnn", LayerNormLSTM: "custom",
+    SplitCrossEntropyLoss: "splitcross", Dictionary: "data", Corpus: "data", Vocab: "fastai.text.transform",
+}  # fmt: skip
+for _cls, _module in MODULES.items():
+    _cls.__module__ = _module
 
 
 @contextlib.contextmanager
 def modules_there() -> Iterator[None]:
     """While entered, the classes can be found under their modules' names, where pickle looks for them."""
     before = dict(sys.modules)
-    for cls in (RNNModel, WeightDrop, QRNNLayer, SplitCrossEntropyLoss, Dictionary, Corpus, Vocab):
+    for cls in MODULES:
         parts = cls.__module__.split(".")
         for i in range(len(parts)):
             name = ".".join(parts[: i + 1])

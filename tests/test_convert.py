@@ -314,7 +314,6 @@ def attacks(target: Path) -> dict[str, Any]:
         "state": Calls(OrderedDict, state={"x": call}),
         "tensor": Calls(torch._utils._rebuild_tensor_v2, call, 0, (1,), (1,), False, OrderedDict()),
         "tensor's type": Calls(torch._tensor._rebuild_from_type_v2, os.system, torch.Tensor, (touch,), {}),
-        "default": Calls(__import__("collections").defaultdict, os.system),
         "parameter": Calls(nn.Parameter, call),
         "bytes": Calls(torch.storage._load_from_bytes, pickle.dumps(call)),
     }
@@ -503,10 +502,12 @@ OTHERS = {
     "projection": (lambda: module_with(nn.LSTM(8, 20, 2, proj_size=10)), "projection"),
     "zoneout": (lambda: qrnn_with(zoneout=0.1), "zoneout"),
     "no output gate": (lambda: qrnn_with(output_gate=False), "output gate"),
-    "a split past the end": (lambda: with_splits(7, 50), "splits [7, 50] over 41 words"),
+    "a split past the end": (lambda: with_splits(7, 50), "do not fit 41 words: a list of 2 (7, 50)"),
     "no decoder": (lambda: without("decoder"), "without the decoder"),
     "no embedding": (lambda: without("encoder"), "rnn.weight_ih_l0 (40, 8)"),
     "a layer missing": (lambda: without("rnn.weight_ih_l1"), "without its weight"),
+    "two models": (lambda: {**language(LSTM).state_dict(), "module.encoder.weight": LSTM.embedding}, "two models"),
+    "another cell": (lambda: module_with(foreign.LayerNormLSTM(8, 10, 2)), "custom.LayerNormLSTM"),
     "nan": (with_nan, "nan"),
     "classifier": (
         lambda: {"0.encoder.weight": torch.ones(41, 8), "1.layers.0.weight": torch.ones(3)},
