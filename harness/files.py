@@ -113,6 +113,7 @@ def load(path: str, flag: str, format: str) -> dict[str, Any]:
         UserError: it is missing, no file, damaged, something else, or holds more than plain data and tensors.
     """
     what, place = FORMATS[format], f"{flag} {path}"
+    foreign = "; convert.py takes models of other programs" if format == MODEL_FORMAT else ""
     hint = "remove it to warm-start from the model" if format == STATE_FORMAT else "save the model again with main.py"
     try:
         file = open_file(path)
@@ -124,15 +125,15 @@ def load(path: str, flag: str, format: str) -> dict[str, Any]:
     except ForbiddenError:
         raise UserError(
             f"{place}: holds more than tensors and plain data, or something else than {what}; refused, since loading "
-            f"it could run code: {hint}"
+            f"it could run code: {hint}{foreign}"
         ) from None
     except DamagedError as error:
         raise UserError(
-            f"{place}: is truncated, damaged or not {what} ({error}); use another copy, or train again"
+            f"{place}: is truncated, damaged or not {what} ({error}); use another copy, or train again{foreign}"
         ) from None
     if not isinstance(contents, dict) or contents.get("format") != format:
         hint = "give a file that main.py wrote" if format == MODEL_FORMAT else "remove it to warm-start from the model"
-        raise UserError(f"{place}: is not {what} of this toolkit ({format!r}); {hint}")
+        raise UserError(f"{place}: is not {what} of this toolkit ({format!r}); {hint}{foreign}")
     return contents
 
 
