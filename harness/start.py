@@ -72,8 +72,7 @@ def begin(script: str, given: dict[str, Any]) -> Iterator[Start]:
     with contextlib.ExitStack() as stack:
         if ranks.is_main and given.get("epochs") != 0:
             stack.enter_context(only_run(find_save(script, given)))
-        if given.get("resume"):
-            check_shared(find_save(script, given), ranks)
+        check_shared(ranks.from_rank_0(find_save(script, given) if given.get("resume") else ""), ranks)
         found = ranks.from_rank_0(find(script, given) if ranks.is_main else {})
         yield Start(script=script, device=device, ranks=ranks, began_s=began_s, **found)
 
@@ -86,8 +85,11 @@ def find_save(script: str, given: dict[str, Any]) -> str:
 
 
 def check_shared(save: str, ranks: Ranks) -> None:
-    """Raises UserError when another machine has the state that rank 0's has not, and would start afresh. Collective."""
-    there = ranks.each(torch.tensor([os.path.exists(f"{save}.state")]))
+    """Raises UserError when another machine has the state that rank 0's has not, and would start afresh. Collective.
+
+    `save`: rank 0's; "" if it does not resume.
+    """
+    there = ranks.each(torch.tensor([save != "" and os.path.exists(f"{save}.state")]))
     if there.any() and not there.flatten()[0]:
         rank = int(there.flatten().int().argmax())
         problem = f"is on the machine of rank {rank} and not on that of rank 0, which would start afresh"
