@@ -28,8 +28,8 @@ def main() -> int:
             loss = evaluate_start(run, "before fine-tuning")
             run.start_averaging()
             if not start.overwrites_start:
+                save_model(run, loss)  # alone it is no start of a run: the next command begins again from --save
                 save_state(run)
-                save_model(run, loss)
         del start  # frees the state, which is several times as large as the weights
         why = fit(run, on_stall="stop")
         return finish(run, why)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from corpus.corpora import CORPORA, SPLITS
 from corpus.reader import open_file, read_tensors
-from utils import UserError, penn_treebank_dataset, remove_leftovers, replacing, wikitext_2_dataset
+from utils import UserError, penn_treebank_dataset, replacing, wikitext_2_dataset
 
 TOKENIZER, MANIFEST = "tokenizer.json", "manifest.json"  # beside texts that prepare.py has made
 
@@ -139,7 +139,6 @@ def save_cache(path: Path, corpus: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # The words as one string: for a list of 267,735 torch's reader, written in Python, would take a second.
     contents = {**corpus, "vocab": json.dumps(corpus["vocab"]), "check": checksum(corpus)}
-    remove_leftovers(path.parent, r"[.]cache-.*[.]tmp")  # of other rules too
     with replacing(path) as file:
         torch.save(contents, file)
 

@@ -30,7 +30,7 @@ from corpus.files import (
 )
 from corpus.text import HashingBar, read_blocks
 from data import Corpus
-from utils import LabelEncoder, UserError
+from utils import LabelEncoder, UserError, remove_leftovers
 
 EOS, UNK = "<eos>", "<unk>"
 LITERAL_EOS = re.compile(rf"(?<!\S){EOS}[^\S\n]*\n")  # at the end of a line
@@ -115,6 +115,7 @@ def read_corpus(
     home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "awd-lm")
     places = (folder, home / hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16])
     for place in places:
+        remove_leftovers(place, r"[.]cache-.*[.]tmp")
         # With `vocab` the cache of any rule will do if it has the same vocabulary: the ids are then the same.
         for path in sorted(place.glob(".cache-*.pt")) if vocab else [place / name]:
             cached = load_cache(path, digest)

@@ -266,7 +266,8 @@ def resume(run: SavedRun, state: dict[str, Any], given: dict[str, Any]) -> None:
     run.writing.has_state = run.args.save == run.args.resume
     if not run.writing.has_state:  # before the model, which is copied
         save_state(run)
-    run.at.best_loss = run.ranks.from_rank_0(loss_to_beat(run) if run.ranks.is_main else None)
+    best_loss = loss_to_beat(run, state["args"].get("resume", "")) if run.ranks.is_main else None
+    run.at.best_loss = run.ranks.from_rank_0(best_loss)
     say(f"| resumed at epoch {run.at.epoch}, batch {run.at.batch}")
 
 
@@ -318,7 +319,7 @@ def restore_generators(run: SavedRun, states: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(torch.atleast_2d(states["cuda"])[rank].clone(), run.device)
 
 
-def loss_to_beat(run: SavedRun) -> float | None:
+def loss_to_beat(run: SavedRun, source: str) -> float | None:
     """The validation loss that a model has to beat to replace the one on disk; None: any model replaces it.
 
     * No model on disk, or one of mid-epoch: None.
@@ -329,6 +330,8 @@ def loss_to_beat(run: SavedRun) -> float | None:
     With another --save the model of --resume is copied to it.
     """
     path, save = run.args.resume, run.args.save
+    if not os.path.exists(path) and os.path.exists(source):  # killed before it was copied
+        files.copy(source, path)
     if not os.path.exists(path):
         if run.at.best_loss is not None:
             say(f"| {path}: the best model is not there; the next validation saves one, better or not")

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from utils import UserError, map_tensors
+from utils import RunError, UserError, map_tensors
 
 T = TypeVar("T")
 PATIENCE = timedelta(minutes=30)  # a rank that keeps the others waiting for longer counts as hung
@@ -86,6 +86,7 @@ class Ranks:
             return
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        check_torchrun()
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         # While torch waits for the other ranks no Python handler runs, so SIGTERM has to end the process by default.
         handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -316,6 +317,15 @@ def end_with_parent() -> None:
 
     if under_torchrun():
         threading.Thread(target=watch, daemon=True).start()
+
+
+def check_torchrun() -> None:
+    """Raises RunError when torchrun has ended before `end_with_parent`: torch would look for its store for PATIENCE."""
+    if under_torchrun() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        try:
+            socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=8).close()
+        except OSError as error:
+            raise RunError(f"torchrun, which has started this process, does not answer ({error.strerror})") from None
 
 
 def under_torchrun() -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from harness.ranks import ALONE, find_ranks, handle_endings, under_torchrun
+from harness.ranks import ALONE, ENDINGS, find_ranks, handle_endings, under_torchrun
 from utils import UserError, keep_freed_memory, out_of_memory
 
 
@@ -37,6 +37,8 @@ def run_script(main: Callable[[], int | None], parallel: bool = False) -> None:
         sys.stdout.flush()
     except SystemExit as end:  # --help, SIGTERM
         status = end.code if isinstance(end.code, int) else 0
+    except BrokenPipeError:  # `| head`
+        status = ENDINGS["SIGPIPE"] if parallel else 1
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     except Exception as error:
@@ -47,14 +49,15 @@ def run_script(main: Callable[[], int | None], parallel: bool = False) -> None:
         status = status if ranks.size == 1 else 1
     for number in handlers:  # a handler that raises would disturb Python's own exit
         signal.signal(number, signal.SIG_DFL)
-    try:
-        sys.stdout.flush()
-    except OSError:  # a full disk or a closed pipe (`| head`); Python would try again at its exit, and print an error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if message and message != "error: Broken pipe":
+    if message:
         who = f"{os.path.basename(sys.argv[0])}: " + (f"rank {ranks.rank}: " if ranks.size > 1 else "")
         with contextlib.suppress(OSError):
             print(f"{who}{' '.join(message.split())}", file=sys.stderr, flush=True)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # a full disk or a closed pipe; Python would try again at its exit, and print an error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if ranks.size > 1:
         os._exit(status)  # Python's teardown of torch's process group (2.13) aborts now and then
     sys.exit(status)

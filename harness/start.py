@@ -70,7 +70,7 @@ def begin(script: str, given: dict[str, Any]) -> Iterator[Start]:
     use_tf32()
     find = find_training if script == "main.py" else find_finetuning
     with contextlib.ExitStack() as stack:
-        if ranks.is_main and given.get("epochs") != 0:
+        if ranks.is_main and (script == "finetune.py" or given.get("epochs") != 0):
             stack.enter_context(only_run(find_save(script, given)))
         check_shared(ranks.from_rank_0(find_save(script, given) if given.get("resume") else ""), ranks)
         found = ranks.from_rank_0(find(script, given) if ranks.is_main else {})
@@ -106,8 +106,12 @@ def only_run(save: str) -> Iterator[None]:
     Raises:
         UserError: the other run goes on.
     """
-    path, end_s, said = os.path.realpath(f"{save}.log.jsonl"), time.monotonic() + PATIENCE_S, False
+    path, end_s, said = f"{os.path.realpath(save)}.log.jsonl", time.monotonic() + PATIENCE_S, False
     if not save or not os.path.isdir(os.path.dirname(path)):  # `check_files` says what is wrong
+        yield
+        return
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):  # all runs share /dev/null
+        warn(f"{path}: is no file, so it cannot be locked; see to it that no second run has the same --save")
         yield
         return
     with contextlib.ExitStack() as stack:
@@ -126,7 +130,10 @@ def only_run(save: str) -> Iterator[None]:
 def lock_file(path: str, stack: contextlib.ExitStack) -> bool | None:
     """As `try_lock`; the lock is kept until `stack` ends, which removes the file if it is empty then."""
     with contextlib.ExitStack() as closing:
-        file = closing.enter_context(open(path, "ab"))
+        try:
+            file = closing.enter_context(open(path, "ab"))
+        except OSError as error:
+            raise UserError(f"--save: {path}: {error.strerror}; choose a folder that can be written to") from None
         locked = try_lock(file)
         if locked is False or not os.path.exists(path) or not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
             return False  # also when the run before has just removed it
@@ -137,7 +144,7 @@ def lock_file(path: str, stack: contextlib.ExitStack) -> bool | None:
 
 def remove_if_empty(path: str) -> None:
     with contextlib.suppress(OSError):
-        if not os.path.getsize(path):
+        if os.path.isfile(path) and not os.path.getsize(path):  # /dev/null is no file
             os.unlink(path)
 
 
