@@ -21,7 +21,7 @@ from harness.log import say
 from harness.script import run_script
 from hub.card import make_card
 from hub.folder import CONFIG, REST, TENSORS, check_folder, folder_tensors, pack_tensors, rest_of, write_folder
-from hub.tokenizer import LONGEST, make_tokenizer, pad_name, special_tokens, tokenizer_config
+from hub.tokenizer import LONGEST, TOKENIZER_CLASS, make_tokenizer, pad_name, special_tokens, tokenizer_config
 from model import build
 from utils import UserError
 
@@ -52,7 +52,7 @@ def make_config(args: dict[str, Any], ntoken: int, eos: int) -> dict[str, Any]:
         "tied": args["tied"], "splits": criterion.splits, "n_experts": args["n_experts"],
         "rounds": args["rounds"] if mogrifier else 0, "rank": args["rank"] if mogrifier else 0,
         "max_position_embeddings": LONGEST, "bos_token_id": eos, "eos_token_id": eos, "pad_token_id": ntoken,
-        "torch_dtype": "float32",
+        "tokenizer_class": TOKENIZER_CLASS,
     }  # fmt: skip
 
 

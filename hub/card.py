@@ -32,7 +32,7 @@ tags: [awd-lm, {tag}, recurrent, language-model]
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True).eval()
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
 ```
 
 The tokenizer puts `<eos>` in front of every text, and makes one of every newline. {form}

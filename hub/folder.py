@@ -111,7 +111,7 @@ def read_back(folder: str | Path) -> dict[str, Any]:
     except OSError as error:
         where = f"{error.strerror}; give a folder that export.py made"
         raise UserError(f"{error.filename}: {where}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError):  # RecursionError is a RuntimeError
         raise UserError(f"{folder}: is damaged, or not a folder that export.py made; export the model again") from None
     if saved["format"] != MODEL_FORMAT or tensors:
         raise UserError(f"{folder}: holds more than {MODEL_FORMAT!r}; use the version of this toolkit that made it")

@@ -11,6 +11,7 @@ from corpus.read import EOS, UNK
 from utils import UserError
 
 WHITE = r"[\s\x1c-\x1f\x85]+"  # what Python's `str.split` splits at
+TOKENIZER_CLASS = "PreTrainedTokenizerFast"
 LONGEST = 1_000_000  # tokens; the model has no limit, and programs want a number
 
 
@@ -88,6 +89,6 @@ def with_ids(model: dict[str, Any], ids: dict[str, int], place: str) -> dict[str
 
 def tokenizer_config(tokens: dict[str, str]) -> dict[str, Any]:
     return {
-        "tokenizer_class": "PreTrainedTokenizerFast", **tokens, "clean_up_tokenization_spaces": False,
+        "tokenizer_class": TOKENIZER_CLASS, **tokens, "clean_up_tokenization_spaces": False,
         "model_max_length": LONGEST, "model_input_names": ["input_ids", "attention_mask"],
     }  # fmt: skip

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 import pytest
+import safetensors.torch as safetensors
 import torch
+import transformers
 from torch import Tensor, nn
 from toys import LEVELS, NO_DROPOUT, WORDS, call, prepare_levels, settings_of
 from transformers import (
@@ -31,7 +33,7 @@ from corpus.files import read_tokenizer
 from corpus.read import EOS
 from harness import files
 from harness.files import load_model, to_evaluate
-from hub.folder import read_back
+from hub.folder import pack_tensors, read_back, unpack_tensors
 from model import build
 from surprisal import Reader, score_apart
 
@@ -48,6 +50,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "split": {"kind": "LSTM", "splits": [7, 20]},
     "split untied": {"kind": "GRU", "splits": [7, 20], "tied": False},
     "mixture": {"kind": "LSTM", "n_experts": 3},
+    "mixture untied": {"kind": "QRNN", "n_experts": 2, "tied": False},
     "mixture nhidlast": {"kind": "GRU", "n_experts": 3, "nhidlast": 14},
 }
 LINES = ["w1 w2 w3", "w4 nobody knows w5 <unk>", "w7", "w1 w1 w2 w30 w47 w3 w9 w9", "w40 w41 w42 w2 w1"]
@@ -231,6 +234,13 @@ def test_reading_back_is_exact(exported):
     assert all(torch.equal(again[p][n], saved[p][n]) for p in ("model", "criterion") for n in saved[p])
 
 
+def test_safetensors_is_what_its_package_reads():
+    tensors = {"a": torch.randn(3, 5), "b": torch.randn(4).half(), "c": torch.randn(()).double(), "d": torch.zeros(0)}
+    for found in (safetensors.load(pack_tensors(tensors)), unpack_tensors(safetensors.save(tensors))):
+        assert {*found} == {*tensors}
+        assert all(found[name].dtype == x.dtype and torch.equal(found[name], x) for name, x in tensors.items())
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_tokenizers(level, tmp_path):
     """The ids are those of score.py; a newline is an `<eos>`."""
@@ -286,6 +296,8 @@ def test_minicons(exported, capsys, tmp_path):
     words = scorer.word_score_tokenized(["w1 w2 w3"], lambda text: text.split(), surprisal=True)
     assert [x for _, x in words[0]] == pytest.approx((-figures[0][:3]).tolist(), rel=1e-5)
     assert len(scorer.next_word_distribution(["w1 w2", "w3"])) == 2
+    ended = scorer.sequence_score([f"{LINES[0]}\n"], reduction=lambda x: x.sum().item())
+    assert ended == pytest.approx([figures[0].sum().item()], rel=1e-5)
 
 
 def test_minicons_opens_the_folder(exported):
@@ -300,6 +312,14 @@ def test_minicons_opens_the_folder(exported):
     with torch.no_grad():
         states = exported.model(**exported.tokenizer("w1 w2 w3", return_tensors="pt"), output_hidden_states=True)
     torch.testing.assert_close(vector, states.hidden_states[1][0, 2])
+
+
+def test_pipeline(exported):
+    writer = transformers.pipeline("text-generation", model=exported.folder, trust_remote_code=True)
+    (found,) = writer("w1 w2", max_new_tokens=12, do_sample=False)
+    ids = generated(exported, encode(exported.tokenizer, ["w1 w2"]))[0]
+    text = exported.tokenizer.decode(ids, skip_special_tokens=True)
+    assert found["generated_text"].removeprefix("w1 w2").split() == text.split()
 
 
 @pytest.fixture(scope="module")
@@ -319,6 +339,8 @@ def test_lm_eval_loglikelihood(exported, harness):
     figures = expected(exported.path, LINES)
     found = harness.loglikelihood(requests("loglikelihood", [("", line) for line in LINES]), disable_tqdm=True)
     assert [x for x, _ in found] == pytest.approx([x[:-1].sum().item() for x in figures], rel=1e-5)
+    ended = harness.loglikelihood(requests("loglikelihood", [("", f"{line}\n") for line in LINES]), disable_tqdm=True)
+    assert [x for x, _ in ended] == pytest.approx([x.sum().item() for x in figures], rel=1e-5)
     pairs = [("w1 w2", " w3 w4"), ("w9", " w1")]
     found = harness.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
     whole = expected(exported.path, ["w1 w2 w3 w4", "w9 w1"])
