@@ -235,7 +235,7 @@ def test_reading_back_is_exact(exported):
 
 
 def test_safetensors_is_what_its_package_reads():
-    tensors = {"a": torch.randn(3, 5), "b": torch.randn(4).half(), "c": torch.randn(()).double(), "d": torch.zeros(0)}
+    tensors = {"a": torch.randn(3, 5), "b": torch.randn(4).half(), "c": torch.randn(()).double()}
     for found in (safetensors.load(pack_tensors(tensors)), unpack_tensors(safetensors.save(tensors))):
         assert {*found} == {*tensors}
         assert all(found[name].dtype == x.dtype and torch.equal(found[name], x) for name, x in tensors.items())
