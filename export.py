@@ -16,7 +16,7 @@ import torch
 
 from corpus.read import EOS
 from harness.files import load_model
-from harness.flags import DEFAULTS, SWITCH, ArgumentParser, Flag
+from harness.flags import BY_NAME, DEFAULTS, SWITCH, ArgumentParser, Flag
 from harness.log import say
 from harness.script import run_script
 from hub.card import make_card
@@ -33,7 +33,9 @@ CLASSES = {
     "AutoModelForCausalLM": "modeling_awd_lm.AwdLmForCausalLM",
     "AutoModelForSequenceClassification": "modeling_awd_lm.AwdLmForSequenceClassification",
 }
-KINDS = ("LSTM", "GRU", "QRNN", "Mogrifier")  # that modeling_awd_lm.py has
+# What modeling_awd_lm.py has: kinds of layers, and the settings that shape a model.
+KINDS = ("LSTM", "GRU", "QRNN", "Mogrifier")
+SETTINGS = "model emsize nhid nlayers tied n_experts nhidlast rounds rank splits vocab_size min_count".split()
 EXPORT = [
     Flag("model", {"metavar": "MODEL.pt"}, None, "the saved model"),
     Flag("--out", {"required": True}, None, "the new folder"),
@@ -56,6 +58,15 @@ def make_config(args: dict[str, Any], ntoken: int, eos: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def check_kind(args: dict[str, Any], place: str) -> None:
+    """Raises UserError unless modeling_awd_lm.py has all that the settings ask for."""
+    if args["model"] not in KINDS:
+        raise UserError(f"{place}: is a {args['model']}, which cannot be exported; use one of {', '.join(KINDS)}")
+    for name, flag in BY_NAME.items():
+        if flag.shapes_model and name not in SETTINGS and args[name] != flag.default:
+            raise UserError(f"{place}: has --{name} {args[name]}, which cannot be exported; train a model without it")
+
+
 def make_files(saved: dict[str, Any], place: str) -> dict[str, bytes]:
     """Every file of the folder by its name.
 
@@ -63,8 +74,7 @@ def make_files(saved: dict[str, Any], place: str) -> dict[str, bytes]:
         UserError: the model is of a kind that modeling_awd_lm.py lacks, or its words cannot be exported.
     """
     args, vocab = {**DEFAULTS, **saved["args"]}, saved["vocab"]
-    if args["model"] not in KINDS:
-        raise UserError(f"{place}: is a {args['model']}, which cannot be exported; use one of {', '.join(KINDS)}")
+    check_kind(args, place)
     if EOS not in vocab:
         raise UserError(f"{place}: has no {EOS} in its vocabulary; use a model that main.py trained")
     eos, pad = vocab.index(EOS), pad_name(vocab)

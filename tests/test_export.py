@@ -1,6 +1,7 @@
 """The folder that export.py makes: its files, its refusals, and reading it back bit for bit.
 
-tests/hub/run.sh opens such folders in Transformers, minicons and lm-evaluation-harness.
+test_hub_model.py runs the model's code; tests/hub/run.sh opens such folders in Transformers, minicons and
+lm-evaluation-harness.
 """
 
 import ast
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import load
-from toys import LEVELS, WORDS, call, error_line, every_model, file_limit, prepare_levels, save_model
+from toys import LEVELS, MODELS, WORDS, call, error_line, file_limit, prepare_levels, save_model
 
 import export
 from corpus.files import read_tokenizer
@@ -30,6 +31,9 @@ NAMES = {
     "README.md", "awd_lm.json", "config.json", "configuration_awd_lm.py", "generation_config.json", "model.safetensors",
     "modeling_awd_lm.py", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json",
 }  # fmt: skip
+
+
+EXPORTED = {name: how for name, how in MODELS.items() if how.get("rnn_type", "LSTM") in export.KINDS}
 
 
 def assert_same(found: Any, saved: Any) -> None:
@@ -51,7 +55,7 @@ def assert_same(found: Any, saved: Any) -> None:
         assert found == saved
 
 
-@every_model
+@pytest.mark.parametrize("how", EXPORTED.values(), ids=EXPORTED)
 def test_a_folder_read_back_is_the_model_bit_for_bit(tmp_path, capsys, how):
     path = save_model(tmp_path / "toy.pt", **how)
     assert call(export, path, "--out", tmp_path / "new" / "hub") == 0
@@ -104,8 +108,15 @@ def test_the_modeling_file_stands_alone():
         assert tops <= {"", "torch", "transformers", "collections", "dataclasses", "functools", "itertools", "typing"}
 
 
-def test_every_kind_of_layer_can_be_exported():
-    assert set(LAYERS) == set(export.KINDS)
+def test_a_kind_of_layer_that_the_modeling_file_lacks_is_refused(tmp_path, capsys, monkeypatch):
+    assert set(export.KINDS) <= set(LAYERS)
+    monkeypatch.setattr(export, "KINDS", ("LSTM",))
+    path = save_model(tmp_path / "toy.pt", rnn_type="GRU")
+    assert call(export, path, "--out", tmp_path / "hub") == 2
+    assert "GRU" in error_line(capsys)
+    monkeypatch.setattr(export, "SETTINGS", [name for name in export.SETTINGS if name != "emsize"])
+    assert call(export, save_model(tmp_path / "toy.pt"), "--out", tmp_path / "hub") == 2
+    assert "--emsize 12" in error_line(capsys)
 
 
 def test_safetensors_has_its_layout():
