@@ -35,7 +35,10 @@ CLASSES = {
 }
 # What modeling_awd_lm.py has: kinds of layers, and the settings that shape a model.
 KINDS = ("LSTM", "GRU", "QRNN", "Mogrifier")
-SETTINGS = "model emsize nhid nlayers tied n_experts nhidlast rounds rank splits vocab_size min_count".split()
+SETTINGS = (
+    "model", "emsize", "nhid", "nlayers", "tied", "n_experts", "nhidlast", "rounds", "rank", "splits", "vocab_size",
+    "min_count",
+)  # fmt: skip
 EXPORT = [
     Flag("model", {"metavar": "MODEL.pt"}, None, "the saved model"),
     Flag("--out", {"required": True}, None, "the new folder"),
