@@ -3,6 +3,7 @@
     python convert.py hidden650.pt vocab.txt --save gulordava.pt  # word_language_model and what came of it
     python convert.py PTB.pt corpus.MD5.data --save ptb.pt  # awd-lstm-lm: its cached corpus
     python convert.py lstm_fwd.pth itos_wt103.pkl --eos xxbos --unk xxunk --save wt103.pt  # fastai
+    python convert.py PTB --save PTB.pt  # a folder that export.py wrote
     python score.py --save gulordava.pt sentences.txt
 
 Reads files of torch 0.3 to today, whole pickled modules or weights alone, without running anything of them. The
@@ -21,6 +22,7 @@ from corpus.read import UNK
 from harness.files import MODEL_FORMAT, check_tensors, check_writable, save
 from harness.flags import SWITCH, ArgumentParser, Flag
 from harness.script import run_script
+from hub.folder import read_back
 from utils import UserError
 
 FLAGS = [
@@ -59,11 +61,23 @@ def read(args: Namespace) -> tuple[Converted, list[str]]:
     return converted, words
 
 
+def convert_folder(args: Namespace) -> None:
+    """A folder of export.py becomes the saved model again that it was made of."""
+    if args.vocab or args.eos or args.unk:
+        raise UserError(f"{args.old}: is a folder, which has its own vocabulary; leave out VOCAB, --eos and --unk")
+    contents = read_back(args.old)
+    check_tensors(contents, args.old)
+    save(args.save, contents)
+    print(f"wrote {args.save}")
+
+
 def main() -> None:
     parser = ArgumentParser(__doc__)
     parser.add_flags("files and words", FLAGS)
     args = parser.parse_all(FLAGS)
     check_save(args)
+    if os.path.isdir(args.old):
+        return convert_folder(args)
     (settings, model, criterion, layout), words = read(args)
     vocab, repeated = fit_words(words, args.eos, args.unk, args.vocab or args.old)
     contents: dict[str, Any] = {"format": MODEL_FORMAT, "args": settings, "vocab": vocab, "tokenizer": None}

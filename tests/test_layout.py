@@ -8,7 +8,7 @@ from pathlib import Path
 
 from runner import ROOT
 
-FOLDERS = ("benchmarks", "bridges", "corpus", "harness", "layers", "scoring")
+FOLDERS = ("benchmarks", "bridges", "corpus", "harness", "hub", "layers", "scoring")
 FILES = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))]
 
 
