@@ -66,8 +66,10 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     system can promise that. A full disk raises OSError.
     """
     target = os.path.realpath(path)
+    if os.path.isdir(target):
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), target)
     if os.path.exists(target) and not os.path.isfile(target):  # or the new file would replace a device for everybody
-        raise OSError(errno.EINVAL, "is a folder, a pipe or a device", target)
+        raise OSError(errno.EINVAL, "is a pipe or a device", target)
     with new_file_beside(target) as file:
         with contextlib.suppress(OSError):  # there is none yet; or it belongs to somebody else
             before = os.stat(target)
