@@ -114,7 +114,7 @@ def test_what_is_no_file_is_never_replaced(tmp_path, make):
     make(tmp_path / "odd")
     (tmp_path / "link").symlink_to(tmp_path / "odd")
     for name in ("odd", "link"):
-        with pytest.raises(OSError, match="is a pipe or a device|Is a directory"):
+        with pytest.raises(OSError, match=r"is a pipe or a device|Is a directory"):
             write(tmp_path / name, lambda file: pytest.fail("the block is not entered"))
     assert not (tmp_path / "odd").is_file()
 
