@@ -211,7 +211,7 @@ def kill(case: Case, corpus: Path, folder: Path, moment: str, whole_s: float) ->
     results = run(case, corpus, folder, moment, after_s)
     killed = [result.status == -signal.SIGKILL for result in results]
     for result in results:
-        expected = (-signal.SIGKILL, 1) if any(killed) else (0,)
+        expected = (-signal.SIGKILL, 1, 0) if any(killed) else (0,)  # 0: a rank whose training was over
         if result.status not in expected or "Traceback" in result.err or len(result.err.splitlines()) > 1:
             return any(killed), f"when killed: {result.status} {result.err}"
     left = [path.name for path in folder.glob("*.tmp")]
