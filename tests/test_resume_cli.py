@@ -33,6 +33,10 @@ RUNS = {
         *[*toys.flags_of("Mogrifier"), "--optimizer", "adam", "--lr", 0.3, "--beta1", 0, "--average", "--nonmono", 0],
         *["--drop_state", 0.3, "--dropoutr", 0.3, "--samples", 2],
     ],
+    "Adam RLSTM, all that it draws": [
+        *[*toys.flags_of("rlstm"), "--optimizer", "adam", "--lr", 0.01, "--chrono", 20],
+        *["--drop_state", 0.3, "--dropoutr", 0.3, "--samples", 2],
+    ],
 }
 WORSENING = ["--nonmono", 0, "--lr", 60, "--clip", 1]  # its first epoch is its best
 EPOCHS = ["--bptt", 20, "--epochs", 4]
