@@ -1,6 +1,6 @@
-"""The RLSTM: the forget gate reads what the input gate lets in, and the output gate reads the new cell.
+"""The RLSTM (rewired LSTM): the forget gate reads what the input gate lets in, the output gate reads the new cell.
 
-Melis, arXiv 2211.01848. Per step, with x and h after their dropouts and after the Mogrifier's rounds, and
+Melis, arXiv 2211.01848, section 2. Per step, with x and h after their dropouts and after the Mogrifier's rounds, and
 with m the mask of dropoutr:
 
     i = σ(W_ix·x + W_ih·h + b_i)            j = tanh(W_jx·x + W_jh·h + b_j)
