@@ -3,8 +3,8 @@
     python export.py PTB.pt --out PTB
     python -c "from transformers import AutoModelForCausalLM as A; A.from_pretrained('PTB', trust_remote_code=True)"
 
-The folder has the weights (model.safetensors), the model's code (modeling_awd_lm.py, which needs Transformers 4.51 to
-5.x and nothing of this toolkit), the tokenizer, a model card, and awd_lm.json, the rest of the saved model. docs/hub.md
+The folder has the weights (model.safetensors), the model's code (in plain torch, which needs Transformers 4.51 to 5.x
+and nothing of this toolkit), the tokenizer, a model card, and awd_lm.json, the rest of the saved model. docs/hub.md
 says how minicons, lm-evaluation-harness and others use it.
 """
 
@@ -26,18 +26,18 @@ from model import build
 from utils import UserError
 
 HUB = Path(__file__).with_name("hub")
-CODE = ("configuration_awd_lm.py", "modeling_awd_lm.py")
+CODE = ("configuration_awd_lm.py", "layers_awd_lm.py", "modeling_awd_lm.py")
 CLASSES = {
     "AutoConfig": "configuration_awd_lm.AwdLmConfig",
     "AutoModel": "modeling_awd_lm.AwdLmModel",
     "AutoModelForCausalLM": "modeling_awd_lm.AwdLmForCausalLM",
     "AutoModelForSequenceClassification": "modeling_awd_lm.AwdLmForSequenceClassification",
 }
-# What modeling_awd_lm.py has: kinds of layers, and the settings that shape a model.
+# What the folder's code has: kinds of layers (with every cell), and the settings that shape a model.
 KINDS = ("LSTM", "GRU", "QRNN", "Mogrifier")
 SETTINGS = (
-    "model", "emsize", "nhid", "nlayers", "tied", "n_experts", "nhidlast", "rounds", "rank", "splits", "vocab_size",
-    "min_count",
+    "model", "emsize", "nhid", "nlayers", "tied", "n_experts", "nhidlast", "rounds", "cell", "rank", "splits",
+    "vocab_size", "min_count",
 )  # fmt: skip
 EXPORT = [
     Flag("model", {"metavar": "MODEL.pt"}, None, "the saved model"),
@@ -56,13 +56,13 @@ def make_config(args: dict[str, Any], ntoken: int, eos: int) -> dict[str, Any]:
         "sizes": [args["emsize"], *[args["nhid"]] * (args["nlayers"] - 1), model.width], "vocab_size": ntoken + 1,
         "tied": args["tied"], "splits": criterion.splits, "n_experts": args["n_experts"],
         "rounds": args["rounds"] if mogrifier else 0, "rank": args["rank"] if mogrifier else 0,
-        "max_position_embeddings": LONGEST, "bos_token_id": eos, "eos_token_id": eos, "pad_token_id": ntoken,
-        "tokenizer_class": TOKENIZER_CLASS,
+        "cell": args["cell"], "max_position_embeddings": LONGEST, "bos_token_id": eos, "eos_token_id": eos,
+        "pad_token_id": ntoken, "tokenizer_class": TOKENIZER_CLASS,
     }  # fmt: skip
 
 
 def check_kind(args: dict[str, Any], place: str) -> None:
-    """Raises UserError unless modeling_awd_lm.py has all that the settings ask for."""
+    """Raises UserError unless the folder's code has all that the settings ask for."""
     if args["model"] not in KINDS:
         raise UserError(f"{place}: is a {args['model']}, which cannot be exported; use one of {', '.join(KINDS)}")
     for name, flag in BY_NAME.items():
@@ -74,7 +74,7 @@ def make_files(saved: dict[str, Any], place: str) -> dict[str, bytes]:
     """Every file of the folder by its name.
 
     Raises:
-        UserError: the model is of a kind that modeling_awd_lm.py lacks, or its words cannot be exported.
+        UserError: the model is of a kind that the folder's code lacks, or its words cannot be exported.
     """
     args, vocab = {**DEFAULTS, **saved["args"]}, saved["vocab"]
     check_kind(args, place)

@@ -26,7 +26,7 @@ from harness.graphs import CudaCapture, StepGraphs, StepResult
 from harness.log import RULE, EpochBar, RunLog, figures, say, say_or_drop, warn
 from harness.ranks import ALONE, ENDINGS, NO_TIME, Ranks, Stop, Stopper
 from harness.start import Start, check_files, load_corpus
-from model import Criterion, Hidden, RNNModel, build, detach
+from model import Criterion, Hidden, RNNModel, build, detach, start_again
 from mos import sampled
 from optim import Mean, annealed, averages, has_stalled, make_optimizer
 from products import autocast_dtype
@@ -171,15 +171,14 @@ def train_batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
 def train_step(run: Run, source: Tensor, target: Tensor) -> Tensor:
     """One optimizer step over source and target, (T, B) each; returns its loss, still on the device."""
     args = run.args
-    # All ranks draw from generators in the same state, so they all drop the state at the same steps.
-    if args.drop_state and torch.rand((), generator=run.length_generator) < args.drop_state:
-        run.hidden = run.first_hidden()
+    if args.drop_state:  # every rank draws for the whole batch, from generators in the same state
+        dropped = torch.rand(args.batch_size, generator=run.length_generator) < args.drop_state
+        run.hidden = start_again(run.hidden, dropped[run.columns].repeat_interleave(args.samples))
     rate = run.rate() * len(source) / args.bptt  # a longer batch takes a longer step (AWD, section 5)
     scale = run.scaler.get_scale()  # 1 without fp16; with it, a synchronisation on CUDA
     step = run.graphs or partial(gradient_step, run)
     loss, run.hidden, run.grad_norm = step(source, target, run.hidden, rate)
-    skipped = run.scaler.get_scale() < scale  # the gradients overflowed
-    if run.mean and not skipped:
+    if run.mean and run.scaler.get_scale() >= scale:  # else the gradients overflowed, and there was no step
         run.mean.update(run.weights)
     return loss
 

@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from typing import Any, NamedTuple, NoReturn
 
 from harness.needs import check_needs
-from model import LAYERS
+from model import CELLS, LAYERS
 from optim import OPTIMIZERS
 from utils import UserError
 
@@ -35,6 +35,14 @@ def number(
         return value
 
     return parse
+
+
+def chrono(text: str) -> float:
+    """An argparse type: 0, or a number above 2."""
+    value: float = number(float, 0, most=1e38)(text)
+    if 0 < value <= 2:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; give a number above 2, or 0")
+    return value
 
 
 DEPTH = 100  # the most layers and rounds: a model is built to check a file that claims to hold it
@@ -121,6 +129,8 @@ FLAGS: dict[str, list[Flag]] = {
              "otherwise nhid", **SHAPES_MODEL),
         Flag("--rounds", {"type": number(int, 0, most=DEPTH)}, 5, "Mogrifier: rounds in which input and state "
              "gate each other; 0: Melis's LSTM", **SHAPES_MODEL),
+        Flag("--cell", {"choices": list(CELLS)}, "lstm", "Mogrifier: the cell after the rounds, Melis's LSTM or his "
+             "RLSTM", **SHAPES_MODEL),
         Flag("--rank", COUNT, 0, "Mogrifier: rank of the rounds' matrices; 0: full rank", **SHAPES_MODEL),
     ],
     REGULARISATION: [
@@ -130,8 +140,8 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("--dropoute", PROBABILITY, 0.1, "dropout of whole word types (Mogrifier: 0 unless given)"),
         Flag("--wdrop", PROBABILITY, 0.5, "weight drop: hidden-to-hidden, or all of a QRNN (Mogrifier: none)"),
         Flag("--dropoutr", PROBABILITY, 0.0, "dropout of a Mogrifier's state, one mask for all steps of a batch"),
-        Flag("--drop_state", PROBABILITY, 0.0, "probability that a batch starts from a zero state (Mogrifier: "
-             "0.01 unless given)"),
+        Flag("--drop_state", PROBABILITY, 0.0, "probability that a column of a batch starts from a zero state "
+             "(Mogrifier: 0.01 unless given)"),
         Flag("--dropoutl", PROBABILITY, 0.29, "locked dropout on the latents of --n_experts"),
         Flag("--samples", POSITIVE, 1, "train on the mean of the probabilities under N dropout masks, at N times "
              "the cost"),
@@ -172,6 +182,8 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("--vocab_size", COUNT, 0, "keep the N most frequent words, <unk> and <eos> among them; 0: all",
              **SHAPES_MODEL),
         Flag("--min_count", COUNT, 0, "keep words seen N times or more", **SHAPES_MODEL),
+        Flag("--chrono", {"type": chrono}, 0.0, "Mogrifier: the first forget biases are ln U(1, T-1), to remember from "
+             "1 to T steps (T above 2); 0: they are 1"),
     ],
 }  # fmt: skip
 BY_NAME = {flag.name: flag for group in FLAGS.values() for flag in group if "dest" not in flag.options}

@@ -34,8 +34,10 @@ FOUND = "does nothing with --search, which finds it; give one of them"
 # `getattr`: several scripts have flags of these names, and not all of them have the other setting.
 NEEDS = [
     # training
-    Need("rounds rank", lambda s: "rounds" in LAYERS[s.model].options, without("--model Mogrifier")),
-    Need("dropoutr", lambda s: "dropoutr" in LAYERS[s.model].options, without("--model Mogrifier")),
+    Need("rounds rank cell chrono dropoutr", lambda s: "rounds" in LAYERS[s.model].options,
+         without("--model Mogrifier")),
+    Need("chrono", lambda s: not s.resume, "does nothing with --resume, whose weights are there already; leave it "
+         "out"),
     Need("rank", lambda s: s.rounds, without("--rounds")),
     Need("wdrop", lambda s: LAYERS[s.model].defaults.get("wdrop") != 0, "does nothing with --model {model}, which has "
          "no weight drop; leave it out"),

@@ -9,14 +9,13 @@ import pytest
 import torch
 from graph_emulator import CaptureError, EmulatedCapture, EmulatedGraph
 from torch import Tensor
-from toys import settings_of
+from toys import KINDS, settings_of
 
 import splitcross
 import train
 from data import Corpus
 from harness.flags import resolve_args
 from harness.graphs import StepGraphs
-from model import LAYERS
 from train import Run, gradient_step, train_step
 
 V, BPTT, COLUMNS = 40, 7, 4
@@ -36,7 +35,7 @@ def make_run(kind: str, by_graphs: bool, device: str = "cpu", **settings: object
     corpus = Corpus([f"w{i}" for i in range(V)], ids, ids[:500], ids[:300], "a digest")
     given = {"batch_size": COLUMNS, "bptt": BPTT, "nonmono": 0, "clip": 0.25, "lr": 5.0, "save": "none.pt"}
     given |= {"splits": [], "graphs": by_graphs}
-    given |= settings_of(kind) | {"model": kind, "dropoutr": 0.1 if "dropoutr" in LAYERS[kind].options else 0.0}
+    given |= settings_of(kind) | {"dropoutr": 0.1 if "dropoutr" in KINDS[kind].options else 0.0}
     where = torch.device(device)
     run = Run("main.py", resolve_args(given | settings, {}), corpus.to(where), where)
     if by_graphs and device == "cpu":
@@ -80,7 +79,7 @@ SETTINGS = {
     "samples": {"samples": 2, "shuffle": True},
     "drop_state": {"drop_state": 0.3, "alpha": 0.0, "beta": 0.0},
 }
-CASES = [*((kind, "plain") for kind in LAYERS), *(("QRNN", name) for name in SETTINGS if name != "plain")]
+CASES = [*((kind, "plain") for kind in KINDS), *(("QRNN", name) for name in SETTINGS if name != "plain")]
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
@@ -115,7 +114,7 @@ def test_graphs_of_a_gpu_are_the_steps(kind, name, optimizer, amp):
         assert (a - b).double().norm() <= (1e-3 if amp == "none" else 3e-2) * b.double().norm()
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_adam_by_graphs(kind):
     settings = {"nlayers": 2, "optimizer": "adam", "lr": 2e-3}
     expected = numbers_of(make_run(kind, False, **settings), 40)

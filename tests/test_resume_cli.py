@@ -30,7 +30,11 @@ RUNS = {
     "Adam GRU": ["--model", "GRU", "--optimizer", "adam", "--lr", 0.01, "--anneal", 1],
     "shuffled mixture": ["--shuffle", "--n_experts", 2],
     "averaging Mogrifier, all that it draws": [
-        *[*toys.flags_of("Mogrifier"), "--optimizer", "adam", "--lr", 0.3, "--beta1", 0, "--average", "--nonmono", 0],
+        *[*toys.flags_of("Mogrifier"), "--optimizer", "adam", "--lr", 1, "--beta1", 0, "--average", "--nonmono", 0],
+        *["--drop_state", 0.3, "--dropoutr", 0.3, "--samples", 2],
+    ],
+    "Adam RLSTM, all that it draws": [
+        *[*toys.flags_of("rlstm"), "--optimizer", "adam", "--lr", 0.01, "--chrono", 20],
         *["--drop_state", 0.3, "--dropoutr", 0.3, "--samples", 2],
     ],
 }
