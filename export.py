@@ -1,6 +1,7 @@
 """Export a saved model as a folder that Hugging Face's Transformers opens, and what builds on it.
 
     python export.py PTB.pt --out PTB
+    python export.py PTB.pt --out PTB --checkpoints    # and PTB-chck_1M, ... of a run with --keep_words
     python -c "from transformers import AutoModelForCausalLM as A; A.from_pretrained('PTB', trust_remote_code=True)"
 
 The folder has the weights (model.safetensors), the model's code (in plain torch, which needs Transformers 4.51 to 5.x
@@ -9,14 +10,17 @@ says how minicons, lm-evaluation-harness and others use it.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from corpus.read import EOS
+from corpus.words import MARKS
 from harness.files import load_model
 from harness.flags import BY_NAME, DEFAULTS, SWITCH, ArgumentParser, Flag
+from harness.keep import mark_name, mark_path
 from harness.log import say
 from harness.script import run_script
 from hub.card import make_card
@@ -42,6 +46,8 @@ SETTINGS = (
 EXPORT = [
     Flag("model", {"metavar": "MODEL.pt"}, None, "the saved model"),
     Flag("--out", {"required": True}, None, "the new folder"),
+    Flag("--checkpoints", SWITCH, False, "make a folder OUT-chck_1M, ... of each MODEL.pt.chck_1M, ... too, the files that "
+         "main.py --keep_words keeps"),
     Flag("--force", SWITCH, False, "write over the files of a folder that has content; others in it are kept"),
 ]
 
@@ -101,16 +107,27 @@ def make_files(saved: dict[str, Any], place: str) -> dict[str, bytes]:
     }
 
 
+def find_checkpoints(model: str, out: Path) -> dict[str, Path]:
+    """The files that `main.py --keep_words` kept beside a model, and the folder of each; UserError if there is none."""
+    marks = [mark for mark in MARKS if os.path.exists(mark_path(model, mark))]
+    if not marks:
+        raise UserError(f"--checkpoints: {mark_path(model, 1)} is not there; train with --keep_words, or leave it out")
+    return {mark_path(model, mark): out.with_name(f"{out.name}-{mark_name(mark)}") for mark in marks}
+
+
 def main() -> None:
     parser = ArgumentParser(__doc__)
     parser.add_flags("folder", EXPORT)
     args = parser.parse_all(EXPORT)
-    out = Path(args.out)
-    files = make_files(load_model(args.model, "MODEL"), f"MODEL {args.model}")
-    check_folder(out, list(files), args.force)
-    write_folder(out, files)
-    size = sum(map(len, files.values())) / 2**20
-    say(f"| {out} | {len(files)} files | {size:.1f} MiB | docs/hub.md says how to open it")
+    folders = {args.model: Path(args.out)}
+    if args.checkpoints:
+        folders |= find_checkpoints(args.model, Path(args.out))
+    for model, out in folders.items():
+        files = make_files(load_model(model, "MODEL"), f"MODEL {model}")
+        check_folder(out, list(files), args.force)
+        write_folder(out, files)
+        size = sum(map(len, files.values())) / 2**20
+        say(f"| {out} | {len(files)} files | {size:.1f} MiB | docs/hub.md says how to open it")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import harness.files as files
 from data import EVAL_BATCH_SIZE, Corpus, VariableLengthSampler, get_batch, rotate_columns
 from evaluate import evaluate, test
 from harness.graphs import CudaCapture, StepGraphs, StepResult
+from harness.keep import Keeper
 from harness.log import RULE, EpochBar, RunLog, figures, say, say_or_drop, warn
 from harness.ranks import ALONE, ENDINGS, NO_TIME, Ranks, Stop, Stopper
 from harness.start import Start, check_files, load_corpus
@@ -91,6 +92,7 @@ class Run:
         self.unread_losses: list[Tensor] = []  # still on the device
         self.writing = checkpoint.Writing()
         self.log = RunLog(None)
+        self.keeper = Keeper(self) if args.keep_words else None
         self.deadline_s: float | None = None  # of time.monotonic, for --max_minutes
         self.counted_until_s = time.perf_counter()  # as of the last `count_time`
 
@@ -138,8 +140,7 @@ class Run:
     def read_losses(self) -> None:
         """Adds up the last steps' losses, means over ranks: a synchronisation on CUDA. Collective.
 
-        Raises:
-            RunError: one of them is not finite.
+        Raises RunError when one of them is not finite.
         """
         at, losses = self.at, self.ranks.sum(torch.stack(self.unread_losses).tolist()) if self.unread_losses else []
         for step, loss in enumerate(losses, start=at.step - len(losses) + 1):
@@ -204,7 +205,6 @@ def gradient_step(run: Run, source: Tensor, target: Tensor, hidden: list[Hidden]
         objective = objective + args.alpha * dropped[-1].float().pow(2).mean()
     if args.beta and len(source) > 1:  # TAR: small changes from one time step to the next
         objective = objective + args.beta * (raw[-1][1:].float() - raw[-1][:-1].float()).pow(2).mean()
-
     del output, raw, dropped  # so that the backward pass frees each layer's as it goes
     run.scaler.scale(objective).backward()  # without fp16 the scaler changes nothing
     run.ranks.average_gradients(run.parameters)
@@ -224,6 +224,8 @@ def train_epoch(run: Run, check_stop: Callable[[], None]) -> None:
         for source, target in train_batches(run):
             loss = train_step(run, source, target)
             run.count_step(loss, len(source))
+            if run.keeper:
+                run.keeper.after_step(run, len(source))
             bar.show(len(source) * args.batch_size, at.mean_loss)
             if at.batch % run.log_interval == 0:
                 log_training(run)

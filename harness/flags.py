@@ -115,6 +115,8 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("--log-interval --log_interval", POSITIVE, None, "batches between two log lines (default: 200, or "
              "a tenth of an epoch if that is less)"),
         Flag("--checkpoint_every", COUNT, 0, "write the .state every N steps too; 0: only after each epoch"),
+        Flag("--keep_words", TOGGLE, False, "keep the weights after 1, 2, ... 10, 20, ... 100, 200, ... 1000 million "
+             "words of training: SAVE.chck_1M, ... (docs/babylm.md)", inherited=False),
         Flag("--tensorboard", {"metavar": "DIR"}, None, "write the figures for TensorBoard too, to DIR", **NOT_STORED),
     ],
     MODEL: [

@@ -76,6 +76,8 @@ def shown_path(path: str) -> str:
 def figures_of(metrics: dict[str, Any]) -> str:
     """The figures as a table; those of the validation text are all that a saved model has."""
     loss = metrics.get("valid_loss")
+    if "million_words" in metrics:
+        return f"The weights after {metrics['million_words']} million words of training, which were not validated.\n"
     if not isinstance(loss, float) or not math.isfinite(loss):
         return "The file of the model says no figures.\n"
     rows = [f"| {loss:.4f} | {math.exp(min(loss, 700)):.2f} | {loss / math.log(2):.3f} |"]
