@@ -46,8 +46,12 @@ SETTINGS = (
 EXPORT = [
     Flag("model", {"metavar": "MODEL.pt"}, None, "the saved model"),
     Flag("--out", {"required": True}, None, "the new folder"),
-    Flag("--checkpoints", SWITCH, False, "make a folder OUT-chck_1M, ... of each MODEL.pt.chck_1M, ... too, the files that "
-         "main.py --keep_words keeps"),
+    Flag(
+        "--checkpoints",
+        SWITCH,
+        False,
+        "make folders OUT-chck_1M, ... of MODEL.pt.chck_1M, ... too, which main.py --keep_words wrote",
+    ),
     Flag("--force", SWITCH, False, "write over the files of a folder that has content; others in it are kept"),
 ]
 
