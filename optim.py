@@ -6,7 +6,7 @@ Method: Merity, Keskar, Socher, arXiv 1708.02182 ("AWD"), section 3 and algorith
 import copy
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,13 @@ class Optimizer(NamedTuple):
     lr: float  # the rate when none is given
     on_stall: str  # when the validation loss stalls: "average" the weights from then on, or "nothing"
     moments: int  # tensors kept per weight; --beta1 belongs to the first
+    fused: bool  # torch has one kernel for the whole step, without temporaries
 
 
 OPTIMIZERS = {
-    "sgd": Optimizer(torch.optim.SGD, lr=30.0, on_stall="average", moments=0),  # NT-ASGD
-    "adam": Optimizer(torch.optim.Adam, lr=1e-3, on_stall="nothing", moments=2),
+    "sgd": Optimizer(torch.optim.SGD, lr=30.0, on_stall="average", moments=0, fused=True),  # NT-ASGD
+    "adam": Optimizer(torch.optim.Adam, lr=1e-3, on_stall="nothing", moments=2, fused=True),
+    "radam": Optimizer(torch.optim.RAdam, lr=1e-3, on_stall="nothing", moments=2, fused=False),  # arXiv 1908.03265
 }
 
 
@@ -36,9 +38,13 @@ def make_optimizer(
 
     `beta1`: share of the mean gradient that is kept per step, in one that keeps moments.
     """
-    fused = parameters[0].device.type in ("cpu", "cuda") or None  # one pass, no temporaries; None: torch decides
-    betas = {"betas": (beta1, 0.999)} if OPTIMIZERS[name].moments else {}
-    return OPTIMIZERS[name].kind(parameters, lr=lr, weight_decay=wdecay, fused=fused, **betas)
+    row, device = OPTIMIZERS[name], parameters[0].device.type
+    options: dict[str, Any] = {"betas": (beta1, 0.999)} if row.moments else {}
+    if row.fused:
+        options["fused"] = device in ("cpu", "cuda") or None  # None: torch decides
+    else:  # all weights together; for CUDA graphs the count of steps has to be on the device from the first step on
+        options |= {"foreach": True, "capturable": device == "cuda"}
+    return row.kind(parameters, lr=lr, weight_decay=wdecay, **options)
 
 
 class Mean:

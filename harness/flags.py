@@ -156,11 +156,12 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("--seed", SEED, 1111, "of all random numbers"),
     ],
     MAIN: [
-        Flag("--optimizer", {"choices": list(OPTIMIZERS)}, "sgd", "sgd: NT-ASGD, which averages after a stall",
+        Flag("--optimizer", {"choices": list(OPTIMIZERS)}, "sgd", "sgd: NT-ASGD, which averages after a "
+             "stall; adam and radam keep two further numbers in memory per weight, radam two more during its step",
              **NOT_INHERITED),
-        Flag("--beta1", PROBABILITY, 0.9, "of Adam: share of the mean gradient that is kept per step",
+        Flag("--beta1", PROBABILITY, 0.9, "of Adam and RAdam: share of the mean gradient that is kept per step",
              **NOT_INHERITED),
-        Flag("--average", SWITCH, False, "average the weights once the validation loss stalls under Adam too",
+        Flag("--average", SWITCH, False, "average the weights once the validation loss stalls, not only under SGD",
              **NOT_INHERITED),
         Flag("--no-average --no_average", SWITCH, False, "never average the weights, or no longer", **NOT_INHERITED),
         Flag("--when", {"type": int, "nargs": "+"}, [-1], "epochs after which the rate is divided by 10",

@@ -40,7 +40,7 @@ NEEDS = [
     Need("wdrop", lambda s: LAYERS[s.model].defaults.get("wdrop") != 0, "does nothing with --model {model}, which has "
          "no weight drop; leave it out"),
     Need("dropoutl", lambda s: s.n_experts, without("--n_experts")),
-    Need("beta1", lambda s: OPTIMIZERS[s.optimizer].moments, without("--optimizer adam")),
+    Need("beta1", lambda s: OPTIMIZERS[s.optimizer].moments, without("--optimizer adam or radam")),
     Need("average", lambda s: not s.no_average, "does not go with --no-average; give one of them"),
     Need("nonmono", averages, without("averaging (--optimizer sgd, or --average)")),
     Need("anneal epochs", lambda s: not s.epochs or s.anneal < s.epochs, "the rate would fall from the end of "

@@ -54,6 +54,7 @@ def test_defaults_are_those_of_the_contract():
 def test_the_rate_is_the_optimizers_own():
     """Without --lr: 30 for SGD, 1e-3 for Adam; a stored rate is that of the stored optimizer alone."""
     assert resolve_args({"optimizer": "adam"}, {}).lr == 1e-3
+    assert resolve_args({"optimizer": "radam"}, {}).lr == 1e-3
     assert resolve_args({"optimizer": "adam", "lr": 0.5}, {}).lr == 0.5
     sgd, adam = {"optimizer": "sgd", "lr": 20.0}, {"optimizer": "adam", "lr": 0.01}
     assert resolve_args({}, sgd).lr == 20.0
@@ -114,7 +115,7 @@ def test_the_help_names_every_flag_with_its_default(capsys, script):
         if flag.default and not isinstance(flag.default, bool | list):
             default = f"{flag.help} (default: {flag.default})"
             assert (default in told) == (script is main or not (flag.inherited and flag.stored))
-    assert "sgd 30, adam 0.001" in told
+    assert "sgd 30, adam 0.001, radam 0.001" in told
 
 
 @pytest.mark.parametrize("script", [pointer, dynamiceval, generate, score])
@@ -178,6 +179,7 @@ MOGRIFIER = ["--model", "Mogrifier", "--rounds", 0]
         (MOGRIFIER, ["--wdrop", 0.5], ["--model", "LSTM", "--rounds", 5]),
         ([], ["--dropoutl", 0.2], ["--n_experts", 2]),
         ([], ["--beta1", 0.5], ["--optimizer", "adam"]),
+        ([], ["--beta1", 0.5], ["--optimizer", "radam"]),
         (["--optimizer", "adam"], ["--nonmono", 9], ["--average"]),
         (["--epochs", 9], ["--anneal", 9], ["--epochs", 10]),
     ],

@@ -111,15 +111,46 @@ def test_adam_is_the_papers():
         torch.testing.assert_close(parameter.detach().double(), value, rtol=0, atol=5e-6)
 
 
+@pytest.mark.parametrize("beta1", [0.9, 0.0])
+def test_radam_is_the_papers(beta1):
+    """Liu et al.'s algorithm 2, arXiv 1908.03265, with the decay as Adam has it, in float64 by hand.
+
+    The first steps are those of a mean gradient, as long as the variance of its rate is not known; the later ones are
+    rectified.
+    """
+    weights = make_weights()
+    optimizer = make_optimizer(list(weights.parameters()), "radam", lr=0.02, wdecay=0.01, beta1=beta1)
+    expected = [p.detach().double() for p in weights.parameters()]
+    m, v = ([torch.zeros_like(w) for w in expected] for _ in range(2))
+    longest, rectified = 2 / (1 - 0.999) - 1, []  # ρ_∞
+    for t in range(1, 13):
+        length = longest - 2 * t * 0.999**t / (1 - 0.999**t)  # ρ_t
+        rectified.append(length > 5)
+        for i, parameter in enumerate(weights.parameters()):
+            parameter.grad = torch.randn_like(parameter)
+            g = parameter.grad.double() + 0.01 * expected[i]
+            m[i], v[i] = beta1 * m[i] + (1 - beta1) * g, 0.999 * v[i] + 0.001 * g * g
+            step = m[i] / (1 - beta1**t)
+            if length > 5:
+                r = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
+                step = step * r**0.5 * (1 - 0.999**t) ** 0.5 / (v[i].sqrt() + 1e-8)
+            expected[i] = expected[i] - 0.02 * step
+        optimizer.step()
+    assert {True, False} == set(rectified)
+    for parameter, value in zip(weights.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.detach().double(), value, rtol=0, atol=5e-6)
+
+
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
 def test_every_row_of_the_table_is_an_optimizer(name):
-    """Of the row's class, with the rate given, one pass on the CPU; its state survives a round trip."""
+    """Of the row's class, with the rate given, all weights together; its state survives a round trip."""
     row = OPTIMIZERS[name]
     weights, twin = make_weights(), make_weights()
     optimizer = make_optimizer(list(weights.parameters()), name, lr=row.lr, wdecay=1e-6)
     assert type(optimizer) is row.kind
     (group,) = optimizer.param_groups
-    assert (group["lr"], group["weight_decay"], group["fused"]) == (row.lr, 1e-6, True)
+    assert (group["lr"], group["weight_decay"]) == (row.lr, 1e-6)
+    assert group["fused" if row.fused else "foreach"]
     assert len(group["params"]) == len(list(weights.parameters()))
     assert row.on_stall in ("average", "nothing")
     other = make_optimizer(list(twin.parameters()), name, lr=1.0, wdecay=0.0)
@@ -134,9 +165,10 @@ def test_every_row_of_the_table_is_an_optimizer(name):
 
 
 def test_the_papers_rates():
-    """SGD with 30, whose stall starts the averaging; Adam with 1e-3, whose stall starts nothing."""
-    assert OPTIMIZERS["sgd"] == (torch.optim.SGD, 30.0, "average", 0)
-    assert OPTIMIZERS["adam"] == (torch.optim.Adam, 1e-3, "nothing", 2)
+    """SGD with 30, whose stall starts the averaging; Adam and RAdam with 1e-3, whose stall starts nothing."""
+    assert OPTIMIZERS["sgd"] == (torch.optim.SGD, 30.0, "average", 0, True)
+    assert OPTIMIZERS["adam"] == (torch.optim.Adam, 1e-3, "nothing", 2, True)
+    assert OPTIMIZERS["radam"] == (torch.optim.RAdam, 1e-3, "nothing", 2, False)
 
 
 # The rule

@@ -28,6 +28,7 @@ RUNS = {
     "averaging split QRNN": ["--model", "QRNN", "--nonmono", 0, "--lr", 60, "--clip", 1, "--splits", 6, 15],
     "Adam QRNN": ["--model", "QRNN", "--optimizer", "adam", "--lr", 0.01, "--when", 1, "--untied"],
     "Adam GRU": ["--model", "GRU", "--optimizer", "adam", "--lr", 0.01, "--anneal", 1],
+    "RAdam LSTM": ["--optimizer", "radam", "--lr", 0.01, "--when", 1],
     "shuffled mixture": ["--shuffle", "--n_experts", 2],
     "averaging Mogrifier, all that it draws": [
         *[*toys.flags_of("Mogrifier"), "--optimizer", "adam", "--lr", 0.3, "--beta1", 0, "--average", "--nonmono", 0],
