@@ -178,6 +178,11 @@ def detach(hidden: list[Hidden]) -> list[Hidden]:
     return [tuple(tensor.detach() for tensor in carried) for carried in hidden]
 
 
+def parts_of(weights: nn.ModuleDict) -> tuple[RNNModel, Criterion]:
+    """The model and the criterion in all weights of a run, or in their mean."""
+    return cast(RNNModel, weights["model"]), cast(Criterion, weights["criterion"])
+
+
 def build(args: dict[str, Any], ntoken: int) -> tuple[RNNModel, Criterion]:
     """The model that the settings describe, and its output layer, the criterion; both freshly initialised.
 

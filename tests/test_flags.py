@@ -95,6 +95,25 @@ def test_a_switch_that_a_saved_run_had_on_can_be_turned_off():
         assert vars(resolve_args(parse(f"--no-{name}"), {name: True}))[name] is False
 
 
+def test_average_has_two_kinds():
+    """Alone it is the switch that it was, in older files too; a file with another value is refused."""
+    assert parse("--average", "--nonmono", 3) == {"average": True, "nonmono": 3}
+    assert parse("--average", "two-tailed") == {"average": "two-tailed"}
+    with pytest.raises(UserError, match="--average"):
+        parse("--average", "three-tailed")
+    for value in (True, False, "two-tailed"):
+        check_stored({"average": value}, "m.pt")
+        assert resolve_args({}, {"average": value}).average is value
+    for value in ("three-tailed", 1, None, ["two-tailed"]):
+        with pytest.raises(UserError, match="average"):
+            check_stored({"average": value}, "m.pt")
+    with pytest.raises(UserError, match="--average two-tailed: does not go with --no-average"):
+        resolve_args(parse("--average", "two-tailed", "--no-average"), {})
+    with pytest.raises(UserError, match="--nonmono 9: does nothing without averaging after a stall"):
+        resolve_args(parse("--average", "two-tailed", "--nonmono", 9), {})
+    assert resolve_args(parse("--no-average"), {"average": "two-tailed"}).average is False
+
+
 def test_what_only_main_has():
     """finetune.py has its own course: no optimizer, no rates by epoch, no other vocabulary."""
     assert parse("--when", 25, 35, "--splits", "--optimizer", "adam") == {
