@@ -200,6 +200,11 @@ def start_again(hidden: list[Hidden], columns: Tensor) -> list[Hidden]:
     return [tuple(tensor.masked_fill(columns, 0) for tensor in carried) for carried in hidden]
 
 
+def parts_of(weights: nn.ModuleDict) -> tuple[RNNModel, Criterion]:
+    """The model and the criterion in all weights of a run, or in their mean."""
+    return cast(RNNModel, weights["model"]), cast(Criterion, weights["criterion"])
+
+
 def build(args: dict[str, Any], ntoken: int) -> tuple[RNNModel, Criterion]:
     """The model that the settings describe, and its output layer, the criterion; both freshly initialised.
 

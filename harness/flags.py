@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from harness.needs import check_needs
 from model import CELLS, LAYERS
-from optim import OPTIMIZERS
+from optim import OPTIMIZERS, TWO_TAILED
 from utils import UserError
 
 
@@ -53,6 +53,7 @@ COUNT = {"type": number(int, 0, most=10**9)}
 SEED = {"type": number(int, 0, most=2**63 - 1)}
 SWITCH = {"action": "store_true"}
 TOGGLE = {"action": argparse.BooleanOptionalAction}  # with a --no-… that turns off a stored setting
+AVERAGE = {"nargs": "?", "const": True, "choices": [TWO_TAILED]}
 
 
 class Flag(NamedTuple):
@@ -76,6 +77,8 @@ class Flag(NamedTuple):
             return self.default is None
         if self.options in (SWITCH, TOGGLE):
             return isinstance(value, bool)
+        if self.options is AVERAGE:
+            return isinstance(value, bool) or value == TWO_TAILED
         if isinstance(value, list) != ("nargs" in self.options):
             return False
         parse, choices = self.options.get("type", str), self.options.get("choices")
@@ -168,12 +171,14 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("--seed", SEED, 1111, "of all random numbers"),
     ],
     MAIN: [
-        Flag("--optimizer", {"choices": list(OPTIMIZERS)}, "sgd", "sgd: NT-ASGD, which averages after a stall",
+        Flag("--optimizer", {"choices": list(OPTIMIZERS)}, "sgd", "sgd: NT-ASGD, which averages after a "
+             "stall; adam and radam keep two further numbers in memory per weight, radam two more during its step",
              **NOT_INHERITED),
-        Flag("--beta1", PROBABILITY, 0.9, "of Adam: share of the mean gradient that is kept per step",
+        Flag("--beta1", PROBABILITY, 0.9, "of Adam and RAdam: share of the mean gradient that is kept per step",
              **NOT_INHERITED),
-        Flag("--average", SWITCH, False, "average the weights once the validation loss stalls under Adam too",
-             **NOT_INHERITED),
+        Flag("--average", AVERAGE, False, "average the weights once the validation loss stalls, not only under SGD; "
+             "two-tailed: from the first step on, over the best number of steps so far, at the price of two further "
+             "numbers in memory per weight and of a second validation", **NOT_INHERITED),
         Flag("--no-average --no_average", SWITCH, False, "never average the weights, or no longer", **NOT_INHERITED),
         Flag("--when", {"type": int, "nargs": "+"}, [-1], "epochs after which the rate is divided by 10",
              **NOT_INHERITED),

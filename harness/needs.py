@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from model import LAYERS
-from optim import OPTIMIZERS, averages
+from optim import OPTIMIZERS, averages_after_stall
 from utils import UserError
 
 
@@ -42,9 +42,9 @@ NEEDS = [
     Need("wdrop", lambda s: LAYERS[s.model].defaults.get("wdrop") != 0, "does nothing with --model {model}, which has "
          "no weight drop; leave it out"),
     Need("dropoutl", lambda s: s.n_experts, without("--n_experts")),
-    Need("beta1", lambda s: OPTIMIZERS[s.optimizer].moments, without("--optimizer adam")),
+    Need("beta1", lambda s: OPTIMIZERS[s.optimizer].moments, without("--optimizer adam or radam")),
     Need("average", lambda s: not s.no_average, "does not go with --no-average; give one of them"),
-    Need("nonmono", averages, without("averaging (--optimizer sgd, or --average)")),
+    Need("nonmono", averages_after_stall, without("averaging after a stall (--optimizer sgd, or --average)")),
     Need("anneal epochs", lambda s: not s.epochs or s.anneal < s.epochs, "the rate would fall from the end of "
          "epoch {anneal} (--anneal) to that of epoch {epochs} (--epochs); give a smaller --anneal, 0 to leave it out"),
     # evaluation

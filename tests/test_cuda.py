@@ -33,6 +33,7 @@ FLAGS = {  # of toys.MODELS, and of what else has code of its own on a GPU
     **{kind: flags_of(kind) for kind in KINDS},
     **{"split softmax": ["--splits", 10, 30], "mixture": ["--n_experts", 3]},
     **{"samples": ["--samples", 2], "Adam": ["--optimizer", "adam", "--average", "--lr", 1e-2]},
+    **{"RAdam": ["--optimizer", "radam", "--average", "two-tailed", "--lr", 1e-2]},
 }
 ON_GPU = [*SMALL, "--device", GPU]
 # relative errors of losses and gradients; torch multiplies float32 matrices in TF32 inside cuDNN's layers
@@ -119,7 +120,7 @@ def numbers(table: str) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("name", ["LSTM", "split softmax", "mixture", "samples", "Adam"])
+@pytest.mark.parametrize("name", ["LSTM", "split softmax", "mixture", "samples", "Adam", "RAdam"])
 @pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
 def test_every_setting_trains(name, amp, corpus, tmp_path, monkeypatch):
     """Two epochs, and the model has learnt something: its loss lies below that of 41 words with equal odds."""

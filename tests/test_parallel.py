@@ -28,6 +28,7 @@ RUNS = {  # the number of ranks and the flags
     **{kind: [2, *flags_of(kind), "--epochs", 2] for kind in KINDS},
     "averaging, split softmax": [2, *AVERAGING, "--splits", 6, 15],
     "averaging, shuffled mixture": [2, *AVERAGING, "--shuffle", "--n_experts", 3, "--nhidlast", 9, "--dropoutl", 0],
+    "two means": [2, "--average", "two-tailed", "--clip", 1, "--epochs", 4],
     "Adam, zero states": [
         *[3, "--batch_size", 6, "--drop_state", 0.3],
         *["--optimizer", "adam", "--lr", 0.01, "--epochs", 2],

@@ -25,7 +25,7 @@ from harness.flags import resolve_args
 from harness.ranks import Stop, Stopper
 from model import RNNModel, build, detach
 from splitcross import SplitCrossEntropyLoss
-from train import Run, evaluate, train_step
+from train import Run, evaluate, train_step, validate
 
 V, BPTT, LR = 30, 12, 3.0
 
@@ -186,6 +186,46 @@ def test_averaging_is_the_mean_of_the_weights_after_each_step(make_run):
         expected = torch.stack([step[name] for step in after]).mean(0)
         torch.testing.assert_close(mean.double(), expected, rtol=1e-6, atol=1e-6)
         assert not torch.allclose(mean, weights(run)[name], atol=1e-4)
+
+
+@pytest.mark.parametrize(("optimizer", "lr"), [("sgd", 1.0), ("adam", 0.05), ("radam", 0.5)])
+def test_two_tailed_from_the_first_step(make_run, optimizer, lr):
+    """Over a real text: the model is the long mean, its loss is what is told, the weights go their way without it.
+
+    The reference keeps the weights after every step.
+    """
+    settings = {"optimizer": optimizer, "lr": lr}
+    run = make_run(splits=[5, 12], average="two-tailed", **settings)
+    plain = make_run(splits=[5, 12], no_average=True, **settings)
+    run.parameters[0].data[0] += 1  # what was before the first step does not count
+    plain.weights.load_state_dict(run.weights.state_dict())
+    after, long, short, switched = [], 0, 0, []
+    judge, how = copy.deepcopy(run.weights).double(), (run.corpus.valid, BPTT, 10)
+
+    def loss_of(begin: int) -> float:
+        mean = {name: torch.stack([step[name] for step in after[begin:]]).mean(0) for name in after[0]}
+        with torch.no_grad():
+            for name, parameter in judge.named_parameters():
+                parameter.copy_(mean[name])
+        return evaluate(judge["model"], judge["criterion"], *how)
+
+    for number, batch in enumerate(draw_batches(40)):
+        train_step(run, *batch)
+        run.count_step(torch.zeros(()), len(batch[0]))
+        train_step(plain, *batch)
+        after.append({name: w.double() for name, w in weights(run).items()})
+        if number % 4 == 3:
+            before = loss_of(long)
+            if loss_of(short) <= before:
+                long, short = short, len(after)
+            switched.append(short == len(after))
+            assert validate(run, lambda: None) == pytest.approx(loss_of(long), abs=1e-5)
+            assert evaluate(*run.best_weights(), *how) == pytest.approx(loss_of(long), abs=1e-5)
+            run.model.train()
+    for parameter, other in zip(run.parameters, plain.parameters, strict=True):
+        assert torch.equal(parameter, other)
+    assert (run.mean.count, run.mean.short.count) == (len(after) - long, len(after) - short)
+    assert {True, False} == set(switched), switched
 
 
 class OverflowingScaler:
