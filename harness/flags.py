@@ -95,6 +95,11 @@ NOT_INHERITED = {"inherited": False}
 PLAIN = Flag(
     "--plain", SWITCH, False, "the text is plain: bring it into the form of the vocabulary (models without a tokenizer)"
 )
+TEMPERATURE = {"type": number(float, 0.01, most=100)}
+TEMPERED = Flag("--temperature", TEMPERATURE, 1.0, "evaluate at T: every distribution p of the model becomes p^(1/T), "
+                "renormalised over the vocabulary; 1: the model as it is", **NOT_STORED)  # fmt: skip
+SEARCH_TEMPERATURES = Flag("--search_temperatures", {**TEMPERATURE, "nargs": "+"}, None, "the values tried (default: "
+                           "that of --temperature)")  # fmt: skip
 RUN = "run"
 MODEL = "model (read from the saved one if there is one)"
 REGULARISATION = "regularisation (dropouts are probabilities in [0, 1))"
@@ -184,6 +189,7 @@ FLAGS: dict[str, list[Flag]] = {
              **NOT_INHERITED),
         Flag("--anneal", COUNT, 0, "after this epoch the rate falls in a straight line, to 0 at the end of the "
              "last epoch; 0: it does not fall", **NOT_INHERITED),
+        TEMPERED._replace(help=f"with --epochs 0: {TEMPERED.help}"),
         Flag("--splits", {"type": int, "nargs": "*"}, None, "word ids (ranks by frequency) at which the split "
              "softmax's clusters begin (default: by vocabulary size)", **SHAPES_MODEL),
         Flag("--vocab_size", COUNT, 0, "keep the N most frequent words, <unk> and <eos> among them; 0: all",

@@ -48,8 +48,11 @@ NEEDS = [
     Need("anneal epochs", lambda s: not s.epochs or s.anneal < s.epochs, "the rate would fall from the end of "
          "epoch {anneal} (--anneal) to that of epoch {epochs} (--epochs); give a smaller --anneal, 0 to leave it out"),
     # evaluation
-    Need("search_thetas search_lambdas search_windows search_lrs search_lambs search_tokens", searches,
-         without("--search")),
+    Need("temperature", lambda s: not getattr(s, "epochs", 0), without("--epochs 0")),
+    Need("temperature", lambda s: not getattr(s, "search_temperatures", None), "does nothing with "
+         "--search_temperatures; give one of them"),
+    Need("search_thetas search_lambdas search_windows search_lrs search_lambs search_tokens search_temperatures",
+         searches, without("--search")),
     Need("theta lambdasm window", lambda s: getattr(s, "pointer", True), without("--pointer")),
     Need("theta lambdasm", lambda s: "pointer" in s or not searches(s), FOUND),
     Need("window", lambda s: not getattr(s, "search_windows", None), "does nothing with --search_windows; give one "
