@@ -198,20 +198,6 @@ def dynamic_losses(
     return (total / count).tolist(), count
 
 
-def dynamic_loss(
-    saved: Opened,
-    moving: MovingWeights,
-    ids: Tensor,
-    bptt: int,
-    pointer: tuple[float, float, int] | None = None,
-    title: str = "",
-    temperature: float = 1.0,
-) -> tuple[float, int]:
-    """`dynamic_losses` at one temperature."""
-    (loss,), count = dynamic_losses(saved, moving, ids, bptt, pointer, title, [temperature])
-    return loss, count
-
-
 def find_statistics(saved: Opened, path: str, corpus: Corpus, args: Namespace) -> list[Tensor]:
     """The statistics in the file `path` if they belong to these weights, text and settings; otherwise new ones.
 
@@ -289,12 +275,7 @@ DYNAMIC = [
 ]
 SCORED = TEMPERED._replace(help=f"{TEMPERED.help}; the weights move as without it")
 SEARCH = [
-    Flag(
-        "--search",
-        SWITCH,
-        False,
-        "find lr and lamb (and the temperature, with --search_temperatures) on the validation text",
-    ),
+    Flag("--search", SWITCH, False, "find lr and lamb on the validation text; with --search_temperatures that too"),
     Flag("--search_tokens", POSITIVE, 30_000, "tokens of the validation text that the search uses"),
     Flag("--search_lrs", {**FACTOR, "nargs": "+"}, LR, "the values tried, times bptt / 5"),
     Flag("--search_lambs", {**FACTOR, "nargs": "+"}, LAMB, "the values tried, times bptt / 5"),
@@ -326,7 +307,8 @@ def main() -> int:
     pointer = (args.theta, args.lambdasm, args.window) if args.pointer else None
     log = RunLog(f"{args.save}.log.jsonl")
     for split, ids in (("val", corpus.valid), ("test", corpus.test)):
-        loss, count = dynamic_loss(saved, moving, ids.to(saved.device), args.bptt, pointer, split, args.temperature)
+        ids = ids.to(saved.device)
+        (loss,), count = dynamic_losses(saved, moving, ids, args.bptt, pointer, split, [args.temperature])
         if loss != loss:
             raise RunError(f"the {split} loss is {loss}: try a lower --lr")
         whole = count == len(ids) - 1

@@ -31,6 +31,10 @@ from utils import UserError
 
 HUB = Path(__file__).with_name("hub")
 CODE = ("configuration_awd_lm.py", "layers_awd_lm.py", "modeling_awd_lm.py")
+NAMES = (  # of all files of a folder
+    CONFIG, TENSORS, REST, "README.md", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", *CODE,
+)  # fmt: skip
 CLASSES = {
     "AutoConfig": "configuration_awd_lm.AwdLmConfig",
     "AutoModel": "modeling_awd_lm.AwdLmModel",
@@ -46,14 +50,10 @@ SETTINGS = (
 EXPORT = [
     Flag("model", {"metavar": "MODEL.pt"}, None, "the saved model"),
     Flag("--out", {"required": True}, None, "the new folder"),
-    Flag(
-        "--checkpoints",
-        SWITCH,
-        False,
-        "make folders OUT-chck_1M, ... of MODEL.pt.chck_1M, ... too, which main.py --keep_words wrote",
-    ),
+    Flag("--checkpoints", SWITCH, False, "make folders OUT-chck_1M, ... too, of the files MODEL.pt.chck_1M, ... that "
+         "main.py --keep_words wrote"),
     Flag("--force", SWITCH, False, "write over the files of a folder that has content; others in it are kept"),
-]
+]  # fmt: skip
 
 
 def make_config(args: dict[str, Any], ntoken: int, eos: int) -> dict[str, Any]:
@@ -126,9 +126,10 @@ def main() -> None:
     folders = {args.model: Path(args.out)}
     if args.checkpoints:
         folders |= find_checkpoints(args.model, Path(args.out))
+    for out in folders.values():  # before the first is written
+        check_folder(out, NAMES, args.force)
     for model, out in folders.items():
         files = make_files(load_model(model, "MODEL"), f"MODEL {model}")
-        check_folder(out, list(files), args.force)
         write_folder(out, files)
         size = sum(map(len, files.values())) / 2**20
         say(f"| {out} | {len(files)} files | {size:.1f} MiB | docs/hub.md says how to open it")

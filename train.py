@@ -92,7 +92,7 @@ class Run:
         self.unread_losses: list[Tensor] = []  # still on the device
         self.writing = checkpoint.Writing()
         self.log = RunLog(None)
-        self.keeper = Keeper(self) if args.keep_words else None
+        self.keeper = Keeper(self) if args.keep_words and ranks.is_main else None
         self.deadline_s: float | None = None  # of time.monotonic, for --max_minutes
         self.counted_until_s = time.perf_counter()  # as of the last `count_time`
 

@@ -123,8 +123,6 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("--log-interval --log_interval", POSITIVE, None, "batches between two log lines (default: 200, or "
              "a tenth of an epoch if that is less)"),
         Flag("--checkpoint_every", COUNT, 0, "write the .state every N steps too; 0: only after each epoch"),
-        Flag("--keep_words", TOGGLE, False, "keep the weights after 1, 2, ... 10, 20, ... 100, 200, ... 1000 million "
-             "words of training: SAVE.chck_1M, ... (docs/babylm.md)", inherited=False),
         Flag("--tensorboard", {"metavar": "DIR"}, None, "write the figures for TensorBoard too, to DIR", **NOT_STORED),
     ],
     MODEL: [
@@ -197,6 +195,8 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("--min_count", COUNT, 0, "keep words seen N times or more", **SHAPES_MODEL),
         Flag("--chrono", {"type": chrono}, 0.0, "Mogrifier: the first forget biases are ln U(1, T-1), to remember from "
              "1 to T steps (T above 2); 0: they are 1"),
+        Flag("--keep_words", TOGGLE, False, "keep the weights after 1, 2, ... 10, 20, ... 100, 200, ... 1000 million "
+             "words of training: SAVE.chck_1M, ... (docs/babylm.md)", **NOT_INHERITED),
     ],
 }  # fmt: skip
 BY_NAME = {flag.name: flag for group in FLAGS.values() for flag in group if "dest" not in flag.options}

@@ -13,7 +13,7 @@ def mark_name(mark: int) -> str:
 
 
 def mark_path(save: str, mark: int) -> str:
-    """Their file."""
+    """The file of the weights after `mark` million words."""
     return f"{save}.{mark_name(mark)}"
 
 
@@ -24,17 +24,16 @@ class Keeper:
     """
 
     def __init__(self, run: SavedRun) -> None:
-        self.count = WordCount(run.corpus.tokenizer, run.corpus.vocab, run.device)
+        self.words = WordCount(run.corpus.tokenizer, run.corpus.vocab, run.corpus.train, run.args.batch_size)
         self.epoch = 0  # whose words are counted
 
     def after_step(self, run: SavedRun, rows: int) -> None:
-        """Writes what is due after a step over `rows` rows of text. Rank 0 alone writes."""
+        """Writes what is due after a step over `rows` rows of text. Rank 0 alone calls it."""
         at = run.at
-        if self.epoch != at.epoch:
-            ids, columns = run.corpus.train, run.args.batch_size
-            self.count.start_epoch(ids if run.offsets is None else rotate_columns(ids, columns, run.offsets), columns)
-            self.epoch = at.epoch
-        for mark in self.count.marks(at.epoch, at.row - rows, at.row) if run.ranks.is_main else []:
+        if self.epoch != at.epoch and run.offsets is not None:
+            self.words.start_epoch(rotate_columns(run.corpus.train, run.args.batch_size, run.offsets))
+        self.epoch = at.epoch
+        for mark in self.words.marks(at.epoch, at.row - rows, at.row):
             path, (model, criterion) = mark_path(run.args.save, mark), run.best_weights()
             metrics = {
                 "script": run.script, "fingerprint": run.corpus.digest, "million_words": mark, "epoch": at.epoch,

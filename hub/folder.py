@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,7 @@ def read_back(folder: str | Path) -> dict[str, Any]:
     return saved
 
 
-def check_folder(folder: Path, names: list[str], force: bool) -> None:
+def check_folder(folder: Path, names: Sequence[str], force: bool) -> None:
     """Raises UserError when the folder has content, which is not just what a killed export has left of itself."""
     try:
         there = sorted(os.listdir(folder)) if folder.exists() else []

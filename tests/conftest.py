@@ -9,6 +9,7 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -70,6 +71,10 @@ def write_corpus(folder: Path, tokens: tuple[int, int, int] = (1300, 500, 300), 
         lines = [" ".join(line) for line in np.split(words[ids], ends)]
         (folder / f"{split}.txt").write_text("\n".join(lines) + "\n")
     return folder
+
+
+# Under nohup SIGHUP is ignored, and so it would be in every run that a test hangs up on.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

@@ -140,7 +140,7 @@ def use_statistics(path: Path) -> list[Tensor]:
     saved = opened_toy()
     ms = dynamiceval.find_statistics(saved, str(path), CORPUS, STATISTICS)
     moving = dynamiceval.MovingWeights(dynamiceval.weights_of(saved), ms, 5e-5, 2e-3, 2e-5)
-    loss, _ = dynamiceval.dynamic_loss(saved, moving, IDS[:20], 5)
+    loss, _ = toys.dynamic_loss(saved, moving, IDS[:20], 5)
     assert math.isfinite(loss)
     return ms
 

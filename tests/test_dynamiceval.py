@@ -7,11 +7,11 @@ import pytest
 import torch
 from conftest import load, read_log, write_corpus
 from torch import Tensor
-from toys import WORDS, SlowDynamics, call, double_model, every_model, make_text, mean_loss, save_model
+from toys import WORDS, SlowDynamics, call, double_model, dynamic_loss, every_model, make_text, mean_loss, save_model
 
 import dynamiceval
 import pointer
-from dynamiceval import MovingWeights, dynamic_loss, gradient_statistics, weights_of
+from dynamiceval import MovingWeights, gradient_statistics, weights_of
 from harness.files import load_model, to_evaluate
 
 CPU = torch.device("cpu")

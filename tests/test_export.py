@@ -98,6 +98,7 @@ def test_config_and_tensors(tmp_path):
         assert not tensors["model.encoder.weight"][-1].any()
         assert tensors["decoder.bias"][-1] == -1e4
         assert "decoder.weight" not in tensors
+        assert {file.name for file in (tmp_path / name).iterdir()} == set(export.NAMES)
 
 
 def test_the_modeling_file_stands_alone():

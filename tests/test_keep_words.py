@@ -14,6 +14,7 @@ from corpus import words
 from corpus.codec import TokenizerCodec
 from corpus.read import EOS, read_corpus
 from corpus.words import MARKS, WordCount
+from data import rotate_columns
 
 SLOW = ["--lr", 0.5, "--epochs", 2, "--keep_words"]
 
@@ -34,10 +35,23 @@ def test_words_are_tokens_without_the_ends_of_lines():
     """Four columns of nine rows; the first row is nothing that a model has to predict."""
     vocab = [EOS, "a", "b"]
     ids = torch.tensor(random.Random(0).choices(range(3), k=38))
-    count = WordCount(None, vocab, torch.device("cpu"))
-    count.start_epoch(ids, 4)
+    count = WordCount(None, vocab, ids, 4)
     columns = ids[:36].view(4, 9)
     assert count.rows.tolist() == [int((columns[:, 1 : row + 1] != 0).sum()) for row in range(9)]
+
+
+def test_every_mark_is_passed_once_whatever_rotates(monkeypatch):
+    """In 40 epochs with other offsets each: the marks up to the last word, in their order."""
+    monkeypatch.setattr(words, "MILLION", 7)
+    draws, vocab = random.Random(1), [EOS, "a"]
+    ids = torch.tensor(draws.choices(range(2), k=4 * 60))
+    count, passed = WordCount(None, vocab, ids, 4), []
+    for epoch in range(1, 41):
+        count.start_epoch(rotate_columns(ids, 4, torch.tensor([draws.randrange(60) for _ in range(4)])))
+        for start in range(0, 59, 5):
+            passed += count.marks(epoch, start, min(start + 5, 59))
+    assert passed == [mark for mark in MARKS if mark * 7 <= 40 * count.total]
+    assert len(passed) > 20
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -46,8 +60,7 @@ def test_words_of_the_text_with_a_tokenizer(tmp_path, level):
     lines = ["the cat  sat on a mat .", "Ünïcode wörds, and others!", "", "one", "x y z"] * 40
     corpus = read_corpus(str(prepare_levels(tmp_path, lines, 320)[level]))
     ids = corpus.train
-    count = WordCount(corpus.tokenizer, corpus.vocab, torch.device("cpu"))
-    count.start_epoch(ids, 1)
+    count = WordCount(corpus.tokenizer, corpus.vocab, ids, 1)
     codec = TokenizerCodec(corpus.tokenizer, "x")
     if level == "word":
         expected = sum(corpus.vocab[i] != EOS for i in ids[1:])
@@ -62,8 +75,7 @@ def test_a_piece_can_hold_several_words():
     tokenizer = '{"decoder": {"type": "Other"}}'
     vocab = [EOS, "a b c", " d", "e ", "f", " "]
     order = [0, 1, 2, 3, 4, 5, 5, 4, 4, 0, 4]
-    count = WordCount(tokenizer, vocab, torch.device("cpu"))
-    count.start_epoch(torch.tensor(order), 1)
+    count = WordCount(tokenizer, vocab, torch.tensor(order), 1)
     text = "".join("\n" if i == 0 else vocab[i] for i in order)
     assert int(count.rows[-1]) == len(text.split())
 
@@ -127,6 +139,16 @@ def test_export_makes_a_folder_of_each(corpus, hundreds, tmp_path, capsys):
             tmp_path / "out" / "config.json"
         ).read_bytes()
     assert len(list(tmp_path.glob("out-chck_*"))) == len(list(tmp_path.glob("m.pt.chck_*")))
+
+
+def test_export_writes_no_folder_when_one_has_content(corpus, hundreds, tmp_path, capsys):
+    assert call(main, "--data", corpus, *SMALL, "--save", "m.pt", *SLOW) == 0
+    (tmp_path / "out-chck_2M").mkdir()
+    (tmp_path / "out-chck_2M" / "mine").touch()
+    assert call(export, "m.pt", "--out", "out", "--checkpoints") == 2
+    assert "out-chck_2M: has content (mine)" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out-chck_1M").exists()
 
 
 def test_export_without_any_checkpoint_is_one_line(trained, tmp_path, capsys):

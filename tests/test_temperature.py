@@ -22,6 +22,7 @@ from toys import (
     SlowDynamics,
     call,
     double_model,
+    dynamic_loss,
     error_line,
     make_text,
     mean_loss,
@@ -39,7 +40,7 @@ import main
 import pointer
 import score
 from corpus.read import read_corpus
-from dynamiceval import MovingWeights, dynamic_loss, dynamic_losses, gradient_statistics, weights_of
+from dynamiceval import MovingWeights, dynamic_losses, gradient_statistics, weights_of
 from evaluate import Tempered, tempered, tempered_losses
 from harness import files
 from harness.files import load_model, to_evaluate

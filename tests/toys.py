@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import prepare
+from dynamiceval import MovingWeights, dynamic_losses
 from harness import files
+from harness.files import Opened
 from harness.flags import DEFAULTS
 from harness.script import run_script
 from layers.recurrent import RecurrentLayer
@@ -130,6 +132,15 @@ def mean_loss(
     output, hidden = model(source, hidden)
     logprob = criterion.logprob(model.decoder.weight, model.decoder.bias, output)
     return -logprob.gather(1, target.reshape(-1, 1)).mean(), detach(hidden)
+
+
+def dynamic_loss(
+    saved: Opened, moving: MovingWeights, ids: Tensor, bptt: int,
+    pointer: tuple[float, float, int] | None = None, temperature: float = 1.0,
+) -> tuple[float, int]:  # fmt: skip
+    """The loss of dynamic evaluation at one temperature, and how many tokens it is of."""
+    (loss,), count = dynamic_losses(saved, moving, ids, bptt, pointer, temperatures=[temperature])
+    return loss, count
 
 
 class SlowDynamics:
