@@ -84,6 +84,7 @@ class Run:
         self.at = checkpoint.Position(lr=args.lr)
         for layer in self.model.layers:
             layer.padded = args.padded and device.type == "cuda"
+            layer.persistent = args.persistent and device.type == "cuda"
         reads_values = args.splits or self.scaler.is_enabled()  # from the device, in every step
         fits = args.graphs and device.type == "cuda" and ranks.size == 1 and not reads_values
         self.graphs = StepGraphs(partial(gradient_step, self), self.optimizer, device, CudaCapture()) if fits else None

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from layers import persistent
 from layers.recurrent import Hidden, RecurrentLayer
 from products import add_product, product
 
@@ -233,5 +234,12 @@ class Mogrifier(RecurrentLayer):
         weights += [tensor for round in self.rounds for tensor in cast(RoundWeights, round).tensors]
         with torch.autocast(x.device.type, enabled=False):  # rounding errors would add up from step to step
             h, c = (tensor[0].to(self.bias.dtype) for tensor in hidden)
-            out, c = MogrifierScan.apply(x.to(self.bias.dtype), h, c, mask, self.rank == 0, *weights)
+            x = x.to(self.bias.dtype)
+            kernels = None
+            if self.persistent and self.training and not self.rounds:
+                kernels = persistent.pick_kernels("MELIS", x, self.weight_hh)
+            if kernels:
+                out, c = persistent.melis(kernels, x, h, c, mask, weights)
+            else:
+                out, c = MogrifierScan.apply(x, h, c, mask, self.rank == 0, *weights)
         return out, (out[-1:].clone(), c[None])
