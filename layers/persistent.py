@@ -1,7 +1,7 @@
 """All time steps of an LSTM, a GRU or Melis's LSTM in one kernel launch per direction (`--persistent`).
 
 The kernels are in `persistent.cu`. The recurrent weights stay in the registers of the whole GPU from the first step to
-the last. cuDNN reads them again in every step at widths such as 1150. `choose_sizes` says how a layer is spread over the
+the last. cuDNN reads them again in every step at widths such as 1150. `choose_sizes` says how a layer is spread over a
 GPU, and which layers are served.
 
 Only training uses the kernels. Weight drop is part of them: they read the raw matrix and the mask, and no dropped copy
