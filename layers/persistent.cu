@@ -148,10 +148,13 @@ struct BackwardElement {
 template <typename S, typename Element>
 __device__ inline void load_weights(u32 (&w)[S::STEPS][S::ROW_TILES][4], Element element) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  UNROLL(step, S::STEPS) UNROLL(tile, S::ROW_TILES) UNROLL(part, 4) {
-    const int m = 16 * tile + lane / 4 + 8 * (part % 2);
-    const int k = 16 * (WARPS * step + warp) + 2 * (lane % 4) + 8 * (part / 2);
-    w[step][tile][part] = k < 16 * S::K_TILES ? to_half(element(m, k)) | (u32)to_half(element(m, k + 1)) << 16 : 0;
+  UNROLL(step, S::STEPS) {
+    __syncwarp();  // or the compiler asks for all weights at once, for which there are not enough registers
+    UNROLL(tile, S::ROW_TILES) UNROLL(part, 4) {
+      const int m = 16 * tile + lane / 4 + 8 * (part % 2);
+      const int k = 16 * (WARPS * step + warp) + 2 * (lane % 4) + 8 * (part / 2);
+      w[step][tile][part] = k < 16 * S::K_TILES ? to_half(element(m, k)) | (u32)to_half(element(m, k + 1)) << 16 : 0;
+    }
   }
 }
 

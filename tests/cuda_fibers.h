@@ -20,6 +20,7 @@
 #define __device__
 #define __launch_bounds__(...)
 #define __syncthreads() meet(current->block->gate)
+#define __syncwarp()
 #define __expf std::exp
 #define SHARED_FLOATS(name) float* const name = current->block->shared.data()
 #define blockIdx (current->block->index)
