@@ -10,8 +10,8 @@
 ours: `train.train_step` on a run as main.py starts it, with the published command's dropouts, regularisation,
     clipping and optimizer, on text drawn from Zipf's law, in batches of exactly bptt rows; bf16: with --amp bf16,
     if the processor has bfloat16; graphs: with --graphs --padded, on a GPU.
-plain: the same on torch's `nn.LSTM`, `nn.GRU`, `F.dropout`, `F.linear`, `F.cross_entropy`; a QRNN and a Mogrifier
-    as a loop over time.
+plain: the same on torch's `nn.LSTM`, `nn.GRU`, `F.dropout`, `F.linear`, `F.cross_entropy`; QRNN, Mogrifier and RLSTM
+    are loops over time.
 floor: the step's matrix products alone, over all bptt x batch rows at once, each by the fastest library. An
     LSTM cannot reach it: its recurrent products have to wait for each other.
 

@@ -12,7 +12,7 @@ towards the saved weights in proportion to MS:
 
     w ← w + λ·D·(w_0 − w) − η·g / (MS + ε)        D = min(MS / M, 1/λ), M the mean of MS over tensors
 
-Shapes: T time, B batch, H hidden, P pairs in the pointer's cache from the text before.
+Shapes: T time, B batch, H hidden, K temperatures, P pairs in the pointer's cache from the text before.
 """
 
 import contextlib
@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 from corpus.read import read_corpus
 from data import Corpus, check_length, eval_batches
-from evaluate import print_best, print_table, report
+from evaluate import print_best, print_table, report, tempered_losses, untempered
 from harness.files import STATS_FORMAT, NotWrittenError, Opened, check_parts, load, open_model, save
-from harness.flags import COUNT, POSITIVE, SWITCH, Flag, number, parse_evaluation
+from harness.flags import COUNT, POSITIVE, SEARCH_TEMPERATURES, SWITCH, TEMPERED, Flag, number, parse_evaluation
 from harness.log import RunLog, ppl, warn
 from harness.script import run_script
 from model import detach
@@ -53,7 +53,7 @@ def weights_of(saved: Opened) -> list[Tensor]:
 
 
 def segment_gradients(
-    saved: Opened, batches: Iterable[tuple[Tensor, Tensor]], columns: int, each: bool = False
+    saved: Opened, batches: Iterable[tuple[Tensor, Tensor]], columns: int, temperatures: Sequence[float] = ()
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Gradients]]:
     """Segment after segment, the gradients of its mean loss, in training mode but without dropout.
 
@@ -61,20 +61,28 @@ def segment_gradients(
 
     Args:
         batches: source and target, (T, B) each; the weights may change between segments.
-        each: yield the loss of every position instead of the mean.
+        temperatures: yield the loss of every position at these temperatures instead of the mean. The gradients are
+            always those of the model as it is, at a temperature of 1.
 
     Yields:
-        losses: (N,), or the mean (), in nats, on the device.
+        losses: (K, N), or the mean (), in nats, on the device.
         states: (T, B, H), the last layer's raw output; target: (T, B).
     """
-    model, criterion, weights = saved.model.train(), saved.criterion.train(), weights_of(saved)
+    model, criterion, weights = saved.model.train(), untempered(saved.criterion).train(), weights_of(saved)
     hidden = model.init_hidden(columns)
     for source, target in batches:
         output, hidden, raw, _ = model(source, detach(hidden), return_h=True)
         decoder = model.decoder
-        losses = criterion(decoder.weight, decoder.bias, output, target, reduction="none" if each else "mean")
+        reduction = "none" if temperatures else "mean"
+        losses = criterion(decoder.weight, decoder.bias, output, target, reduction=reduction)
         gradients = torch.autograd.grad(losses.mean(), weights, allow_unused=True)
-        yield losses.detach(), raw[-1].detach(), target, gradients
+        losses = losses.detach()
+        if temperatures:
+            losses = losses[None]
+        if any(temperature != 1 for temperature in temperatures):
+            words = target.flatten()
+            losses = tempered_losses(criterion, decoder.weight, decoder.bias, output.detach(), words, temperatures)
+        yield losses, raw[-1].detach(), target, gradients
 
 
 def gradient_statistics(saved: Opened, ids: Tensor, batch_size: int, bptt: int, max_batches: int) -> list[Tensor]:
@@ -134,35 +142,41 @@ class MovingWeights:
             weight.copy_(saved)
 
 
-def dynamic_loss(
+def dynamic_losses(
     saved: Opened,
     moving: MovingWeights,
     ids: Tensor,
     bptt: int,
     pointer: tuple[float, float, int] | None = None,
     title: str = "",
-) -> tuple[float, int]:
+    temperatures: Sequence[float] = (1.0,),
+) -> tuple[list[float], int]:
     """Mean negative log-likelihood of the predicted tokens, in nats; the model scores a token before it learns from it.
 
-    The weights move, and are put back at the end. Ctrl-C ends it early, with the figures so far.
+    The weights move, in the same way at every temperature, and are put back at the end. Ctrl-C ends it early, with the
+    figures so far.
 
     Args:
         ids: (n,), the text; its first token is only read.
         bptt: tokens per segment: the weights move after each segment.
         pointer: θ, λ and window of the cache pointer; None: without it.
+        temperatures: of the model's distributions, before the cache is mixed in.
 
     Returns:
-        The loss, and how many of the n - 1 tokens have been scored.
+        The loss at each temperature, and how many of the n - 1 tokens have been scored.
     """
-    total, count = 0.0, 0
+    total, count = torch.zeros(len(temperatures), dtype=torch.float64), 0
+    plain = pointer is None and list(temperatures) == [1.0]
     states, words = torch.empty(0), torch.empty(0, dtype=torch.long)  # the pairs in the pointer's cache
     bar = tqdm(total=len(ids) - 1, desc=title, unit=" tokens", leave=False, disable=not sys.stderr.isatty())
     try:
         for losses, new_states, target, gradients in segment_gradients(
-            saved, eval_batches(ids, bptt, 1), columns=1, each=pointer is not None
+            saved, eval_batches(ids, bptt, 1), columns=1, temperatures=() if plain else temperatures
         ):
-            if pointer is None:
+            if plain:
                 total += losses.item() * len(target)
+            elif pointer is None:
+                total += losses.cpu().double().sum(1)
             else:
                 theta, lambdasm, window = pointer
                 past = min(len(states), window)
@@ -170,10 +184,10 @@ def dynamic_loss(
                 words = torch.cat([words.to(target)[len(words) - past :], target.squeeze(1)])
                 prob = pointer_prob(states, words, past, [theta], [window]).cpu().double()  # (1, 1, T)
                 share = torch.tensor(lambdasm, dtype=torch.float64)
-                total -= mixture_logprob(prob, -losses.cpu().double(), share).sum().item()
+                total -= mixture_logprob(prob[0], -losses.cpu().double(), share).sum(1)  # of (K, T)
             count += len(target)
             moving.update(gradients)
-            bar.set_postfix_str(f"ppl {ppl(total / count):.2f}", refresh=False)
+            bar.set_postfix_str(f"ppl {ppl(total.min().item() / count):.2f}", refresh=False)
             bar.update(len(target))
     except KeyboardInterrupt:
         if not count:
@@ -181,7 +195,21 @@ def dynamic_loss(
     finally:
         bar.close()
         moving.restore()
-    return total / count, count
+    return (total / count).tolist(), count
+
+
+def dynamic_loss(
+    saved: Opened,
+    moving: MovingWeights,
+    ids: Tensor,
+    bptt: int,
+    pointer: tuple[float, float, int] | None = None,
+    title: str = "",
+    temperature: float = 1.0,
+) -> tuple[float, int]:
+    """`dynamic_losses` at one temperature."""
+    (loss,), count = dynamic_losses(saved, moving, ids, bptt, pointer, title, [temperature])
+    return loss, count
 
 
 def find_statistics(saved: Opened, path: str, corpus: Corpus, args: Namespace) -> list[Tensor]:
@@ -222,25 +250,31 @@ def are_roots(ms: list[Any], shapes: list[torch.Size]) -> bool:
     return all(sound) and [x.shape for x in ms] == shapes
 
 
-def search(saved: Opened, ms: list[Tensor], ids: Tensor, args: Namespace) -> tuple[float, float]:
-    """Prints a table of perplexities over the first tokens of a text; returns the best η and λ."""
+def search(saved: Opened, ms: list[Tensor], ids: Tensor, args: Namespace) -> tuple[float, float, float]:
+    """Prints a table of perplexities over the first tokens of a text; returns the best η, λ and temperature.
+
+    A cell of the table is at the temperature that is best there.
+    """
     ids, factor = ids[: args.search_tokens + 1], args.bptt / 5
     rates, lambs = [lr * factor for lr in args.search_lrs], [lamb * factor for lamb in args.search_lambs]
-    losses: dict[tuple[float, float], float] = {}
+    temperatures = args.search_temperatures or [args.temperature]
+    losses: dict[tuple[float, float, float], float] = {}
 
     def loss_of(lr: float, lamb: float) -> float:
         moving = MovingWeights(weights_of(saved), ms, lr, lamb, args.epsilon)
         title = f"lr {lr:.2g} lamb {lamb:.2g}"
-        losses[lr, lamb], count = dynamic_loss(saved, moving, ids, args.bptt, title=title)
+        found, count = dynamic_losses(saved, moving, ids, args.bptt, title=title, temperatures=temperatures)
         if count < len(ids) - 1:
             raise KeyboardInterrupt
-        return losses[lr, lamb]
+        losses.update({(lr, lamb, temperature): loss for temperature, loss in zip(temperatures, found, strict=True)})
+        return min(found)
 
     table = ([loss_of(lr, lamb) for lamb in lambs] for lr in rates)
     print_table(f"{len(ids) - 1} tokens", "lr", rates, "lamb", lambs, table)
-    lr, lamb = min(losses, key=losses.__getitem__)
-    print_best({"lr": lr, "lamb": lamb}, {"lr": rates, "lamb": lambs})
-    return lr, lamb
+    lr, lamb, temperature = min(losses, key=losses.__getitem__)
+    best = {"lr": lr, "lamb": lamb} | ({} if temperatures == [1.0] else {"temperature": temperature})
+    print_best(best, {"lr": rates, "lamb": lambs, "temperature": temperatures})
+    return lr, lamb, temperature
 
 
 FACTOR = {"type": number(float, 0, most=1e3)}
@@ -253,11 +287,18 @@ DYNAMIC = [
     Flag("--batch_size", POSITIVE, 100, "columns of training text for the statistics"),
     Flag("--max_batches", COUNT, 0, "segments of training text for the statistics; 0: all of it"),
 ]
+SCORED = TEMPERED._replace(help=f"{TEMPERED.help}; the weights move as without it")
 SEARCH = [
-    Flag("--search", SWITCH, False, "find lr and lamb on the validation text"),
+    Flag(
+        "--search",
+        SWITCH,
+        False,
+        "find lr and lamb (and the temperature, with --search_temperatures) on the validation text",
+    ),
     Flag("--search_tokens", POSITIVE, 30_000, "tokens of the validation text that the search uses"),
     Flag("--search_lrs", {**FACTOR, "nargs": "+"}, LR, "the values tried, times bptt / 5"),
     Flag("--search_lambs", {**FACTOR, "nargs": "+"}, LAMB, "the values tried, times bptt / 5"),
+    SEARCH_TEMPERATURES,
 ]
 MIXED = [
     Flag("--pointer", SWITCH, False, "mix the cache pointer in"),
@@ -273,19 +314,19 @@ def fill_in(args: Namespace, saved: Opened) -> None:
 
 
 def main() -> int:
-    groups = ("dynamic evaluation", DYNAMIC), ("search", SEARCH), ("with the cache pointer", MIXED)
+    groups = ("dynamic evaluation", [*DYNAMIC, SCORED]), ("search", SEARCH), ("with the cache pointer", MIXED)
     args = parse_evaluation(__doc__, *groups)
     saved = open_model(args)
     fill_in(args, saved)
     corpus = read_corpus(args.data or saved.args.data, saved.vocab, tokenizer=saved.tokenizer)
     ms = find_statistics(saved, f"{args.save}.stats", corpus, args)
     if args.search:
-        args.lr, args.lamb = search(saved, ms, corpus.valid.to(saved.device), args)
+        args.lr, args.lamb, args.temperature = search(saved, ms, corpus.valid.to(saved.device), args)
     moving = MovingWeights(weights_of(saved), ms, args.lr, args.lamb, args.epsilon)
     pointer = (args.theta, args.lambdasm, args.window) if args.pointer else None
     log = RunLog(f"{args.save}.log.jsonl")
     for split, ids in (("val", corpus.valid), ("test", corpus.test)):
-        loss, count = dynamic_loss(saved, moving, ids.to(saved.device), args.bptt, pointer, split)
+        loss, count = dynamic_loss(saved, moving, ids.to(saved.device), args.bptt, pointer, split, args.temperature)
         if loss != loss:
             raise RunError(f"the {split} loss is {loss}: try a lower --lr")
         whole = count == len(ids) - 1
@@ -294,6 +335,7 @@ def main() -> int:
             title = f"Part of dynamic evaluation, {count} of {len(ids) - 1} tokens"
         units = report(title, f"{split} ", loss, saved, ids[: count + 1])
         settings = {"lr": args.lr, "lamb": args.lamb, "bptt": args.bptt, "pointer": pointer, "tokens": count}
+        settings["temperature"] = args.temperature
         log.write("dynamic evaluation", loss, split=split, partial=not whole, **settings, **units)
         if not whole:
             return 130

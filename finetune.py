@@ -31,7 +31,7 @@ def main() -> int:
                 save_model(run, loss)  # alone it is no start of a run: the next command begins again from --save
                 save_state(run)
         del start  # frees the state, which is several times as large as the weights
-        why = fit(run, on_stall="stop")
+        why = fit(run, stop_on_stall=True)
         return finish(run, why)
 
 

@@ -20,7 +20,7 @@ def main() -> int:
     with begin("main.py", given) as start:  # processes, device, settings, a state or model to go on from
         if start.saved and start.args.epochs == 0:
             if start.ranks.is_main:
-                evaluate_only(start.saved, load_corpus(start), start.args.bptt)
+                evaluate_only(start.saved, load_corpus(start), start.args.bptt, start.args.temperature)
             return 0
         run = start_run(start)  # corpus, model, optimizer; then the state, if there is one
         if start.saved and start.overwrites_start:

@@ -22,7 +22,8 @@ from layers.gru import GRU
 from layers.lstm import LSTM
 from layers.mogrifier import Mogrifier
 from layers.qrnn import QRNN
-from layers.recurrent import Hidden, RecurrentLayer
+from layers.recurrent import Hidden, RecurrentLayer, truncated_normal_
+from layers.rlstm import RLSTM
 from layers.weight_drop import ElementDropout, LockedDropout
 from mos import MixtureOfSoftmaxes
 from splitcross import SplitCrossEntropyLoss, default_splits
@@ -31,15 +32,18 @@ from utils import not_a_command
 Criterion = SplitCrossEntropyLoss | MixtureOfSoftmaxes  # the output layer, made by `build` beside the model
 # The choices of --model.
 LAYERS: dict[str, type[RecurrentLayer]] = {"LSTM": LSTM, "GRU": GRU, "QRNN": QRNN, "Mogrifier": Mogrifier}
+CELLS: dict[str, type[Mogrifier]] = {"lstm": Mogrifier, "rlstm": RLSTM}  # the choices of --cell, with --model Mogrifier
 # The settings that are dropout probabilities. dropoutl belongs to the mixture, dropoutr to some kinds of layers.
 DROPOUTS = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop", "dropoutl", "dropoutr")
 
 
-def kind_of_layer(name: str) -> type[RecurrentLayer]:
-    """The class of a kind of layer; raises ValueError when there is no such kind."""
+def kind_of_layer(name: str, cell: str = "lstm") -> type[RecurrentLayer]:
+    """The class of a kind of layer, a Mogrifier's by its cell; raises ValueError when there is no such kind."""
     if name not in LAYERS:
         raise ValueError(f"--model {name!r}: use one of {', '.join(LAYERS)}")
-    return LAYERS[name]
+    if cell not in CELLS:
+        raise ValueError(f"--cell {cell!r}: use one of {', '.join(CELLS)}")
+    return CELLS[cell] if LAYERS[name] is Mogrifier else LAYERS[name]
 
 
 class Decoder(nn.Module):
@@ -83,7 +87,7 @@ class RNNModel(nn.Module):
     """Embedding, `nlayers` recurrent layers, decoder, and the dropouts between them.
 
     Args:
-        rnn_type: a key of `LAYERS`.
+        rnn_type, cell: keys of `LAYERS` and `CELLS`.
         ntoken, ninp, nhid, nlayers: V, E, H and the number of layers.
         dropout, dropouth, dropouti: locked dropout after the last layer, between layers, on the embedding.
         dropoute: dropout of whole word types.  wdrop: weight drop.
@@ -99,10 +103,11 @@ class RNNModel(nn.Module):
     def __init__(
         self, rnn_type: str, ntoken: int, ninp: int, nhid: int, nlayers: int,
         dropout: float = 0.4, dropouth: float = 0.3, dropouti: float = 0.65, dropoute: float = 0.1,
-        wdrop: float = 0.5, tie_weights: bool = True, nhidlast: int = 0, mixture: bool = False, **options: Any,
+        wdrop: float = 0.5, tie_weights: bool = True, nhidlast: int = 0, mixture: bool = False, cell: str = "lstm",
+        **options: Any,
     ) -> None:  # fmt: skip
         super().__init__()
-        kind, self.dropoute = kind_of_layer(rnn_type), dropoute
+        kind, self.dropoute = kind_of_layer(rnn_type, cell), dropoute
         drop: type[nn.Module] = LockedDropout if kind.locked else ElementDropout
         self.drop_input, self.drop_between, self.drop_output = map(drop, (dropouti, dropouth, dropout))
         self.encoder = nn.Embedding(ntoken, ninp, _weight=torch.empty(ntoken, ninp))
@@ -128,11 +133,18 @@ class RNNModel(nn.Module):
         return cast(list[RecurrentLayer], list(self.rnns))
 
     def reset_parameters(self) -> None:
-        """Uniform ±0.1 for the embedding and an untied decoder, zero for the decoder's bias; layers draw their own."""
-        nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
+        """Zero for the decoder's bias; layers draw their own weights.
+
+        The embedding and an untied decoder are uniform ±0.1, or if the kind of layer says so truncated normals of
+        deviation 1/sqrt(width), as in LAMB, the code of Melis et al.
+        """
         nn.init.zeros_(self.decoder.bias)
-        if self.decoder.weight is not self.encoder.weight:
-            nn.init.uniform_(self.decoder.weight, -0.1, 0.1)
+        tied = self.decoder.weight is self.encoder.weight
+        for weight in [self.encoder.weight] if tied else [self.encoder.weight, self.decoder.weight]:
+            if self.layers[0].normal_embedding:
+                truncated_normal_(weight, weight.size(1) ** -0.5)
+            else:
+                nn.init.uniform_(weight, -0.1, 0.1)
         for layer in self.layers:
             layer.reset_parameters()
 
@@ -164,6 +176,8 @@ class RNNModel(nn.Module):
             raw.append(x)
             x = self.drop_output(x) if last else self.drop_between(x)
             dropped.append(x)
+            if layer.residual and not last:
+                x = sum(dropped[:-1], x)
             new_hidden.append(carried)
         output = x.flatten(0, 1)  # (N, E)
         return (output, new_hidden, raw, dropped) if return_h else (output, new_hidden)
@@ -178,18 +192,33 @@ def detach(hidden: list[Hidden]) -> list[Hidden]:
     return [tuple(tensor.detach() for tensor in carried) for carried in hidden]
 
 
+def start_again(hidden: list[Hidden], columns: Tensor) -> list[Hidden]:
+    """The hidden state with zeros in the columns (B,) that are True, as at a text's first word."""
+    if not columns.any():
+        return hidden
+    columns = columns.to(hidden[0][0].device)[:, None]  # (B, 1)
+    return [tuple(tensor.masked_fill(columns, 0) for tensor in carried) for carried in hidden]
+
+
+def parts_of(weights: nn.ModuleDict) -> tuple[RNNModel, Criterion]:
+    """The model and the criterion in all weights of a run, or in their mean."""
+    return cast(RNNModel, weights["model"]), cast(Criterion, weights["criterion"])
+
+
 def build(args: dict[str, Any], ntoken: int) -> tuple[RNNModel, Criterion]:
     """The model that the settings describe, and its output layer, the criterion; both freshly initialised.
 
     Raises:
         ValueError: the settings do not go together, or not with a vocabulary of `ntoken` words.
     """
-    args = {"n_experts": 0, "nhidlast": 0, "splits": None, **dict.fromkeys(DROPOUTS, 0.0), **args}
-    n_experts, splits, options = args["n_experts"], args["splits"], kind_of_layer(args["model"]).options
+    older = {"n_experts": 0, "nhidlast": 0, "splits": None, "cell": "lstm", "chrono": 0.0}  # files can lack these
+    args = {**older, **dict.fromkeys(DROPOUTS, 0.0), **args}
+    n_experts, splits, options = args["n_experts"], args["splits"], kind_of_layer(args["model"], args["cell"]).options
     dropouts = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")
     model = RNNModel(
         args["model"], ntoken, args["emsize"], args["nhid"], args["nlayers"], tie_weights=args["tied"],
-        nhidlast=args["nhidlast"], mixture=n_experts > 0, **{name: args[name] for name in (*dropouts, *options)},
+        nhidlast=args["nhidlast"], mixture=n_experts > 0, cell=args["cell"],
+        **{name: args[name] for name in (*dropouts, *options)},
     )  # fmt: skip
     if n_experts:
         if splits:

@@ -2,9 +2,10 @@
 
     python pointer.py --data data/penn --save PTB.pt --lambdasm 0.1 --theta 1.0 --window 500 --bptt 5000
     python pointer.py --data data/penn --save PTB.pt --search --search_windows 500 2000
+    python pointer.py --data data/penn --save PTB.pt --search --search_temperatures 0.8 0.85 0.9 0.95 1 1.05 1.1
 
 Shapes: P pairs of state and next word from the text before, T positions after them, H hidden, S, L, W the numbers of
-θ, λ and windows that are tried. The text is one column (batch size 1).
+θ, λ and windows that are tried, K that of temperatures. The text is one column (batch size 1).
 
 Method: Grave, Joulin, Usunier, "Improving Neural Language Models with a Continuous Cache",
 arXiv 1612.04426 ("Cache"), section 3. The cache is used from its first pair on, also before the window is full.
@@ -13,16 +14,17 @@ arXiv 1612.04426 ("Cache"), section 3. The cache is used from its first pair on,
 import itertools
 import math
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from corpus.read import read_corpus
 from data import eval_batches
-from evaluate import print_best, print_table, report
+from evaluate import print_best, print_table, report, tempered_losses
 from harness.files import open_model
-from harness.flags import COUNT, POSITIVE, SWITCH, Flag, number, parse_evaluation
+from harness.flags import COUNT, POSITIVE, SEARCH_TEMPERATURES, SWITCH, TEMPERED, Flag, number, parse_evaluation
 from harness.log import RunLog
 from harness.script import run_script
 from model import Criterion, RNNModel
@@ -95,6 +97,7 @@ def pointer_loss(
     thetas: Sequence[float],
     lambdas: Sequence[float],
     windows: Sequence[int],
+    temperatures: Sequence[float] = (1.0,),
 ) -> Tensor:
     """Mean negative log-likelihood with the pointer under every combination of settings.
 
@@ -103,44 +106,49 @@ def pointer_loss(
 
     Args:
         ids: (n,), the text; its first token is only read.
+        temperatures: of p_vocab, before the cache is mixed in.
 
     Returns:
-        (S, L, W), float64, in nats per predicted token.
+        (S, L, W, K), float64, in nats per predicted token.
     """
     model.eval()
     windows = [min(window, len(ids)) for window in windows]  # there are no more pairs than that
     weight, bias = model.decoder.weight, model.decoder.bias
     hidden = model.init_hidden(1)
     states, words = weight.new_empty(0, model.layers[-1].hidden_size), ids.new_empty(0, dtype=torch.long)
-    total = torch.zeros(len(thetas), len(lambdas), len(windows), dtype=torch.float64)
+    total = torch.zeros(len(thetas), len(lambdas), len(windows), len(temperatures), dtype=torch.float64)
     for source, target in eval_batches(ids, max(bptt, SEGMENT), 1):
         output, hidden, raw, _ = model(source, hidden, return_h=True)
         losses = [
-            criterion(weight, bias, h, w, reduction="none")
+            tempered_losses(criterion, weight, bias, h, w, temperatures)
             for h, w in zip(output.split(LOGITS), target.squeeze(1).split(LOGITS), strict=True)
         ]
-        log_vocab = -torch.cat(losses).cpu().double()  # (T,); not every device has float64
+        log_vocab = -torch.cat(losses, dim=1).cpu().double()  # (K, T); not every device has float64
 
         past = min(len(states), max(windows))
         states = torch.cat([states[len(states) - past :], raw[-1].squeeze(1)])  # (P + T, H)
         words = torch.cat([words[len(words) - past :], target.squeeze(1)])
         prob = pointer_prob(states, words, past, thetas, windows).cpu().double()  # (S, W, T)
-        for i, lambdasm in enumerate(lambdas):
-            logprob = mixture_logprob(prob, log_vocab, torch.tensor(lambdasm, dtype=torch.float64))
-            total[:, i] -= logprob.sum(-1)
+        for (i, lambdasm), (k, one) in itertools.product(enumerate(lambdas), enumerate(log_vocab)):
+            logprob = mixture_logprob(prob, one, torch.tensor(lambdasm, dtype=torch.float64))  # (S, W, T)
+            total[:, i, :, k] -= logprob.sum(-1)
     return total / (len(ids) - 1)
 
 
-def search(
-    loss: Tensor, thetas: Sequence[float], lambdas: Sequence[float], windows: Sequence[int]
-) -> tuple[float, float, int]:
-    """Prints the grid of losses (S, L, W) as a table of perplexities; returns the best θ, λ and window."""
+def search(loss: Tensor, tried: dict[str, Sequence[Any]]) -> dict[str, Any]:
+    """Prints the grid of losses (S, L, W, K) as tables of perplexities; returns the best settings.
+
+    `tried`: theta, lambdasm, window and temperature, with the values of each.
+    """
+    thetas, lambdas, windows, temperatures = tried.values()
     for w, window in enumerate(windows):
-        print_table(f"window {window}", "theta", thetas, "lambdasm", lambdas, loss[:, :, w].tolist())
-    theta, lambdasm, window = list(itertools.product(thetas, lambdas, windows))[int(loss.argmin())]
-    best = {"theta": theta, "lambdasm": lambdasm, "window": window}
-    print_best(best, {"theta": thetas, "lambdasm": lambdas, "window": windows})
-    return theta, lambdasm, window
+        for k, temperature in enumerate(temperatures):
+            title = f"window {window}" + (f", temperature {temperature:g}" if temperatures != [1.0] else "")
+            print_table(title, "theta", thetas, "lambdasm", lambdas, loss[:, :, w, k].tolist())
+    settings = list(itertools.product(*tried.values()))[int(loss.argmin())]
+    best = dict(zip(tried, settings, strict=True))
+    print_best({name: value for name, value in best.items() if name != "temperature" or temperatures != [1.0]}, tried)
+    return best
 
 
 THETA, SHARE = {"type": number(float, 0, most=1000)}, {"type": number(float, 0, most=1)}
@@ -149,14 +157,17 @@ POINTER = [
     Flag("--lambdasm", SHARE, 0.1, "share of the pointer, λ"),
     Flag("--window", COUNT, 500, "pairs of state and next word in the cache"),
     Flag("--bptt", POSITIVE, 2000, "tokens at once; changes no figure"),
+    TEMPERED._replace(help=f"{TEMPERED.help}; before the cache is mixed in"),
 ]
 SEARCH = [
-    Flag("--search", SWITCH, False, "find theta, lambdasm and window on the validation text"),
+    Flag("--search", SWITCH, False, "find theta, lambdasm and window (and the temperature, with --search_temperatures) "
+         "on the validation text"),
     Flag("--search_thetas", {**THETA, "nargs": "+"}, [0.1, 0.2, 0.3, 0.45, 0.7, 1.0, 1.4, 2.0, 2.8],
          "the values tried"),
     Flag("--search_lambdas", {**SHARE, "nargs": "+"}, [0.03, 0.05, 0.08, 0.1, 0.13, 0.16, 0.2, 0.25, 0.35],
          "the values tried"),
     Flag("--search_windows", {**COUNT, "nargs": "+"}, None, "the values tried (default: that of --window)"),
+    SEARCH_TEMPERATURES,
 ]  # fmt: skip
 
 
@@ -171,26 +182,27 @@ def main() -> None:
     corpus = read_corpus(args.data or saved.args.data, saved.vocab, tokenizer=saved.tokenizer)
     log = RunLog(f"{args.save}.log.jsonl")
 
-    def losses(ids: Tensor, thetas: Sequence[float], lambdas: Sequence[float], windows: Sequence[int]) -> Tensor:
-        ids = ids.to(saved.device)
-        return pointer_loss(saved.model, saved.criterion, ids, args.bptt, thetas, lambdas, windows)
+    def losses(ids: Tensor, settings: Iterable[Sequence[Any]]) -> Tensor:
+        return pointer_loss(saved.model, saved.criterion, ids.to(saved.device), args.bptt, *settings)
 
     def finish(split: str, ids: Tensor, loss: float) -> None:
         """Prints and logs the figures of one text."""
         if math.isnan(loss):
             raise RunError(f"the {split} loss is {loss}: the model's weights are not finite; use another model")
         units = report("End of pointer", f"{split} ", loss, saved, ids)
-        log.write("pointer", loss, split=split, theta=theta, lambdasm=lambdasm, window=window, **units)
+        log.write("pointer", loss, split=split, **settings, **units)
 
-    theta, lambdasm, window = args.theta, args.lambdasm, args.window
-    thetas, lambdas, windows = [theta], [lambdasm], [window]
+    settings = {name: getattr(args, name) for name in ("theta", "lambdasm", "window", "temperature")}
+    tried: dict[str, Sequence[Any]] = {name: [value] for name, value in settings.items()}
     if args.search:
-        thetas, lambdas, windows = args.search_thetas, args.search_lambdas, args.search_windows or windows
-    valid = losses(corpus.valid, thetas, lambdas, windows)
+        tried |= {"theta": args.search_thetas, "lambdasm": args.search_lambdas}
+        tried["window"] = args.search_windows or tried["window"]
+        tried["temperature"] = args.search_temperatures or tried["temperature"]
+    valid = losses(corpus.valid, tried.values())
     if args.search:
-        theta, lambdasm, window = search(valid, thetas, lambdas, windows)
+        settings = search(valid, tried)
     finish("val", corpus.valid, valid.min().item())
-    finish("test", corpus.test, losses(corpus.test, [theta], [lambdasm], [window]).item())
+    finish("test", corpus.test, losses(corpus.test, [[value] for value in settings.values()]).item())
 
 
 if __name__ == "__main__":

@@ -24,8 +24,9 @@ from functools import partial
 
 from corpus.read import read_corpus
 from dynamiceval import DYNAMIC, MovingWeights, fill_in, find_statistics, weights_of
+from evaluate import tempered
 from harness.files import open_model
-from harness.flags import PLAIN, SWITCH, Flag, number, parse_evaluation
+from harness.flags import PLAIN, SWITCH, TEMPERED, Flag, number, parse_evaluation
 from harness.script import run_script
 from scoring.choices import print_hypotheses, print_pairs
 from scoring.rows import Scorer, print_lines
@@ -40,6 +41,7 @@ SCORES = [
     Flag("--words", SWITCH, False, "a row per word (white space separates words): its tokens' summed surprisal; whole: "
          "the same with the space counted to the word that it ends, for words of one place to be compared"),
     PLAIN,
+    TEMPERED,
     Flag("--nats", SWITCH, False, "surprisal and entropy in nats (default: in bits)"),
     Flag("--eos", {"choices": ["auto", "count", "skip"]}, "auto", "whether the <eos> at the end of a line counts; "
          "auto: in lines, tokens, words and tables, and not in pairs and lists"),
@@ -100,7 +102,7 @@ PRINTERS = {"table": print_table, "pairs": print_pairs, "nbest": print_hypothese
 def main() -> None:
     args = parse_evaluation(__doc__, *GROUPS.items())
     check_uses(args)
-    saved = open_model(args)
+    saved = tempered(open_model(args), args.temperature)
     reader = Reader(saved, args.save, args.plain)
     score: Scorer = partial(score_carried if args.carry else score_apart, saved)
     if args.adaptive:

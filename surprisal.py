@@ -23,6 +23,7 @@ from corpus.plain import Token
 from corpus.read import EOS, UNK, encode_line, make_encoder, say_literal_eos, without_literal_eos
 from corpus.text import read_line_groups, read_lines
 from dynamiceval import MovingWeights, weights_of
+from evaluate import untempered
 from harness.files import Opened
 from model import Hidden, detach
 from utils import RunError, UserError, not_a_command
@@ -183,11 +184,14 @@ def learn(
     """Scores a segment, (T, 1), then moves the weights. Returns the figures, as `column_figures`, and the state."""
     model, decoder = saved.model.train(), saved.model.decoder  # cuDNN has no backward pass in evaluation mode
     output, hidden = model(source, detach(hidden))
-    losses = saved.criterion(decoder.weight, decoder.bias, output, target, reduction="none")  # (N,)
-    figures = -losses.detach()[None]
+    own = untempered(saved.criterion)  # the weights move as without a temperature
+    losses = own(decoder.weight, decoder.bias, output, target, reduction="none")  # (N,)
+    figures, words = -losses.detach()[None], target.flatten()
     if detail is not None:
         with torch.no_grad():
-            figures = distribution_figures(saved, output.detach(), target.flatten(), detail)
+            figures = distribution_figures(saved, output.detach(), words, detail)
+    elif own is not saved.criterion:
+        figures = -saved.criterion(decoder.weight, decoder.bias, output.detach(), words, reduction="none")[None]
     moving.update(torch.autograd.grad(losses.sum() / bptt, weights_of(saved), allow_unused=True))
     model.eval()
     return figures, hidden

@@ -13,7 +13,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,13 @@ import harness.files as files
 from data import EVAL_BATCH_SIZE, Corpus, VariableLengthSampler, get_batch, rotate_columns
 from evaluate import evaluate, test
 from harness.graphs import CudaCapture, StepGraphs, StepResult
-from harness.log import RULE, EpochBar, RunLog, figures, say, say_or_drop, warn
+from harness.keep import Keeper
+from harness.log import RULE, EpochBar, RunLog, figures, say, say_or_drop, training_line, warn
 from harness.ranks import ALONE, ENDINGS, NO_TIME, Ranks, Stop, Stopper
 from harness.start import Start, check_files, load_corpus
-from model import Criterion, Hidden, RNNModel, build, detach
+from model import Criterion, Hidden, RNNModel, build, detach, parts_of, start_again
 from mos import sampled
-from optim import Mean, annealed, averages, has_stalled, make_optimizer
+from optim import TWO_TAILED, Mean, TwoTailedMean, annealed, averages_after_stall, has_stalled, make_optimizer
 from products import autocast_dtype
 from utils import RunError, UserError, keep_freed_memory, not_a_command
 
@@ -73,7 +74,6 @@ class Run:
             warn(f"--amp {args.amp}: this processor has no bfloat16; it stays with float32")
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp is torch.float16)
         self.optimizer = make_optimizer(self.parameters, args.optimizer, args.lr, args.wdecay, args.beta1)
-        self.mean: Mean | None = None  # of the weights, once averaging is on
         self.columns = ranks.columns(args.batch_size)  # this rank's columns of the whole batch
         self.last_row = len(corpus.train) // args.batch_size - 1  # of the text in columns; it is only a target
         self.batches = len(corpus.train) // args.batch_size // args.bptt  # in an epoch, if each has `bptt` rows
@@ -85,6 +85,7 @@ class Run:
         for layer in self.model.layers:
             layer.padded = args.padded and device.type == "cuda"
             layer.persistent = args.persistent and device.type == "cuda"
+        self.mean: Mean | None = TwoTailedMean(self.weights) if args.average == TWO_TAILED else None
         reads_values = args.splits or self.scaler.is_enabled()  # from the device, in every step
         fits = args.graphs and device.type == "cuda" and ranks.size == 1 and not reads_values
         self.graphs = StepGraphs(partial(gradient_step, self), self.optimizer, device, CudaCapture()) if fits else None
@@ -92,6 +93,7 @@ class Run:
         self.unread_losses: list[Tensor] = []  # still on the device
         self.writing = checkpoint.Writing()
         self.log = RunLog(None)
+        self.keeper = Keeper(self) if args.keep_words else None
         self.deadline_s: float | None = None  # of time.monotonic, for --max_minutes
         self.counted_until_s = time.perf_counter()  # as of the last `count_time`
 
@@ -120,8 +122,7 @@ class Run:
 
     def best_weights(self) -> tuple[RNNModel, Criterion]:
         """The weights to evaluate with: the mean once it holds any, else the raw ones."""
-        weights = self.mean.weights if self.mean and self.mean.count else self.weights
-        return cast(RNNModel, weights["model"]), cast(Criterion, weights["criterion"])
+        return parts_of(self.mean.weights if self.mean and self.mean.count else self.weights)
 
     def count_time(self) -> None:
         """Adds the time since the last call to the epoch's seconds."""
@@ -139,8 +140,7 @@ class Run:
     def read_losses(self) -> None:
         """Adds up the last steps' losses, means over ranks: a synchronisation on CUDA. Collective.
 
-        Raises:
-            RunError: one of them is not finite.
+        Raises RunError when one of them is not finite.
         """
         at, losses = self.at, self.ranks.sum(torch.stack(self.unread_losses).tolist()) if self.unread_losses else []
         for step, loss in enumerate(losses, start=at.step - len(losses) + 1):
@@ -172,15 +172,14 @@ def train_batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
 def train_step(run: Run, source: Tensor, target: Tensor) -> Tensor:
     """One optimizer step over source and target, (T, B) each; returns its loss, still on the device."""
     args = run.args
-    # All ranks draw from generators in the same state, so they all drop the state at the same steps.
-    if args.drop_state and torch.rand((), generator=run.length_generator) < args.drop_state:
-        run.hidden = run.first_hidden()
+    if args.drop_state:  # every rank draws for the whole batch, from generators in the same state
+        dropped = torch.rand(args.batch_size, generator=run.length_generator) < args.drop_state
+        run.hidden = start_again(run.hidden, dropped[run.columns].repeat_interleave(args.samples))
     rate = run.rate() * len(source) / args.bptt  # a longer batch takes a longer step (AWD, section 5)
     scale = run.scaler.get_scale()  # 1 without fp16; with it, a synchronisation on CUDA
     step = run.graphs or partial(gradient_step, run)
     loss, run.hidden, run.grad_norm = step(source, target, run.hidden, rate)
-    skipped = run.scaler.get_scale() < scale  # the gradients overflowed
-    if run.mean and not skipped:
+    if run.mean and run.scaler.get_scale() >= scale:  # smaller: the gradients overflowed, and the step was skipped
         run.mean.update(run.weights)
     return loss
 
@@ -206,7 +205,6 @@ def gradient_step(run: Run, source: Tensor, target: Tensor, hidden: list[Hidden]
         objective = objective + args.alpha * dropped[-1].float().pow(2).mean()
     if args.beta and len(source) > 1:  # TAR: small changes from one time step to the next
         objective = objective + args.beta * (raw[-1][1:].float() - raw[-1][:-1].float()).pow(2).mean()
-
     del output, raw, dropped  # so that the backward pass frees each layer's as it goes
     run.scaler.scale(objective).backward()  # without fp16 the scaler changes nothing
     run.ranks.average_gradients(run.parameters)
@@ -226,6 +224,8 @@ def train_epoch(run: Run, check_stop: Callable[[], None]) -> None:
         for source, target in train_batches(run):
             loss = train_step(run, source, target)
             run.count_step(loss, len(source))
+            if run.keeper:
+                run.keeper.after_step(run, len(source))
             bar.show(len(source) * args.batch_size, at.mean_loss)
             if at.batch % run.log_interval == 0:
                 log_training(run)
@@ -236,14 +236,12 @@ def train_epoch(run: Run, check_stop: Callable[[], None]) -> None:
     run.read_losses()
 
 
-def fit(run: Run, on_stall: str = "") -> str:
+def fit(run: Run, stop_on_stall: bool = False) -> str:
     """Trains up to the last epoch; after each one validates, saves the best model and the run's state.
 
-    `on_stall`: when the validation loss stalls, "stop", "average" or "nothing"; "": as the settings say.
-    Returns why it ended: "epochs", or one of `ranks.REASONS`.
+    Returns why it ended: "epochs" (done, or the validation loss has stalled), or one of `ranks.REASONS`.
     """
     args, at = run.args, run.at
-    on_stall = on_stall or ("average" if averages(args) else "nothing")
     run.log.write("start", script=run.script, epoch=at.epoch, batch=at.batch, step=at.step)
     run.counted_until_s = time.perf_counter()
     on_stream = run.graphs.capture.on_stream if run.graphs else contextlib.nullcontext
@@ -253,7 +251,7 @@ def fit(run: Run, on_stall: str = "") -> str:
             stopper.check("--max_steps" if args.max_steps and at.step >= args.max_steps else "")
 
         try:
-            while at.epoch <= args.epochs and not (on_stall == "stop" and has_stalled(at.history, args.nonmono)):
+            while at.epoch <= args.epochs and not (stop_on_stall and has_stalled(at.history, args.nonmono)):
                 check_stop()
                 train_epoch(run, check_stop)
                 if not run.writing.has_state:  # a first model alone would be a warm start
@@ -262,7 +260,7 @@ def fit(run: Run, on_stall: str = "") -> str:
                 if (at.best_loss is None or loss < at.best_loss) and checkpoint.save_model(run, loss):
                     at.best_loss = loss
                 at.history.append(loss)
-                if on_stall == "average" and not run.mean and has_stalled(at.history, args.nonmono):
+                if averages_after_stall(args) and not run.mean and has_stalled(at.history, args.nonmono):
                     say_or_drop("| switching to averaging (NT-ASGD)")
                     run.start_averaging()
                     run.log.write("averaging", loss, epoch=at.epoch, step=at.step)
@@ -298,10 +296,7 @@ def log_training(run: Run) -> None:
     at.loss_sum, at.loss_count = 0.0, 0
     elapsed_s = run.last_log[0] - since_s
     ms_per_batch = elapsed_s * 1000 / (at.batch - batch)
-    say_or_drop(
-        f"| epoch {at.epoch:3d} | {at.batch:5d}/{run.batches:5d} batches | lr {run.rate():05.5f} "
-        f"| ms/batch {ms_per_batch:5.2f} | {figures(loss)}"
-    )
+    say_or_drop(training_line(at.epoch, at.batch, run.batches, run.rate(), ms_per_batch, loss))
     grad_norm = None if run.grad_norm is None else run.grad_norm.item()
     place = {"epoch": at.epoch, "batch": at.batch, "batches": run.batches, "step": at.step, "lr": run.rate()}
     speed = {"ms_per_batch": ms_per_batch, "tokens_per_s": (at.row - row) * run.args.batch_size / elapsed_s}
@@ -314,7 +309,13 @@ def validate(run: Run, check_stop: Callable[[], None], partial: bool = False) ->
     `partial`: the epoch is not over. Raises RunError when the loss is not finite.
     """
     at, args = run.at, run.args
-    loss = evaluate(*run.best_weights(), run.corpus.valid, args.bptt, EVAL_BATCH_SIZE, check_stop, run.ranks)
+
+    def loss_of(model: RNNModel, criterion: Criterion) -> float:
+        return evaluate(model, criterion, run.corpus.valid, args.bptt, EVAL_BATCH_SIZE, check_stop, run.ranks)
+
+    loss = loss_of(*run.best_weights())
+    if run.mean:
+        loss = run.mean.after_validation(loss, lambda weights: loss_of(*parts_of(weights)))
     run.count_time()
     where = f"in epoch {at.epoch:3d}, step {at.step}" if partial else f"end of epoch {at.epoch:3d}"
     say_or_drop(f"{RULE}\n| {where} | time: {at.epoch_s:5.2f}s | {figures(loss, 'valid ')}\n{RULE}")

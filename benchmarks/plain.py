@@ -1,8 +1,8 @@
 """The training step that bench.py compares with the toolkit's, written plainly on torch's modules.
 
 It is the method (Merity, Keskar, Socher, arXiv 1708.02182) as one would write it for a paper: `nn.LSTM`, `nn.GRU`,
-`F.dropout` of the weight, a mask over the whole embedding, `F.linear` and `F.cross_entropy`; QRNN and Mogrifier are
-loops over time under autograd. It shares no code with the toolkit; tests/test_bench.py compares the losses.
+`F.dropout` of the weight, a mask over the whole embedding, `F.linear` and `F.cross_entropy`; QRNN, Mogrifier and
+RLSTM are loops over time under autograd. It shares no code with the toolkit; tests/test_bench.py compares the losses.
 
 Shapes: T time, B batch, E embedding, H hidden, V vocabulary, N = T·B.
 """
@@ -79,6 +79,13 @@ class PlainMogrifier(nn.Module):
             parts = {"a": torch.randn(source, rank), "b": torch.randn(rank, to), "bias": torch.zeros(to)}
             self.rounds.append(nn.ParameterDict({name: part * 0.1 for name, part in parts.items()}))
 
+    def cell(self, x: Tensor, h: Tensor, c: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, E), h and c (B, H) -> h, c after the step."""
+        i, f, g, o = (F.linear(x, self.weight_ih, self.bias) + F.linear(h, self.weight_hh)).chunk(4, -1)
+        i, f, o = i.sigmoid(), f.sigmoid(), o.sigmoid()
+        c = f * c + torch.minimum(i, 1 - f) * g.tanh()
+        return o * c.tanh(), c
+
     def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         h, c = state or [x.new_zeros(x.size(1), self.weight_hh.size(1))] * 2  # (B, H)
         mask, outputs = F.dropout(torch.ones_like(h), self.dropoutr, self.training), []
@@ -88,12 +95,29 @@ class PlainMogrifier(nn.Module):
                 source = x_t if r % 2 else h
                 gate = 2 * torch.sigmoid(source @ weights["a"] @ weights["b"] + weights["bias"])
                 x_t, h = (x_t, gate * h) if r % 2 else (gate * x_t, h)
-            i, f, g, o = (F.linear(x_t, self.weight_ih, self.bias) + F.linear(h, self.weight_hh)).chunk(4, -1)
-            i, f, o = i.sigmoid(), f.sigmoid(), o.sigmoid()
-            c = f * c + torch.minimum(i, 1 - f) * g.tanh()
-            h = o * c.tanh()
+            h, c = self.cell(x_t, h, c, mask)
             outputs.append(h)
         return torch.stack(outputs), (h, c)
+
+
+class PlainRLSTM(PlainMogrifier):
+    """The same with the cell of Melis, arXiv 2211.01848."""
+
+    def __init__(self, input_size: int, hidden_size: int, rounds: int, rank: int, dropoutr: float) -> None:
+        super().__init__(input_size, hidden_size, rounds, rank, dropoutr)
+        self.weight_ih = nn.Parameter(self.weight_ih[: 2 * hidden_size].detach().clone())
+        self.weight_hh = nn.Parameter(self.weight_hh[: 3 * hidden_size].detach().clone())
+        self.weight_fu = nn.Parameter(torch.randn(hidden_size, hidden_size) / hidden_size**0.5)
+        self.weight_oc = nn.Parameter(torch.randn(hidden_size, hidden_size) / hidden_size**0.5)
+
+    def cell(self, x: Tensor, h: Tensor, c: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        b_i, b_j, b_f, b_o = self.bias.chunk(4)
+        x_i, x_j = F.linear(x, self.weight_ih).chunk(2, -1)
+        h_i, h_j, h_f = F.linear(h, self.weight_hh).chunk(3, -1)
+        i, j = torch.sigmoid(x_i + h_i + b_i), torch.tanh(x_j + h_j + b_j)
+        f = torch.sigmoid(F.linear(i * j, self.weight_fu) + h_f + b_f)
+        c = f * c + torch.minimum(i, 1 - f) * j
+        return torch.sigmoid(F.linear(c * mask, self.weight_oc, b_o)) * c.tanh(), c
 
 
 def locked_dropout(x: Tensor, p: float, training: bool) -> Tensor:
@@ -112,7 +136,8 @@ class PlainModel(nn.Module):
         last = args.nhidlast or args.emsize
         sizes = [args.emsize, *[args.nhid] * (args.nlayers - 1), last]
         if args.model == "Mogrifier":
-            layers = [PlainMogrifier(a, b, args.rounds, args.rank, args.dropoutr) for a, b in pairwise(sizes)]
+            cell = PlainRLSTM if args.cell == "rlstm" else PlainMogrifier
+            layers = [cell(a, b, args.rounds, args.rank, args.dropoutr) for a, b in pairwise(sizes)]
         elif args.model in ("LSTM", "GRU"):
             kind = {"LSTM": PlainLSTM, "GRU": PlainGRU}[args.model]
             layers = [kind(a, b, args.wdrop) for a, b in pairwise(sizes)]
@@ -139,7 +164,7 @@ class PlainModel(nn.Module):
             weight = weight * weight.new_empty(weight.size(0), 1).bernoulli_(keep).div_(keep)  # (V, E)
         drop = F.dropout if args.model == "Mogrifier" else locked_dropout
         x = drop(F.embedding(words, weight), args.dropouti, self.training)  # (T, B, E)
-        states, outputs = [], []
+        states, outputs, dropped = [], [], []
         for i, (layer, state) in enumerate(zip(self.rnns, hidden, strict=True)):
             raw, state = layer(x, state)
             outputs.append(raw)
@@ -147,6 +172,9 @@ class PlainModel(nn.Module):
                 raw = sum(outputs)
             x = drop(raw, args.dropouth if i < len(hidden) - 1 else args.dropout, self.training)
             states.append(state)
+            dropped.append(x)
+            if args.cell == "rlstm" and i < len(hidden) - 1:
+                x = sum(dropped)
         return x, states, raw
 
     def loss(self, output: Tensor, targets: Tensor) -> Tensor:

@@ -52,6 +52,7 @@ SETTINGS = {  # name: size of the vocabulary, settings
     "ptb-mos-1": (10_000, {**PTB, **MOS, "n_experts": 1}),
     "ptb-mogrifier": (10_000, {**MELIS, "rounds": 5, "rank": 84}),
     "ptb-melis": (10_000, {**MELIS, "rounds": 0}),
+    "ptb-rlstm": (10_000, {**MELIS, "rounds": 0, "cell": "rlstm", "emsize": 1000, "nhid": 1000}),
 }
 TINY = {"emsize": 8, "nhid": 12, "nhidlast": 0, "batch_size": 4, "bptt": 6}
 BATCHES = 4  # different batches, in turn

@@ -37,11 +37,10 @@ def byte_table() -> dict[str, int]:
     return {chr(byte): byte for byte in letters} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-def count_units(tokenizer: str | None, vocab: list[str], ids: np.ndarray) -> tuple[int, int] | None:
-    """The numbers of words and characters in a text of characters or subwords; None when the tokens are words.
+def texts_of_pieces(tokenizer: str | None, vocab: list[str]) -> list[bytes] | None:
+    """The UTF-8 text of each piece of the vocabulary, or a part of a character; None when the tokens are words.
 
-    White space separates words. The end of each line counts as one word, as `<eos>` does in a corpus of words, and as
-    one character, the newline.
+    That of `<eos>` is a newline, that of `<unk>` a question mark.
     """
     try:
         decoder = json.loads(tokenizer)["decoder"] if tokenizer else None  # tokenizers of words have none
@@ -50,17 +49,26 @@ def count_units(tokenizer: str | None, vocab: list[str], ids: np.ndarray) -> tup
         kind = None
     if kind is None:
         return None
-    special = {EOS: "\n", UNK: "?"}
+    special = {EOS: b"\n", UNK: b"?"}
     if kind == "ByteLevel":
         table = byte_table()
         # A character that the table lacks belongs to a word that does not come from the tokenizer.
         raw = {c: bytes([table[c]]) if c in table else c.encode() for piece in vocab for c in piece}
-        pieces = [special[p].encode() if p in special else b"".join(map(raw.__getitem__, p)) for p in vocab]
-        text = b"".join(map(pieces.__getitem__, ids.tolist())).decode("utf-8", "replace")
-    else:
-        special[SPACE] = " "
-        words = [special.get(piece, piece) for piece in vocab]
-        text = "".join(map(words.__getitem__, ids.tolist()))
+        return [special[p] if p in special else b"".join(map(raw.__getitem__, p)) for p in vocab]
+    special[SPACE] = b" "
+    return [special.get(piece, piece.encode()) for piece in vocab]
+
+
+def count_units(tokenizer: str | None, vocab: list[str], ids: np.ndarray) -> tuple[int, int] | None:
+    """The numbers of words and characters in a text of characters or subwords; None when the tokens are words.
+
+    White space separates words. The end of each line counts as one word, as `<eos>` does in a corpus of words, and as
+    one character, the newline.
+    """
+    pieces = texts_of_pieces(tokenizer, vocab)
+    if pieces is None:
+        return None
+    text = b"".join(map(pieces.__getitem__, ids.tolist())).decode("utf-8", "replace")
     return len(text.split()) + text.count("\n"), len(text)
 
 

@@ -27,8 +27,10 @@ class Row(NamedTuple):
     """A corpus: it is fetched from one of its sources, or made from its base, or from Python alone."""
 
     convert: Callable[..., None]  # convert(out, folder): makes the texts in `out`; folder: the download, or the base
-    sources: list[list[str]]  # all addresses of one source together give the corpus; sources are tried in turn
-    checks: dict[str, Any]  # {split: [tokens with <eos>, sha256 or None], "types": ...}
+    # All addresses of one source together give the corpus; sources are tried in turn. hf:OWNER/NAME/FOLDER is a folder
+    # of parquet files of a dataset on Hugging Face.
+    sources: list[list[str]]
+    checks: dict[str, Any]  # {split: [tokens with <eos>, sha256 (or "git:" and git's id, or None)], "types": ...}
     base: str | None = None  # the name of another corpus
     bytewise: bool = False  # <eos> is a newline byte, so a text without a final newline has no <eos> at its end
 
@@ -47,7 +49,14 @@ def penn(out: Path, fetched: Path) -> None:
 
 
 def wikitext(out: Path, fetched: Path) -> None:
-    """wiki.{train,valid,test}.tokens from the archive."""
+    """wiki.{train,valid,test}.tokens from the archive; or the same as plain text; or rows of Hugging Face's dataset."""
+    if rows := sorted(fetched.rglob("*.parquet")):
+        from_rows(out, rows)
+        return
+    if (fetched / "train.txt").exists():
+        for split in SPLITS:
+            shutil.copyfile(fetched / f"{split}.txt", out / f"{split}.txt")
+        return
     (archive,) = fetched.glob("*.zip")
     folder = archive.stem.removesuffix("-v1")
     with zipfile.ZipFile(archive) as zip_file:
@@ -55,6 +64,16 @@ def wikitext(out: Path, fetched: Path) -> None:
             member = f"{folder}/wiki.{split}.tokens"
             with zip_file.open(member) as source, open(out / f"{split}.txt", "wb") as target:
                 shutil.copyfileobj(source, target, 1 << 20)
+
+
+def from_rows(out: Path, files: list[Path]) -> None:
+    """A text of a row per line, from parquet files {train,validation,test}-*.parquet. A blank line is an empty row."""
+    parquet = importlib.import_module("pyarrow.parquet")
+    for split in SPLITS:
+        with open(out / f"{split}.txt", "w", encoding="utf-8", newline="") as target:
+            for file in (file for file in files if file.name.startswith(split)):
+                for batch in parquet.ParquetFile(file).iter_batches(columns=["text"]):
+                    target.writelines(row or " \n" for row in batch.column("text").to_pylist())
 
 
 def pennchar(out: Path, words: Path) -> None:
@@ -79,6 +98,15 @@ def enwik8(out: Path, fetched: Path) -> None:
         with open(out / f"{split}.txt", "w", encoding="ascii") as target:
             target.write(next(lines))
             target.writelines(f"\n{line}" for line in lines)
+
+
+def text8(out: Path, fetched: Path) -> None:
+    """Letters and spaces of Wikipedia: a character is a token, `_` a space; one line of 90, 5 and 5 million of them."""
+    with zipfile.ZipFile(fetched / "text8.zip") as zip_file:
+        data = zip_file.read("text8").decode("ascii").replace(" ", "_")
+    cut, stop = len(data) * 90 // 100, len(data) * 95 // 100
+    for split, part in zip(SPLITS, (data[:cut], data[cut:stop], data[stop:]), strict=True):
+        (out / f"{split}.txt").write_text(" ".join(part), encoding="ascii")
 
 
 def pydocs(out: Path, unused: Path) -> None:
@@ -142,7 +170,8 @@ def sentences(text: str) -> Iterator[str]:
                 yield " ".join("N" if word[0].isdigit() else word.lower() for word in words)
 
 
-WIKITEXT = ("https://wikitext.smerity.com", "https://s3.amazonaws.com/research.metamind.io/wikitext")
+WIKITEXT = "https://wikitext.smerity.com"
+EXAMPLES = "https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2"
 
 CORPORA = {
     "penn": Row(
@@ -160,9 +189,13 @@ CORPORA = {
     ),
     "wikitext-2": Row(
         wikitext,
-        [[f"{site}/wikitext-2-v1.zip"] for site in WIKITEXT],
+        [
+            [f"{WIKITEXT}/wikitext-2-v1.zip"],
+            [f"{EXAMPLES}/{split}.txt" for split in SPLITS],
+            ["hf:Salesforce/wikitext/wikitext-2-v1"],
+        ],
         {
-            "train": [2_088_628, None],
+            "train": [2_088_628, "git:2d84b35af79e411d73ea7cae83c73964c6ac83b4"],
             "valid": [217_646, "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8"],
             "test": [245_569, "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0"],
             "types": 33_278,
@@ -170,7 +203,7 @@ CORPORA = {
     ),
     "wikitext-103": Row(
         wikitext,
-        [[f"{site}/wikitext-103-v1.zip"] for site in WIKITEXT],
+        [[f"{WIKITEXT}/wikitext-103-v1.zip"], ["hf:Salesforce/wikitext/wikitext-103-v1"]],
         {"train": [103_227_021, None], "valid": [217_646, None], "test": [245_569, None], "types": 267_735},
     ),
     "pennchar": Row(
@@ -188,6 +221,12 @@ CORPORA = {
         enwik8,
         [["http://mattmahoney.net/dc/enwik8.zip"]],
         {"train": [90_000_000, None], "valid": [5_000_000, None], "test": [5_000_000, None], "types": 205},
+        bytewise=True,
+    ),
+    "text8": Row(
+        text8,
+        [["http://mattmahoney.net/dc/text8.zip"]],
+        {"train": [90_000_000, None], "valid": [5_000_000, None], "test": [5_000_000, None], "types": 28},
         bytewise=True,
     ),
     "pydocs": Row(pydocs, [], {}),  # the documentation differs from one release of Python to the next

@@ -15,6 +15,7 @@ Environment:
 """
 
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -60,6 +61,8 @@ def download(url: str, part: Path) -> None:
 def fetch(url: str, folder: Path) -> bool:
     """Brings a file into `folder`, whole; goes on after a break, and starts again if the server refuses that."""
     name, mirror = url.rpartition("/")[2], os.environ.get("AWD_MIRROR")
+    if url.startswith("hf:"):
+        return not mirror and fetch_dataset(url.removeprefix("hf:"), folder)
     file, part = folder / name, folder / f"{name}.part"
     if file.exists():
         return True
@@ -82,6 +85,24 @@ def fetch(url: str, folder: Path) -> bool:
                 tell(f"{url}: {getattr(error, 'reason', None) or error}")
                 break
     return False
+
+
+def fetch_dataset(place: str, folder: Path) -> bool:
+    """Brings the parquet files of OWNER/NAME/FOLDER from Hugging Face, if the two packages for it are installed."""
+    try:
+        hub = importlib.import_module("huggingface_hub")
+        importlib.import_module("pyarrow.parquet")
+    except ImportError as error:
+        tell(f"{place} on Hugging Face: needs {error.name}; python -m pip install huggingface_hub pyarrow")
+        return False
+    dataset, _, part = place.rpartition("/")
+    tell(f"fetching {place} from Hugging Face")
+    try:
+        hub.snapshot_download(dataset, repo_type="dataset", allow_patterns=f"{part}/*.parquet", local_dir=str(folder))
+    except Exception as error:  # of many classes
+        tell(f"{place} on Hugging Face: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+        return False
+    return True
 
 
 def make(name: str, out: Path, folder: Path) -> bool:
@@ -153,6 +174,8 @@ def check(name: str, folder: Path) -> bool:
         digests[f"{split}.txt"] = digest
         expected, known_digest = known.get(split, (None, None))
         known_digest = known_digest or recorded.get(f"{split}.txt")
+        if known_digest and known_digest.startswith("git:"):
+            digest = git_id(folder / f"{split}.txt")
         right = expected in (None, tokens) and known_digest in (None, digest)
         verdict = f"WRONG: {digest}" if not right else "ok" if known_digest else "not known"
         print(f"  {split:10} {tokens:12,} {f'{expected:,}' if expected else '-':>12}  {verdict}")
@@ -175,6 +198,15 @@ def count(path: Path, types: set[str], ends_last_line: bool) -> tuple[int, str]:
             digest.update(line)
             tokens += len(words) + (ends_last_line or line.endswith(b"\n"))
     return tokens, digest.hexdigest()
+
+
+def git_id(path: Path) -> str:
+    """The id that git gives a file of these contents."""
+    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return f"git:{digest.hexdigest()}"
 
 
 def check_and_tell(name: str) -> bool:

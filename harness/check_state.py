@@ -6,14 +6,14 @@ A part that does not fit raises ValueError, which says what is wrong.
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 import harness.files as files
-from model import RNNModel
-from optim import OPTIMIZERS
+from model import parts_of
+from optim import OPTIMIZERS, TWO_TAILED
 
 if TYPE_CHECKING:
     from harness.checkpoint import SavedRun
@@ -28,7 +28,12 @@ def check_state(run: "SavedRun", state: dict[str, Any]) -> None:
     batch_size, samples = stored["batch_size"], stored.get("samples", 1)
     rows = len(run.corpus.train) // batch_size
     check_position(state["at"], rows)
-    check_mean(run, state["mean"])
+    if state["mean"] is not None:
+        check_mean(run, state["mean"])
+        if ("short" in state["mean"]) != (args.average == TWO_TAILED):
+            raise ValueError("its mean is of another kind")
+        if args.average == TWO_TAILED:
+            check_mean(run, state["mean"]["short"], most=state["mean"]["count"])
     if stored["optimizer"] == args.optimizer:
         check_optimizer(run, state)
     if run.scaler.is_enabled() and state["scaler"]:
@@ -36,8 +41,7 @@ def check_state(run: "SavedRun", state: dict[str, Any]) -> None:
     if state["offsets"] is not None:
         check_tensor(state["offsets"], (batch_size,), [torch.int64], "offsets", 0, rows - 1)
     if (batch_size, samples) == (args.batch_size, args.samples):
-        model = cast(RNNModel, run.weights["model"])
-        check_hidden(state["hidden"], model.init_hidden(batch_size * samples))
+        check_hidden(state["hidden"], parts_of(run.weights)[0].init_hidden(batch_size * samples))
     check_generators(state["generators"], run.device)
 
 
@@ -93,11 +97,9 @@ def check_position(at: dict[str, Any], rows: int) -> None:
         raise ValueError("its initial_save_digest is no text")
 
 
-def check_mean(run: "SavedRun", mean: dict[str, Any] | None) -> None:
-    """The running mean: as many weights as the run has, of the same shapes."""
-    if mean is None:
-        return
-    check_number(mean["count"], "mean's count", 0, MOST, [int])
+def check_mean(run: "SavedRun", mean: dict[str, Any], most: int = MOST) -> None:
+    """A running mean, of `most` weights at most: as many tensors as the run has, of the same shapes."""
+    check_number(mean["count"], "mean's count", 0, most, [int])
     fresh, weights = run.weights.state_dict(), mean["weights"]
     if not isinstance(weights, dict) or files.fit_names(weights, run.weights).keys() != fresh.keys():
         raise ValueError("its mean is of other weights")

@@ -24,7 +24,7 @@ from harness.check_state import check_state
 from harness.log import figures, ppl, say, warn
 from harness.ranks import Ranks
 from model import Criterion, Hidden, RNNModel, detach
-from optim import OPTIMIZERS, Mean, averages
+from optim import OPTIMIZERS, Mean, means_kept
 from utils import RunError, UserError, map_tensors, out_of_memory
 
 WRITE_EVERY_S = 60  # on a GPU
@@ -214,7 +214,7 @@ def collect_state(run: SavedRun) -> dict[str, Any]:
         generators["cuda"] = run.ranks.each(torch.cuda.get_rng_state(run.device))
     tensors = {
         "weights": run.weights.state_dict(),
-        "mean": run.mean and {"count": run.mean.count, "weights": run.mean.weights.state_dict()},
+        "mean": run.mean and run.mean.state(),
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
         "generators": generators,
@@ -237,8 +237,8 @@ def begin_or_resume(run: SavedRun, state: dict[str, Any] | None, given: dict[str
     """Checks that the state can be written, and goes on from `state` if there is one. Collective."""
     args, ranks = run.args, run.ranks
     if ranks.is_main:
-        # The state is the largest file: the weights, the optimizer's moments of them, and their mean.
-        copies = 1 + OPTIMIZERS[args.optimizer].moments + averages(args)
+        # The state is the largest file: the weights, the optimizer's moments of them, and their means.
+        copies = 1 + OPTIMIZERS[args.optimizer].moments + means_kept(args)
         files.check_writable(f"{args.save}.state", "--save", copies * 4 * sum(p.numel() for p in run.parameters))
     if state:
         resume(run, state, given)
@@ -277,10 +277,10 @@ def restore(run: SavedRun, state: dict[str, Any], given: dict[str, Any]) -> None
     stored, args, samples = state["args"], run.args, run.args.samples
     run.weights.load_state_dict(files.fit_names(state["weights"], run.weights))
     if state["mean"] is not None:
-        run.start_averaging()
+        if not run.mean:
+            run.start_averaging()
         assert run.mean
-        run.mean.weights.load_state_dict(files.fit_names(state["mean"]["weights"], run.weights))
-        run.mean.count = state["mean"]["count"]
+        run.mean.restore(state["mean"], lambda weights: files.fit_names(weights, run.weights))
 
     position = dict(state["at"])
     position.setdefault("initial_save_digest", position.pop("before", ""))  # its name in older states

@@ -13,8 +13,8 @@ from difflib import get_close_matches
 from typing import Any, NamedTuple, NoReturn
 
 from harness.needs import check_needs
-from model import LAYERS
-from optim import OPTIMIZERS
+from model import CELLS, LAYERS
+from optim import OPTIMIZERS, TWO_TAILED
 from utils import UserError
 
 
@@ -37,6 +37,14 @@ def number(
     return parse
 
 
+def chrono(text: str) -> float:
+    """An argparse type: 0, or a number above 2."""
+    value: float = number(float, 0, most=1e38)(text)
+    if 0 < value <= 2:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; give a number above 2, or 0")
+    return value
+
+
 DEPTH = 100  # the most layers and rounds: a model is built to check a file that claims to hold it
 PROBABILITY = {"type": number(float, 0, below=1)}
 POSITIVE = {"type": number(int, 1, most=10**9)}
@@ -45,6 +53,7 @@ COUNT = {"type": number(int, 0, most=10**9)}
 SEED = {"type": number(int, 0, most=2**63 - 1)}
 SWITCH = {"action": "store_true"}
 TOGGLE = {"action": argparse.BooleanOptionalAction}  # with a --no-… that turns off a stored setting
+AVERAGE = {"nargs": "?", "const": True, "choices": [TWO_TAILED]}
 
 
 class Flag(NamedTuple):
@@ -68,6 +77,8 @@ class Flag(NamedTuple):
             return self.default is None
         if self.options in (SWITCH, TOGGLE):
             return isinstance(value, bool)
+        if self.options is AVERAGE:
+            return isinstance(value, bool) or value == TWO_TAILED
         if isinstance(value, list) != ("nargs" in self.options):
             return False
         parse, choices = self.options.get("type", str), self.options.get("choices")
@@ -84,6 +95,11 @@ NOT_INHERITED = {"inherited": False}
 PLAIN = Flag(
     "--plain", SWITCH, False, "the text is plain: bring it into the form of the vocabulary (models without a tokenizer)"
 )
+TEMPERATURE = {"type": number(float, 0.01, most=100)}
+TEMPERED = Flag("--temperature", TEMPERATURE, 1.0, "evaluate at T: every distribution p of the model becomes p^(1/T), "
+                "renormalised over the vocabulary; 1: the model as it is", **NOT_STORED)  # fmt: skip
+SEARCH_TEMPERATURES = Flag("--search_temperatures", {**TEMPERATURE, "nargs": "+"}, None, "the values tried (default: "
+                           "that of --temperature)")  # fmt: skip
 RUN = "run"
 MODEL = "model (read from the saved one if there is one)"
 REGULARISATION = "regularisation (dropouts are probabilities in [0, 1))"
@@ -109,6 +125,8 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("--log-interval --log_interval", POSITIVE, None, "batches between two log lines (default: 200, or "
              "a tenth of an epoch if that is less)"),
         Flag("--checkpoint_every", COUNT, 0, "write the .state every N steps too; 0: only after each epoch"),
+        Flag("--keep_words", TOGGLE, False, "keep the weights after 1, 2, ... 10, 20, ... 100, 200, ... 1000 million "
+             "words of training: SAVE.chck_1M, ... (docs/babylm.md)", inherited=False),
         Flag("--tensorboard", {"metavar": "DIR"}, None, "write the figures for TensorBoard too, to DIR", **NOT_STORED),
     ],
     MODEL: [
@@ -123,6 +141,8 @@ FLAGS: dict[str, list[Flag]] = {
              "otherwise nhid", **SHAPES_MODEL),
         Flag("--rounds", {"type": number(int, 0, most=DEPTH)}, 5, "Mogrifier: rounds in which input and state "
              "gate each other; 0: Melis's LSTM", **SHAPES_MODEL),
+        Flag("--cell", {"choices": list(CELLS)}, "lstm", "Mogrifier: the cell after the rounds, Melis's LSTM or his "
+             "RLSTM", **SHAPES_MODEL),
         Flag("--rank", COUNT, 0, "Mogrifier: rank of the rounds' matrices; 0: full rank", **SHAPES_MODEL),
     ],
     REGULARISATION: [
@@ -132,8 +152,8 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("--dropoute", PROBABILITY, 0.1, "dropout of whole word types (Mogrifier: 0 unless given)"),
         Flag("--wdrop", PROBABILITY, 0.5, "weight drop: hidden-to-hidden, or all of a QRNN (Mogrifier: none)"),
         Flag("--dropoutr", PROBABILITY, 0.0, "dropout of a Mogrifier's state, one mask for all steps of a batch"),
-        Flag("--drop_state", PROBABILITY, 0.0, "probability that a batch starts from a zero state (Mogrifier: "
-             "0.01 unless given)"),
+        Flag("--drop_state", PROBABILITY, 0.0, "probability that a column of a batch starts from a zero state "
+             "(Mogrifier: 0.01 unless given)"),
         Flag("--dropoutl", PROBABILITY, 0.29, "locked dropout on the latents of --n_experts"),
         Flag("--samples", POSITIVE, 1, "train on the mean of the probabilities under N dropout masks, at N times "
              "the cost"),
@@ -158,22 +178,27 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("--seed", SEED, 1111, "of all random numbers"),
     ],
     MAIN: [
-        Flag("--optimizer", {"choices": list(OPTIMIZERS)}, "sgd", "sgd: NT-ASGD, which averages after a stall",
+        Flag("--optimizer", {"choices": list(OPTIMIZERS)}, "sgd", "sgd: NT-ASGD, which averages after a "
+             "stall; adam and radam keep two further numbers in memory per weight, radam two more during its step",
              **NOT_INHERITED),
-        Flag("--beta1", PROBABILITY, 0.9, "of Adam: share of the mean gradient that is kept per step",
+        Flag("--beta1", PROBABILITY, 0.9, "of Adam and RAdam: share of the mean gradient that is kept per step",
              **NOT_INHERITED),
-        Flag("--average", SWITCH, False, "average the weights once the validation loss stalls under Adam too",
-             **NOT_INHERITED),
+        Flag("--average", AVERAGE, False, "average the weights once the validation loss stalls, not only under SGD; "
+             "two-tailed: from the first step on, over the best number of steps so far, at the price of two further "
+             "numbers in memory per weight and of a second validation", **NOT_INHERITED),
         Flag("--no-average --no_average", SWITCH, False, "never average the weights, or no longer", **NOT_INHERITED),
         Flag("--when", {"type": int, "nargs": "+"}, [-1], "epochs after which the rate is divided by 10",
              **NOT_INHERITED),
         Flag("--anneal", COUNT, 0, "after this epoch the rate falls in a straight line, to 0 at the end of the "
              "last epoch; 0: it does not fall", **NOT_INHERITED),
+        TEMPERED._replace(help=f"with --epochs 0: {TEMPERED.help}"),
         Flag("--splits", {"type": int, "nargs": "*"}, None, "word ids (ranks by frequency) at which the split "
              "softmax's clusters begin (default: by vocabulary size)", **SHAPES_MODEL),
         Flag("--vocab_size", COUNT, 0, "keep the N most frequent words, <unk> and <eos> among them; 0: all",
              **SHAPES_MODEL),
         Flag("--min_count", COUNT, 0, "keep words seen N times or more", **SHAPES_MODEL),
+        Flag("--chrono", {"type": chrono}, 0.0, "Mogrifier: the first forget biases are ln U(1, T-1), to remember from "
+             "1 to T steps (T above 2); 0: they are 1"),
     ],
 }  # fmt: skip
 BY_NAME = {flag.name: flag for group in FLAGS.values() for flag in group if "dest" not in flag.options}

@@ -106,11 +106,11 @@ class StepGraphs:
         """The graph of a step of this length, its source and target, and its loss."""
         losses: list[Tensor] = []
         source, target = source.clone(), target.clone()
-        adam = [group for group in self.optimizer.param_groups if "capturable" in group]
-        for group in adam:  # asks for it; its fused kernel needs nothing for it
+        fused_adam = [group for group in self.optimizer.param_groups if group.get("capturable") is False]
+        for group in fused_adam:  # asks for it; its kernel needs nothing for it
             group["capturable"] = True
         graph = self.capture(lambda: losses.append(self.step_in_place(source, target)))
-        for group in adam:
+        for group in fused_adam:
             group["capturable"] = False
         return graph, source, target, losses[0]
 

@@ -33,6 +33,12 @@ def figures(loss: float, prefix: str = "", bpc: bool = True) -> str:
     return f"{text} | {prefix}bpc {loss / math.log(2):8.3f}" if bpc else text
 
 
+def training_line(epoch: int, batch: int, batches: int, lr: float, ms_per_batch: float, loss: float) -> str:
+    """The line that training prints at each log interval."""
+    place = f"| epoch {epoch:3d} | {batch:5d}/{batches:5d} batches | lr {lr:05.5f}"
+    return f"{place} | ms/batch {ms_per_batch:5.2f} | {figures(loss)}"
+
+
 def unit_figures(total: float, words: float, characters: float) -> dict[str, float]:
     """The perplexity per word and the bits per character of a text's whole loss, in nats."""
     return {"ppl_per_word": ppl(total / words), "bits_per_character": total / characters / math.log(2)}

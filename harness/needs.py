@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from model import LAYERS
-from optim import OPTIMIZERS, averages
+from optim import OPTIMIZERS, averages_after_stall
 from utils import UserError
 
 
@@ -34,20 +34,25 @@ FOUND = "does nothing with --search, which finds it; give one of them"
 # `getattr`: several scripts have flags of these names, and not all of them have the other setting.
 NEEDS = [
     # training
-    Need("rounds rank", lambda s: "rounds" in LAYERS[s.model].options, without("--model Mogrifier")),
-    Need("dropoutr", lambda s: "dropoutr" in LAYERS[s.model].options, without("--model Mogrifier")),
+    Need("rounds rank cell chrono dropoutr", lambda s: "rounds" in LAYERS[s.model].options,
+         without("--model Mogrifier")),
+    Need("chrono", lambda s: not s.resume, "does nothing with --resume, whose weights are there already; leave it "
+         "out"),
     Need("rank", lambda s: s.rounds, without("--rounds")),
     Need("wdrop", lambda s: LAYERS[s.model].defaults.get("wdrop") != 0, "does nothing with --model {model}, which has "
          "no weight drop; leave it out"),
     Need("dropoutl", lambda s: s.n_experts, without("--n_experts")),
-    Need("beta1", lambda s: OPTIMIZERS[s.optimizer].moments, without("--optimizer adam")),
+    Need("beta1", lambda s: OPTIMIZERS[s.optimizer].moments, without("--optimizer adam or radam")),
     Need("average", lambda s: not s.no_average, "does not go with --no-average; give one of them"),
-    Need("nonmono", averages, without("averaging (--optimizer sgd, or --average)")),
+    Need("nonmono", averages_after_stall, without("averaging after a stall (--optimizer sgd, or --average)")),
     Need("anneal epochs", lambda s: not s.epochs or s.anneal < s.epochs, "the rate would fall from the end of "
          "epoch {anneal} (--anneal) to that of epoch {epochs} (--epochs); give a smaller --anneal, 0 to leave it out"),
     # evaluation
-    Need("search_thetas search_lambdas search_windows search_lrs search_lambs search_tokens", searches,
-         without("--search")),
+    Need("temperature", lambda s: not getattr(s, "epochs", 0), without("--epochs 0")),
+    Need("temperature", lambda s: not getattr(s, "search_temperatures", None), "does nothing with "
+         "--search_temperatures; give one of them"),
+    Need("search_thetas search_lambdas search_windows search_lrs search_lambs search_tokens search_temperatures",
+         searches, without("--search")),
     Need("theta lambdasm window", lambda s: getattr(s, "pointer", True), without("--pointer")),
     Need("theta lambdasm", lambda s: "pointer" in s or not searches(s), FOUND),
     Need("window", lambda s: not getattr(s, "search_windows", None), "does nothing with --search_windows; give one "

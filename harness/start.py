@@ -19,6 +19,7 @@ from corpus.read import read_corpus
 from data import EVAL_BATCH_SIZE, Corpus, check_length
 from harness.log import RunLog, say, summary_writer, warn
 from harness.ranks import ALONE, Ranks, end_with_parent, find_ranks
+from optim import TWO_TAILED
 from utils import UserError, pick_device, try_lock, use_tf32
 
 PATIENCE_S = 30
@@ -202,15 +203,17 @@ def find_training(script: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def leave_behind(state: dict[str, Any], args: Namespace, ends_averaging: bool) -> None:
-    """Takes the mean out of a state that another optimizer goes on with, or --no-average, and says so.
+    """Takes the mean out of a state that another optimizer or kind of averaging goes on with, or none, and says so.
 
     `checkpoint.restore` does not give an optimizer the moments of another one.
     """
     before = state["args"].get("optimizer", args.optimizer)
     if before != args.optimizer:
         warn(f"--optimizer {args.optimizer}: starts afresh where {before} has come to, at the rate {args.lr:g}")
-    if state["mean"] is not None and (ends_averaging or before != args.optimizer):
-        warn("averaging ends: the run goes on from the weights that are not averaged")
+    two_tailed, mean = args.average == TWO_TAILED, state["mean"]
+    if mean is not None and (ends_averaging or before != args.optimizer or two_tailed != ("short" in mean)):
+        what = "begins anew" if two_tailed else "ends"
+        warn(f"averaging {what}: the run goes on from the weights that are not averaged")
         state["mean"] = None
 
 

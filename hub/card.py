@@ -16,6 +16,7 @@ KINDS = {
     "QRNN": "Bradbury, Merity, Xiong, Socher: Quasi-Recurrent Neural Networks, arXiv 1611.01576",
     "Mogrifier": "Melis, Kočiský, Blunsom: Mogrifier LSTM, arXiv 1909.01792",
 }
+RLSTM = "Melis: Circling Back to Recurrent Models of Language, arXiv 2211.01848"
 MELIS = "Melis, Dyer, Blunsom: On the State of the Art of Evaluation in Neural Language Models, arXiv 1707.05589"
 CARD = """\
 ---
@@ -75,6 +76,8 @@ def shown_path(path: str) -> str:
 def figures_of(metrics: dict[str, Any]) -> str:
     """The figures as a table; those of the validation text are all that a saved model has."""
     loss = metrics.get("valid_loss")
+    if "million_words" in metrics:
+        return f"The weights after {metrics['million_words']} million words of training, which were not validated.\n"
     if not isinstance(loss, float) or not math.isfinite(loss):
         return "The file of the model says no figures.\n"
     rows = [f"| {loss:.4f} | {math.exp(min(loss, 700)):.2f} | {loss / math.log(2):.3f} |"]
@@ -87,7 +90,7 @@ def papers_of(args: dict[str, Any]) -> list[str]:
     papers = [AWD, SCALES] if args["model"] != "Mogrifier" else [MELIS]
     if args["model"] in KINDS and (args["model"] != "Mogrifier" or args["rounds"]):
         papers.append(KINDS[args["model"]])
-    return papers + [MIXTURE] * bool(args["n_experts"])
+    return papers + [RLSTM] * (args["cell"] == "rlstm") + [MIXTURE] * bool(args["n_experts"])
 
 
 def make_card(saved: dict[str, Any], args: dict[str, Any], parameters: int) -> str:

@@ -1,6 +1,6 @@
-"""AWD-LSTM language models and their kin for Transformers: LSTM, GRU, QRNN, Mogrifier; evaluation and generation.
+"""AWD-LSTM language models and their kin for Transformers: evaluation and generation.
 
-The file needs torch and Transformers (4.51 to 5.x) only. Nothing is dropped out, in training neither.
+It needs torch, Transformers (4.51 to 5.x) and the two files beside it. Nothing is dropped out, in training neither.
 
 Shapes: B rows, T time, E embedding, H hidden, V vocabulary (`<pad>` is its last entry), K experts.
 
@@ -20,115 +20,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput, SequenceClassifierOutput
 
 from .configuration_awd_lm import AwdLmConfig
-
-Carried = tuple[Tensor, ...]  # what a layer carries from token to token, each tensor (1, B, ·)
-
-
-def last_of(sequence: Tensor, lengths: Tensor | None) -> Tensor:
-    """The last step of each row, (B, T, H) -> (1, B, H); `lengths`: the steps of each row, None: T."""
-    return sequence[torch.arange(len(sequence)), -1 if lengths is None else lengths - 1][None]
-
-
-# Layers. forward(x (B, T, E), carried, lengths) -> out (B, T, H), carried after the last step of each row.
-
-
-class TorchLayer(nn.RNNBase):
-    """A layer of torch. Padded rows are packed: of an LSTM's cells torch gives the last one only."""
-
-    def __init__(self, inputs: int, hidden: int, first: bool, config: AwdLmConfig) -> None:
-        super().__init__(inputs, hidden, batch_first=True)  # type: ignore[arg-type,call-arg]
-
-    def forward(self, x: Any, carried: Any, lengths: Tensor | None) -> tuple[Tensor, Carried]:
-        single = isinstance(self, nn.GRU)
-        carried = carried[0] if single and carried else carried
-        packed = x
-        if lengths is not None:
-            packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
-        out, carried = super().forward(packed, carried)
-        if lengths is not None:
-            out, _ = pad_packed_sequence(out, batch_first=True, total_length=x.size(1))
-        return out, (carried,) if single else carried
-
-
-class LSTM(TorchLayer, nn.LSTM):  # type: ignore[misc]
-    """Gates: i, f, g, o."""
-
-
-class GRU(TorchLayer, nn.GRU):  # type: ignore[misc]
-    """Gates: r, z, n."""
-
-
-class QRNN(nn.Module):
-    """Bradbury et al., arXiv 1611.01576: z, f, o = W · x_t, in the first layer W · [x_t, x_{t-1}]; fo-pooling."""
-
-    def __init__(self, inputs: int, hidden: int, first: bool, config: AwdLmConfig) -> None:
-        super().__init__()
-        self.first = first
-        self.linear = nn.Linear(inputs * (2 if first else 1), 3 * hidden)
-
-    def forward(self, x: Tensor, carried: Carried | None, lengths: Tensor | None) -> tuple[Tensor, Carried]:
-        if carried is None:
-            carried = x.new_zeros(1, len(x), self.linear.out_features // 3), torch.zeros_like(x[:, 0])[None]
-        inputs, c, cells = x, carried[0][0], []
-        if self.first:
-            inputs = torch.cat([x, torch.cat([carried[1].transpose(0, 1), x[:, :-1]], dim=1)], dim=-1)
-        z, f, o = self.linear(inputs).chunk(3, -1)
-        z, f, o = z.tanh(), f.sigmoid(), o.sigmoid()
-        for t in range(x.size(1)):
-            c = torch.lerp(c, z[:, t], f[:, t])
-            cells.append(c)
-        c = torch.stack(cells, dim=1)
-        return o * c, (last_of(c, lengths), *([last_of(x, lengths)] if self.first else []))
-
-
-def make_round(source: int, to: int, rank: int) -> nn.ParameterDict:
-    """A Mogrifier's round: the factors `a` and `b` of a matrix, or with rank 0 the matrix `weight`; a bias."""
-    shapes = {"a": (source, rank), "b": (rank, to)} if rank else {"weight": (source, to)}
-    return nn.ParameterDict({name: torch.zeros(shape) for name, shape in (shapes | {"bias": (to,)}).items()})
-
-
-def gate(source: Tensor, weights: Any) -> Tensor:
-    """2σ(source · A · B + bias)."""
-    product = source @ weights["a"] @ weights["b"] if "a" in weights else source @ weights["weight"]
-    return 2 * (product + weights["bias"]).sigmoid()
-
-
-class Mogrifier(nn.Module):
-    """Melis et al., arXiv 1909.01792; without rounds the LSTM of arXiv 1707.05589. Gates: i, f, g, o."""
-
-    def __init__(self, inputs: int, hidden: int, first: bool, config: AwdLmConfig) -> None:
-        super().__init__()
-        self.weight_ih = nn.Parameter(torch.zeros(4 * hidden, inputs))
-        self.weight_hh = nn.Parameter(torch.zeros(4 * hidden, hidden))
-        self.bias = nn.Parameter(torch.zeros(4 * hidden))
-        sizes = inputs, hidden
-        self.rounds = nn.ModuleList(
-            make_round(sizes[r % 2 == 0], sizes[r % 2], config.rank) for r in range(config.rounds)
-        )
-
-    def forward(self, x: Tensor, carried: Carried | None, lengths: Tensor | None) -> tuple[Tensor, Carried]:
-        zeros = x.new_zeros(len(x), self.weight_hh.size(1))
-        h, c = (zeros, zeros) if carried is None else (carried[0][0], carried[1][0])
-        outputs, cells = [], []
-        for x_t in x.unbind(1):
-            for r, weights in enumerate(self.rounds):
-                x_t, h = (x_t, gate(x_t, weights) * h) if r % 2 else (gate(h, weights) * x_t, h)
-            i, f, g, o = (F.linear(x_t, self.weight_ih, self.bias) + F.linear(h, self.weight_hh)).chunk(4, -1)
-            f = f.sigmoid()
-            c = f * c + torch.minimum(i.sigmoid(), 1 - f) * g.tanh()
-            h = o.sigmoid() * c.tanh()
-            outputs.append(h)
-            cells.append(c)
-        out = torch.stack(outputs, dim=1)
-        return out, (last_of(out, lengths), last_of(torch.stack(cells, dim=1), lengths))
-
-
-LAYERS: dict[str, Any] = {kind.__name__: kind for kind in (LSTM, GRU, QRNN, Mogrifier)}
+from .layers_awd_lm import LAYERS, Carried
 
 
 class Decoder(nn.Module):
@@ -268,7 +164,7 @@ class AwdLmModel(AwdLmPreTrainedModel):
     def __init__(self, config: AwdLmConfig) -> None:
         super().__init__(config)
         self.encoder = nn.Embedding(config.vocab_size, config.sizes[0])
-        kind = LAYERS[config.kind]
+        kind = LAYERS[config.kind if config.cell == "lstm" else config.cell]
         self.rnns = nn.ModuleList(kind(a, b, i == 0, config) for i, (a, b) in enumerate(pairwise(config.sizes)))
         self.post_init()
 
@@ -283,6 +179,7 @@ class AwdLmModel(AwdLmPreTrainedModel):
         x = x if order is None else take(x, order)
         every, carried = [x], []
         for i, layer in enumerate(self.rnns):
+            x = sum(every[1:-1], x) if self.config.cell == "rlstm" and i else x  # residual layers
             x, after = layer(x, memory.layers[i] if memory else None, lengths if use_cache else None)
             every.append(x)
             carried.append(after)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from layers import persistent
-from layers.recurrent import Hidden, RecurrentLayer
+from layers.recurrent import Hidden, RecurrentLayer, truncated_normal_
 from products import add_product, product
 
 
@@ -36,15 +36,30 @@ class Round(NamedTuple):
 
 
 def take_rounds(weights: Sequence[Tensor], full: bool) -> list[Round]:
-    """The rounds' weights: all but weight_ih, weight_hh and bias, which come first."""
-    size, rest = (2 if full else 3), weights[3:]
-    parts = [rest[k : k + size] for k in range(0, len(rest), size)]
+    """The rounds of their weights in a row; `full`: the matrices have full rank."""
+    size = 2 if full else 3
+    parts = [weights[k : k + size] for k in range(0, len(weights), size)]
     return [Round(None, b=part[0], bias=part[1]) if full else Round(*part) for part in parts]
 
 
 def gate(x: Tensor, sigma: Tensor) -> Tensor:
     """2σ ⊙ x."""
     return (x * sigma).mul_(2)
+
+
+def gate_step(
+    rounds: list[Round], x: Tensor, h: Tensor, sigmas: Sequence[Tensor], inner: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """All rounds of one step: x (B, E) and h (B, H) before -> after.
+
+    Writes what the backward pass needs: `sigmas` (B, to) and, of low-rank rounds, `inner` (B, K), source · A.
+    """
+    for r, (a, b, bias) in enumerate(rounds):
+        source = x if r % 2 else h
+        source = source if a is None else torch.mm(source, a, out=inner[r])
+        sigma = torch.addmm(bias, source, b, out=sigmas[r]).sigmoid_()
+        x, h = (x, gate(h, sigma)) if r % 2 else (gate(x, sigma), h)
+    return x, h
 
 
 def before_rounds(x: Tensor, h: Tensor, sigmas: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -54,6 +69,45 @@ def before_rounds(x: Tensor, h: Tensor, sigmas: list[Tensor]) -> tuple[list[Tens
         xs.append(xs[-1] if r % 2 else gate(xs[-1], sigma))
         hs.append(gate(hs[-1], sigma) if r % 2 else hs[-1])
     return xs, hs
+
+
+def gate_step_backward(
+    rounds: list[Round], x: Tensor, h: Tensor, sigmas: list[Tensor], d_x: Tensor, d_h: Tensor,
+    d_sums: Sequence[Tensor], d_inner: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients of x and h after all rounds of one step -> before them; x and h are those before.
+
+    Writes the gradients that the weights' need: `d_sums` (B, to) of the rounds' pre-activations, `d_inner` (B, K).
+    """
+    xs, hs = before_rounds(x, h, sigmas)
+    for r in reversed(range(len(rounds))):
+        sigma, value, d = sigmas[r], (hs if r % 2 else xs)[r], d_h if r % 2 else d_x
+        d_sum = torch.mul((d * value).mul_(2), sigma * (1 - sigma), out=d_sums[r])
+        a, b, _ = rounds[r]
+        d_source = d_sum @ b.T if a is None else torch.mm(d_sum, b.T, out=d_inner[r]) @ a.T
+        d_gated = gate(d, sigma)
+        d_x, d_h = (d_x + d_source, d_gated) if r % 2 else (d_gated, d_h + d_source)
+    return d_x, d_h
+
+
+def over_steps(left: Tensor, right: Tensor) -> Tensor:
+    """The gradient of a weight, summed over all steps by one product: (T, B, n), (T, B, m) -> (n, m)."""
+    return product(left.flatten(0, 1).T, right.flatten(0, 1))
+
+
+def round_gradients(
+    xs: list[Tensor], hs: list[Tensor], inner: list[Tensor], d_sums: list[Tensor], d_inner: list[Tensor]
+) -> list[Tensor]:
+    """The gradients of the rounds' weights in a row; `xs`, `hs`: those of `before_rounds`, of all steps."""
+    gradients = []
+    for r, d_sum in enumerate(d_sums):
+        source = xs[r] if r % 2 else hs[r]
+        if inner:
+            gradients += [over_steps(source, d_inner[r]), over_steps(inner[r], d_sum)]
+        else:
+            gradients += [over_steps(source, d_sum)]
+        gradients += [d_sum.sum((0, 1))]
+    return gradients
 
 
 class MogrifierScan(torch.autograd.Function):
@@ -69,20 +123,16 @@ class MogrifierScan(torch.autograd.Function):
         ctx: Any, x: Tensor, h: Tensor, c: Tensor, mask: Tensor | None, full: bool, *weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         (T, B, _), H, (weight_ih, weight_hh, bias) = x.shape, h.size(1), weights[:3]
-        rounds, first = take_rounds(weights, full), (h, c)
+        rounds, first = take_rounds(weights[3:], full), (h, c)
         gates, cells, out = (x.new_empty(T, B, size) for size in (4 * H, H, H))
         sigmas = [x.new_empty(T, B, len(round.bias)) for round in rounds]
         inner = [x.new_empty(T, B, len(round.b)) for round in rounds if not full]  # source · A
         if not rounds:  # W·x of all steps in one product
             gates = product(x.flatten(0, 1), weight_ih.T, bias, out=gates.view(T * B, -1)).view_as(gates)
         for t in range(T):
-            x_t, h = x[t], h if mask is None else h * mask
-            for r, (a, b, b_bias) in enumerate(rounds):
-                source = x_t if r % 2 else h
-                source = source if a is None else torch.mm(source, a, out=inner[r][t])
-                sigma = torch.addmm(b_bias, source, b, out=sigmas[r][t]).sigmoid_()
-                x_t, h = (x_t, gate(h, sigma)) if r % 2 else (gate(x_t, sigma), h)
+            h = h if mask is None else h * mask
             if rounds:
+                x_t, h = gate_step(rounds, x[t], h, [sigma[t] for sigma in sigmas], [u[t] for u in inner])
                 torch.addmm(bias, x_t, weight_ih.T, out=gates[t])
             y = gates[t]
             add_product(y, h, weight_hh.T)
@@ -103,7 +153,7 @@ class MogrifierScan(torch.autograd.Function):
         x, h_first, c_first, mask, gates, cells, out = islice(saved, 7)
         sigmas, inner = list(islice(saved, R)), list(islice(saved, 0 if ctx.full else R))
         weights = list(saved)
-        (weight_ih, weight_hh), rounds = weights[:2], take_rounds(weights, ctx.full)
+        (weight_ih, weight_hh), rounds = weights[:2], take_rounds(weights[3:], ctx.full)
         before = torch.cat([h_first[None], out[:-1]])  # (T, B, H), h before each step
         before = before if mask is None else before * mask
         d_gates, d_x, d_h = torch.empty_like(gates), torch.empty_like(x), torch.zeros_like(h_first)
@@ -123,33 +173,16 @@ class MogrifierScan(torch.autograd.Function):
             torch.mul(d_h * tanh_c, o * (1 - o), out=d_o)
             d_c, d_h = d_c * f, product(d_gates[t], weight_hh)
             if rounds:
-                d_x_t = torch.mm(d_gates[t], weight_ih)
-                xs, hs = before_rounds(x[t], before[t], [sigma[t] for sigma in sigmas])
-                for r in reversed(range(R)):
-                    sigma, value, d = sigmas[r][t], (hs if r % 2 else xs)[r], d_h if r % 2 else d_x_t
-                    d_sum = torch.mul((d * value).mul_(2), sigma * (1 - sigma), out=d_sums[r][t])
-                    a, b, _ = rounds[r]
-                    d_source = d_sum @ b.T if a is None else torch.mm(d_sum, b.T, out=d_inner[r][t]) @ a.T
-                    d_gated = gate(d, sigma)
-                    d_x_t, d_h = (d_x_t + d_source, d_gated) if r % 2 else (d_gated, d_h + d_source)
-                d_x[t] = d_x_t
+                d_x[t], d_h = gate_step_backward(
+                    rounds, x[t], before[t], [sigma[t] for sigma in sigmas], torch.mm(d_gates[t], weight_ih), d_h,
+                    [d_sum[t] for d_sum in d_sums], [d_u[t] for d_u in d_inner],
+                )  # fmt: skip
             d_h = d_h if mask is None else d_h * mask
         if not rounds:
             d_x = product(d_gates.flatten(0, 1), weight_ih, out=d_x.flatten(0, 1)).view_as(x)
-
-        def over_steps(left: Tensor, right: Tensor) -> Tensor:
-            """(T, B, n), (T, B, m) -> (n, m), summed over all steps."""
-            return product(left.flatten(0, 1).T, right.flatten(0, 1))
-
         xs, hs = before_rounds(x, before, sigmas)
         d_weights = [over_steps(d_gates, xs[-1]), over_steps(d_gates, hs[-1]), d_gates.sum((0, 1))]
-        for r, d_sum in enumerate(d_sums):
-            source = xs[r] if r % 2 else hs[r]
-            if ctx.full:
-                d_weights += [over_steps(source, d_sum)]
-            else:
-                d_weights += [over_steps(source, d_inner[r]), over_steps(inner[r], d_sum)]
-            d_weights += [d_sum.sum((0, 1))]
+        d_weights += round_gradients(xs, hs, inner, d_sums, d_inner)
         return d_x, d_h, d_c, None, None, *d_weights
 
 
@@ -177,12 +210,6 @@ class RoundWeights(nn.Module):
             truncated_normal_(factor, (factors[0].size(0) * factors[-1].size(0)) ** -0.25)
 
 
-def truncated_normal_(tensor: Tensor, std: float) -> None:
-    """A normal distribution cut off at two deviations, of deviation `std` after the cut."""
-    std /= 0.8796256610342398  # the deviation of a standard normal that is cut off at ±2
-    nn.init.trunc_normal_(tensor, std=std, a=-2 * std, b=2 * std)
-
-
 class Mogrifier(RecurrentLayer):
     """One layer.
 
@@ -191,34 +218,54 @@ class Mogrifier(RecurrentLayer):
         wdrop: of no effect, as this cell has no weight drop.
         rounds, rank: R, K; rank 0: a full matrix in place of A·B.
         dropoutr: dropout of h; one mask serves all steps of a batch.
+        chrono: T > 2: initial forget biases are ln U(1, T - 1), for units that remember from 1 to T steps (Tallec,
+            Ollivier, arXiv 1804.11188); 0: they are 1.
 
     Parameters: weight_ih (4H, E), weight_hh (4H, H), bias (4H,), rows in the order i, f, g, o; rounds.R.
     """
 
-    locked, summed = False, True
-    options = ("rounds", "rank", "dropoutr")
+    locked, summed, normal_embedding = False, True, True
+    options = ("rounds", "rank", "dropoutr", "chrono")
     defaults: ClassVar = {"wdrop": 0.0, "dropoute": 0.0, "drop_state": 0.01}
+    scan: ClassVar[type[torch.autograd.Function]] = MogrifierScan
+    forget_row: ClassVar[int] = 1  # the forget gate's place among the gates of `bias`
 
     def __init__(
         self, input_size: int, hidden_size: int, wdrop: float, first: bool,
-        rounds: int = 5, rank: int = 0, dropoutr: float = 0.0,
+        rounds: int = 5, rank: int = 0, dropoutr: float = 0.0, chrono: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.hidden_size, self.rank, self.dropoutr = hidden_size, rank, dropoutr
-        self.weight_ih = nn.Parameter(torch.empty(4 * hidden_size, input_size))
-        self.weight_hh = nn.Parameter(torch.empty(4 * hidden_size, hidden_size))
-        self.bias = nn.Parameter(torch.empty(4 * hidden_size))
+        self.hidden_size, self.rank, self.dropoutr, self.chrono = hidden_size, rank, dropoutr, chrono
+        self.make_cell(input_size, hidden_size)
         sizes = input_size, hidden_size
         self.rounds = nn.ModuleList(RoundWeights(sizes[r % 2 == 0], sizes[r % 2], rank) for r in range(rounds))
 
-    def reset_parameters(self) -> None:
-        """Truncated normal of variance 1 / fan-in; the forget gate's bias is 1, others are 0."""
-        fan_in = self.weight_ih.size(1) + self.hidden_size
+    def make_cell(self, input_size: int, hidden_size: int) -> None:
+        """Makes the cell's own parameters."""
+        self.weight_ih = nn.Parameter(torch.empty(4 * hidden_size, input_size))
+        self.weight_hh = nn.Parameter(torch.empty(4 * hidden_size, hidden_size))
+        self.bias = nn.Parameter(torch.empty(4 * hidden_size))
+
+    @property
+    def cell_tensors(self) -> list[Tensor]:
+        """The cell's own parameters, in the order of `scan`."""
+        return [self.weight_ih, self.weight_hh, self.bias]
+
+    def reset_matrices(self) -> None:
+        """Draws the cell's matrices: truncated normal of variance 1 / fan-in, which is E + H for every gate."""
         for weight in (self.weight_ih, self.weight_hh):
-            truncated_normal_(weight, fan_in**-0.5)
+            truncated_normal_(weight, (self.weight_ih.size(1) + self.hidden_size) ** -0.5)
+
+    def reset_parameters(self) -> None:
+        """As `reset_matrices`; the forget gate's bias is as `chrono` says, others are 0."""
+        self.reset_matrices()
         nn.init.zeros_(self.bias)
         with torch.no_grad():
-            self.bias[self.hidden_size : 2 * self.hidden_size] = 1
+            forget = self.bias.view(4, -1)[self.forget_row]
+            if self.chrono:
+                forget.uniform_(1, self.chrono - 1).log_()
+            else:
+                forget.fill_(1)
         for round in self.rounds:
             cast(RoundWeights, round).reset_parameters()
 
@@ -230,16 +277,14 @@ class Mogrifier(RecurrentLayer):
         mask = None
         if self.training and self.dropoutr:
             mask = torch.empty_like(hidden[0][0]).bernoulli_(1 - self.dropoutr).div_(1 - self.dropoutr)  # (B, H)
-        weights: list[Tensor] = [self.weight_ih, self.weight_hh, self.bias]
-        weights += [tensor for round in self.rounds for tensor in cast(RoundWeights, round).tensors]
+        rounds = [tensor for round in self.rounds for tensor in cast(RoundWeights, round).tensors]
         with torch.autocast(x.device.type, enabled=False):  # rounding errors would add up from step to step
             h, c = (tensor[0].to(self.bias.dtype) for tensor in hidden)
-            x = x.to(self.bias.dtype)
-            kernels = None
-            if self.persistent and self.training and not self.rounds:
+            x, kernels = x.to(self.bias.dtype), None
+            if self.persistent and self.training and self.scan is MogrifierScan and not self.rounds:
                 kernels = persistent.pick_kernels("MELIS", x, self.weight_hh)
             if kernels:
-                out, c = persistent.melis(kernels, x, h, c, mask, weights)
+                out, c = persistent.melis(kernels, x, h, c, mask, self.cell_tensors)
             else:
-                out, c = MogrifierScan.apply(x, h, c, mask, self.rank == 0, *weights)
+                out, c = self.scan.apply(x, h, c, mask, self.rank == 0, *self.cell_tensors, *rounds)
         return out, (out[-1:].clone(), c[None])

@@ -19,6 +19,12 @@ from layers.weight_drop import drop_weight
 Hidden = tuple[Tensor, ...]
 
 
+def truncated_normal_(tensor: Tensor, std: float) -> None:
+    """A normal distribution cut off at two deviations, of deviation `std` after the cut."""
+    std /= 0.8796256610342398  # the deviation of a standard normal that is cut off at ±2
+    nn.init.trunc_normal_(tensor, std=std, a=-2 * std, b=2 * std)
+
+
 class RecurrentLayer(nn.Module):
     """The interface of a layer. A new kind is a subclass and a row of `LAYERS` in model.py.
 
@@ -34,6 +40,8 @@ class RecurrentLayer(nn.Module):
 
     locked: ClassVar[bool] = True  # whether one dropout mask serves all time steps of a batch
     summed: ClassVar[bool] = False  # whether the softmax is given the sum of all layers' outputs, not the last one
+    residual: ClassVar[bool] = False  # whether a layer is given the sum of all outputs before it, not the last one
+    normal_embedding: ClassVar[bool] = False  # whether fresh embeddings are normal of deviation 1/sqrt(E), not ±0.1
     options: ClassVar[tuple[str, ...]] = ()  # names of further settings that its constructor takes
     defaults: ClassVar[dict[str, float]] = {}  # settings of main.py whose defaults differ for this kind
 

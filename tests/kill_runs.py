@@ -103,6 +103,7 @@ ADAM = ["--when", 1, "--checkpoint_every", 3]
 TWO = ["--nonmono", 0, "--clip", 1, "--lr", 20, "--epochs", 3, "--bptt", 20]
 CASES = {
     "averaging": Case([*SHORT, *RUNS["averaging LSTM"], *EPOCHS, *AUTO]),
+    "two-tailed": Case([*SHORT, *RUNS["two-tailed LSTM"], *EPOCHS, *AUTO]),
     "Adam": Case([*SHORT, *RUNS["Adam QRNN"], *EPOCHS, "--epochs", 2, *ADAM, *AUTO]),
     "worsening": Case([*SHORT, *WORSENING, "--epochs", 2, *AUTO]),
     "warm start": Case([*SHORT, "--lr", 1, "--epochs", 2, *AUTO], prepare=copy_model("m.pt")),

@@ -101,20 +101,26 @@ def qrnn(x: Array, p: dict[str, Array]) -> Array:
     return forget_mult(torch.from_numpy(y))[0].numpy()
 
 
+def mogrify(x_t: Array, h: Array, p: dict[str, Array]) -> tuple[Array, Array]:
+    """(B, E) and (B, H) before all rounds -> after them."""
+    r = 0
+    while f"rounds.{r}.bias" in p:
+        own = f"rounds.{r}."
+        matrix = p[own + "weight"] if own + "weight" in p else p[own + "a"] @ p[own + "b"]
+        if r % 2 == 0:
+            x_t = 2 * sigmoid(h @ matrix + p[own + "bias"]) * x_t
+        else:
+            h = 2 * sigmoid(x_t @ matrix + p[own + "bias"]) * h
+        r += 1
+    return x_t, h
+
+
 def mogrifier(x: Array, p: dict[str, Array]) -> Array:
     """(T, B, E) -> (T, B, H); gates in the order i, f, g, o."""
     h = c = np.zeros((x.shape[1], p["weight_hh"].shape[1]))
     out = []
     for x_t in x:
-        r = 0
-        while f"rounds.{r}.bias" in p:
-            own = f"rounds.{r}."
-            matrix = p[own + "weight"] if own + "weight" in p else p[own + "a"] @ p[own + "b"]
-            if r % 2 == 0:
-                x_t = 2 * sigmoid(h @ matrix + p[own + "bias"]) * x_t
-            else:
-                h = 2 * sigmoid(x_t @ matrix + p[own + "bias"]) * h
-            r += 1
+        x_t, h = mogrify(x_t, h, p)
         i, f, g, o = np.split(x_t @ p["weight_ih"].T + h @ p["weight_hh"].T + p["bias"], 4, axis=1)
         c = sigmoid(f) * c + np.minimum(sigmoid(i), 1 - sigmoid(f)) * np.tanh(g)
         h = sigmoid(o) * np.tanh(c)
@@ -122,10 +128,38 @@ def mogrifier(x: Array, p: dict[str, Array]) -> Array:
     return np.stack(out)
 
 
+def rlstm(x: Array, p: dict[str, Array], mask: Array | float = 1.0) -> Array:
+    """(T, B, E) -> (T, B, H); rows in the order i, j, f, o; `mask`: of dropoutr, (B, H)."""
+    h = c = np.zeros((x.shape[1], p["weight_oc"].shape[1]))
+    w_ix, w_jx = np.split(p["weight_ih"], 2)
+    w_ih, w_jh, w_fh = np.split(p["weight_hh"], 3)
+    b_i, b_j, b_f, b_o = np.split(p["bias"], 4)
+    out = []
+    for x_t in x:
+        x_t, h = mogrify(x_t, mask * h, p)
+        i = sigmoid(x_t @ w_ix.T + h @ w_ih.T + b_i)
+        j = np.tanh(x_t @ w_jx.T + h @ w_jh.T + b_j)
+        f = sigmoid((i * j) @ p["weight_fu"].T + h @ w_fh.T + b_f)
+        c = f * c + np.minimum(i, 1 - f) * j
+        o = sigmoid((c * mask) @ p["weight_oc"].T + b_o)
+        h = o * np.tanh(c)
+        out.append(h)
+    return np.stack(out)
+
+
 # Each takes x (T, B, E) and the layer's parameters by their names in the file, without `_raw`; the state before is
 # zero.
-LAYERS = {"LSTM": lstm, "GRU": gru, "QRNN": qrnn, "Mogrifier": mogrifier}
-SUMMED = {"Mogrifier"}  # kinds whose softmax is given the sum of the outputs of all layers
+LAYERS = {"LSTM": lstm, "GRU": gru, "QRNN": qrnn, "Mogrifier": mogrifier, "rlstm": rlstm}
+SUMMED = {"Mogrifier", "rlstm"}  # kinds whose softmax is given the sum of the outputs of all layers
+
+
+RESIDUAL = {"rlstm"}  # kinds whose layers are given the sum of the outputs of all layers before
+
+
+def kind_of(args: dict[str, Any]) -> str:
+    """The row of `LAYERS` that a model's settings name."""
+    cell = args.get("cell", "lstm")
+    return args["model"] if cell == "lstm" else cell
 
 
 def layers(kind: str, model: dict[str, Array], words: Array) -> list[Array]:
@@ -136,6 +170,7 @@ def layers(kind: str, model: dict[str, Array], words: Array) -> list[Array]:
         own = {name.removeprefix(prefix): value for name, value in model.items() if name.startswith(prefix)}
         x = LAYERS[kind](x, own)
         outputs.append(x)
+        x = sum(outputs) if kind in RESIDUAL else x
     return [*outputs[:-1], sum(outputs)] if kind in SUMMED else outputs
 
 
@@ -175,7 +210,7 @@ def log_probs(
 def losses(saved: dict[str, Any], words: Array, targets: Array) -> Array:
     """-log p of targets (T, B), the words read being (T, B): (T, B), in nats."""
     model = saved["model"]
-    hiddens = layers(saved["args"]["model"], model, words)[-1]
+    hiddens = layers(kind_of(saved["args"]), model, words)[-1]
     weight = model.get("decoder.weight", model["encoder.weight"])
     logp = log_probs(
         weight,

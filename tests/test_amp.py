@@ -11,16 +11,16 @@ import torch.nn.functional as F
 from conftest import SMALL, load
 from runner import run_cli
 from torch import Tensor
-from toys import flags_of
+from toys import KINDS, flags_of
 
 from layers.recurrent import GatedLayer
-from model import LAYERS, LSTM
+from model import LSTM
 from mos import MixtureOfSoftmaxes
 from products import has_bf16
 from splitcross import SplitCrossEntropyLoss, linear_cross_entropy
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_mixed_precision_learns_what_float32_learns(trained, kind):
     """The validation loss after an epoch is that of float32 to the precision of eight bits.
 
@@ -34,7 +34,7 @@ def test_mixed_precision_learns_what_float32_learns(trained, kind):
         assert operator.ne(*steps) is (amp == "fp16" or has_bf16())
 
 
-@pytest.mark.parametrize(("kind", "amp"), [*((kind, "fp16") for kind in LAYERS), ("LSTM", "bf16")])
+@pytest.mark.parametrize(("kind", "amp"), [*((kind, "fp16") for kind in KINDS), ("LSTM", "bf16")])
 def test_runs_in_mixed_precision_resume_bit_for_bit(trained, corpus, tmp_path, kind, amp):
     """Stopped after five steps and resumed, weights and loss scale end where the whole run ends."""
     flags = (*flags_of(kind), "--amp", amp)
@@ -48,7 +48,7 @@ def test_runs_in_mixed_precision_resume_bit_for_bit(trained, corpus, tmp_path, k
     assert all(torch.equal(state["weights"][k], v) for k, v in whole.state["weights"].items())
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_state_in_half_precision_goes_on_in_float32(trained, tmp_path, kind):
     """What cuDNN's layers carry under --amp is half as wide; a run without it, or on a CPU, can take it up."""
     run = trained("--epochs", 2, "--max_steps", 5, *flags_of(kind))
@@ -126,10 +126,10 @@ def flatten(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-@pytest.mark.parametrize("kind", [kind for kind, layer in LAYERS.items() if issubclass(layer, GatedLayer)])
+@pytest.mark.parametrize("kind", [kind for kind, layer in KINDS.items() if issubclass(layer, GatedLayer)])
 def test_dropped_weights_lie_in_one_flat_buffer(flatten, kind):
     """Laid out once; a batch's matrix goes to its place, its gradient to the raw weights; no other moves."""
-    layer = LAYERS[kind](3, 5, wdrop=0.5, first=True)
+    layer = KINDS[kind](3, 5, wdrop=0.5, first=True)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
     before = {name: p.detach().clone() for name, p in layer.named_parameters()}

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import SMALL, load, read_log
 from torch import Tensor, nn
-from toys import MODELS, call, flags_of, make_model, make_text
+from toys import KINDS, MODELS, call, flags_of, make_model, make_text
 
 import dynamiceval
 import finetune
@@ -21,7 +21,7 @@ import generate
 import main
 import pointer
 import score
-from model import LAYERS, detach
+from model import detach
 from mos import sampled
 
 pytestmark = [
@@ -30,9 +30,10 @@ pytestmark = [
 ]
 GPU = "cuda"
 FLAGS = {  # of toys.MODELS, and of what else has code of its own on a GPU
-    **{kind: flags_of(kind) for kind in LAYERS},
+    **{kind: flags_of(kind) for kind in KINDS},
     **{"split softmax": ["--splits", 10, 30], "mixture": ["--n_experts", 3]},
     **{"samples": ["--samples", 2], "Adam": ["--optimizer", "adam", "--average", "--lr", 1e-2]},
+    **{"RAdam": ["--optimizer", "radam", "--average", "two-tailed", "--lr", 1e-2]},
 }
 ON_GPU = [*SMALL, "--device", GPU]
 # relative errors of losses and gradients; torch multiplies float32 matrices in TF32 inside cuDNN's layers
@@ -66,13 +67,13 @@ def test_loss_and_gradients_are_those_of_the_cpu(name, samples, precision):
         assert (x - expected).norm() <= PRECISIONS[precision] * expected.norm()
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
 def test_a_run_goes_on_where_it_was_stopped(kind, amp, corpus, tmp_path, monkeypatch, recwarn):
     """The generators, too, are resumed; to rounding, because some sums on a GPU come in any order. cuDNN has its
     weights in one piece: no warning says that they are copied at each call."""
     monkeypatch.chdir(tmp_path)
-    flags = [*FLAGS[kind], *(["--dropoutr", 0.1] if "dropoutr" in LAYERS[kind].options else [])]
+    flags = [*FLAGS[kind], *(["--dropoutr", 0.1] if "dropoutr" in KINDS[kind].options else [])]
     run = partial(call, main, "--data", corpus, *ON_GPU, *flags, "--amp", amp, "--epochs", 1)
     assert run("--save", "whole.pt") == 0
     assert run("--save", "m.pt", "--max_steps", 5) == 0
@@ -119,7 +120,7 @@ def numbers(table: str) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("name", ["LSTM", "split softmax", "mixture", "samples", "Adam"])
+@pytest.mark.parametrize("name", ["LSTM", "split softmax", "mixture", "samples", "Adam", "RAdam"])
 @pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
 def test_every_setting_trains(name, amp, corpus, tmp_path, monkeypatch):
     """Two epochs, and the model has learnt something: its loss lies below that of 41 words with equal odds."""

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import load
-from toys import LEVELS, MODELS, WORDS, call, error_line, file_limit, prepare_levels, save_model
+from toys import LEVELS, MODELS, WORDS, call, error_line, file_limit, names_of, prepare_levels, save_model
 
 import convert
 import export
@@ -29,12 +29,12 @@ from surprisal import Reader
 from utils import UserError
 
 NAMES = {
-    "README.md", "awd_lm.json", "config.json", "configuration_awd_lm.py", "generation_config.json", "model.safetensors",
-    "modeling_awd_lm.py", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json",
+    "README.md", "awd_lm.json", "config.json", "configuration_awd_lm.py", "generation_config.json", "layers_awd_lm.py",
+    "model.safetensors", "modeling_awd_lm.py", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json",
 }  # fmt: skip
 
 
-EXPORTED = {name: how for name, how in MODELS.items() if how.get("rnn_type", "LSTM") in export.KINDS}
+EXPORTED = {name: how for name, how in MODELS.items() if names_of(how.get("rnn_type", "LSTM"))["model"] in export.KINDS}
 
 
 def assert_same(found: Any, saved: Any) -> None:

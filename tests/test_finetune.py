@@ -80,12 +80,15 @@ def test_output_is_there_though_nothing_is_gained(base):
     assert all(torch.equal(found[name], tensor) for name, tensor in before.items())
 
 
-def test_it_has_a_course_of_its_own_whatever_trained_the_model(trained, tmp_path):
-    """Averaged SGD at 30: no setting of the training's optimizer and schedule is taken over."""
-    course = ["--optimizer", "adam", "--lr", 0.01, "--beta1", 0.5, "--when", 1, "--nonmono", 2, "--average"]
+@pytest.mark.parametrize("averaging", [["--nonmono", 2, "--average"], ["--average", "two-tailed"]], ids=["one", "two"])
+def test_it_has_a_course_of_its_own_whatever_trained_the_model(trained, tmp_path, averaging):
+    """Averaged SGD at 30, with one mean: no setting of the training's optimizer and schedule is taken over."""
+    course = ["--optimizer", "adam", "--lr", 0.01, "--beta1", 0.5, "--when", 1, *averaging]
     shutil.copy(trained("--epochs", 2, "--anneal", 1, *course).path, tmp_path / "m.pt")
     assert finetune(tmp_path, "--save", "m.pt", "--max_steps", 1).status == 0
-    args = load(tmp_path / "m.pt.state")["args"]
+    state = load(tmp_path / "m.pt.state")
+    args = state["args"]
+    assert state["mean"].keys() == {"count", "weights"}
     own = "epochs", "optimizer", "lr", "when", "anneal", "nonmono", "beta1", "average"
     assert {name: args[name] for name in own} == {name: DEFAULTS[name] for name in own} | {"lr": 30.0}
 

@@ -54,6 +54,7 @@ def test_defaults_are_those_of_the_contract():
 def test_the_rate_is_the_optimizers_own():
     """Without --lr: 30 for SGD, 1e-3 for Adam; a stored rate is that of the stored optimizer alone."""
     assert resolve_args({"optimizer": "adam"}, {}).lr == 1e-3
+    assert resolve_args({"optimizer": "radam"}, {}).lr == 1e-3
     assert resolve_args({"optimizer": "adam", "lr": 0.5}, {}).lr == 0.5
     sgd, adam = {"optimizer": "sgd", "lr": 20.0}, {"optimizer": "adam", "lr": 0.01}
     assert resolve_args({}, sgd).lr == 20.0
@@ -94,6 +95,25 @@ def test_a_switch_that_a_saved_run_had_on_can_be_turned_off():
         assert vars(resolve_args(parse(f"--no-{name}"), {name: True}))[name] is False
 
 
+def test_average_has_two_kinds():
+    """Alone it is the switch that it was, in older files too; a file with another value is refused."""
+    assert parse("--average", "--nonmono", 3) == {"average": True, "nonmono": 3}
+    assert parse("--average", "two-tailed") == {"average": "two-tailed"}
+    with pytest.raises(UserError, match="--average"):
+        parse("--average", "three-tailed")
+    for value in (True, False, "two-tailed"):
+        check_stored({"average": value}, "m.pt")
+        assert resolve_args({}, {"average": value}).average is value
+    for value in ("three-tailed", 1, None, ["two-tailed"]):
+        with pytest.raises(UserError, match="average"):
+            check_stored({"average": value}, "m.pt")
+    with pytest.raises(UserError, match="--average two-tailed: does not go with --no-average"):
+        resolve_args(parse("--average", "two-tailed", "--no-average"), {})
+    with pytest.raises(UserError, match="--nonmono 9: does nothing without averaging after a stall"):
+        resolve_args(parse("--average", "two-tailed", "--nonmono", 9), {})
+    assert resolve_args(parse("--no-average"), {"average": "two-tailed"}).average is False
+
+
 def test_what_only_main_has():
     """finetune.py has its own course: no optimizer, no rates by epoch, no other vocabulary."""
     assert parse("--when", 25, 35, "--splits", "--optimizer", "adam") == {
@@ -114,7 +134,7 @@ def test_the_help_names_every_flag_with_its_default(capsys, script):
         if flag.default and not isinstance(flag.default, bool | list):
             default = f"{flag.help} (default: {flag.default})"
             assert (default in told) == (script is main or not (flag.inherited and flag.stored))
-    assert "sgd 30, adam 0.001" in told
+    assert "sgd 30, adam 0.001, radam 0.001" in told
 
 
 @pytest.mark.parametrize("script", [pointer, dynamiceval, generate, score])
@@ -175,9 +195,13 @@ MOGRIFIER = ["--model", "Mogrifier", "--rounds", 0]
         ([], ["--rank", 4], ["--model", "Mogrifier"]),
         (MOGRIFIER, ["--rank", 4], ["--rounds", 2]),
         ([], ["--dropoutr", 0.1], ["--model", "Mogrifier"]),
+        ([], ["--cell", "rlstm"], ["--model", "Mogrifier"]),
+        ([], ["--chrono", 20.0], ["--model", "Mogrifier"]),
+        ([*MOGRIFIER, "--resume", "m.pt"], ["--chrono", 20.0], ["--resume", ""]),
         (MOGRIFIER, ["--wdrop", 0.5], ["--model", "LSTM", "--rounds", 5]),
         ([], ["--dropoutl", 0.2], ["--n_experts", 2]),
         ([], ["--beta1", 0.5], ["--optimizer", "adam"]),
+        ([], ["--beta1", 0.5], ["--optimizer", "radam"]),
         (["--optimizer", "adam"], ["--nonmono", 9], ["--average"]),
         (["--epochs", 9], ["--anneal", 9], ["--epochs", 10]),
     ],

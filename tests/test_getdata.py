@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from runner import WALL_S
 
+from corpus import fetch
 from corpus.corpora import CORPORA
 
 SCRIPT = Path(__file__).resolve().parent.parent / "getdata.sh"
@@ -369,12 +370,13 @@ def test_row_is_complete(name: str) -> None:
         files = [address.rpartition("/")[2] for address in addresses]
         assert all(files)
         assert len(set(files)) == len(files) > 0
-        assert all(address.startswith(("http://", "https://")) and " " not in address for address in addresses)
+        assert all(address.startswith(("http://", "https://", "hf:")) and " " not in address for address in addresses)
     assert set(row.checks) in (set(), {*SPLITS, "types"})
     for split in SPLITS if row.checks else ():
         tokens, digest = row.checks[split]
         assert tokens > 0
-        assert digest is None or (len(digest) == 64 and int(digest, 16))
+        kind, _, digits = (digest or "").rpartition(":")
+        assert digest is None or (len(digits) == {"": 64, "git": 40}[kind] and int(digits, 16))
 
 
 def test_files_of_torchnlp_in_the_folder_stay(tmp_path: Path, mirror: Mirror) -> None:
@@ -431,3 +433,78 @@ def test_pydocs_is_the_same_text_twice_and_shares_no_sentence(
     assert all(word == word.lower() for word in set(words["train"]) - {"N"})
     whole = {split: {line for line in text.splitlines() if "<unk>" not in line} for split, text in built.items()}
     assert not whole["train"] & (whole["valid"] | whole["test"])
+
+
+def test_wikitext_2_comes_as_plain_text_when_the_archive_is_gone(tmp_path: Path, mirror: Mirror) -> None:
+    """The second source, {train,valid,test}.txt; git's id of the training text is checked."""
+    mirror.files |= {f"{split}.txt": text.encode() for split, text in WORDS.items()}
+    (tmp_path / "copy").write_text(WORDS["train"])
+    command = ["git", "hash-object", "--no-filters", "copy"]
+    blob = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+    table = {"wikitext-2": known()}
+    table["wikitext-2"]["train"][1] = f"git:{blob}"
+    done = run(tmp_path, mirror.url, "wikitext-2", checks=table)
+    assert done.returncode == 0, done.stderr
+    assert texts(tmp_path, "wikitext-2") == WORDS
+    path = tmp_path / "data/wikitext-2/train.txt"
+    path.write_text(path.read_text().replace("cat", "dog", 1))
+    assert run(tmp_path, mirror.url, "--check", "wikitext-2", checks=table).returncode == 1
+
+
+def test_text8_is_spelled_by_characters(tmp_path: Path, mirror: Mirror) -> None:
+    """90, 5 and 5 of a hundred characters, a space written as `_`; one line without an end."""
+    text = (" anarchism originated as a term of abuse" * 25)[:1000]
+    mirror.files["text8.zip"] = zipped({"text8": text})
+    done = run(tmp_path, mirror.url, "text8", checks={"text8": {"train": [900, None], "test": [50, None]}})
+    assert done.returncode == 0, done.stderr
+    made = texts(tmp_path, "text8")
+    assert "".join(made[split].replace(" ", "") for split in SPLITS) == text.replace(" ", "_")
+    assert [len(made[split].split()) for split in SPLITS] == [900, 50, 50]
+
+
+class FakeHub:
+    """In the place of huggingface_hub and pyarrow: a dataset of rows, an empty one for a blank line."""
+
+    rows = ({"train": [" = A = \n", "", " the cat sat \n"], "validation": ["a b\n", ""], "test": ["", "c\n"]},)
+
+    def snapshot_download(self, dataset: str, repo_type: str, allow_patterns: str, local_dir: str) -> None:
+        assert (dataset, repo_type) == ("Salesforce/wikitext", "dataset")
+        folder = Path(local_dir, allow_patterns.removesuffix("/*.parquet"))
+        folder.mkdir(parents=True)
+        for split in self.rows[0]:
+            for part in range(2):
+                (folder / f"{split}-0000{part}-of-00002.parquet").touch()
+
+    def ParquetFile(self, path: Path) -> "FakeHub":  # noqa: N802
+        split, part = path.name.split("-")[:2]
+        rows = self.rows[0][split]
+        self.part = rows[:1] if part == "00000" else rows[1:]
+        return self
+
+    def iter_batches(self, columns: list[str]) -> list["FakeHub"]:
+        assert columns == ["text"]
+        return [self]
+
+    def column(self, name: str) -> "FakeHub":
+        return self
+
+    def to_pylist(self) -> list[str]:
+        return self.part
+
+
+def test_wikitext_comes_from_hugging_face_where_its_packages_are_installed(tmp_path, monkeypatch, capsys) -> None:
+    """Rows become lines, an empty row the blank line ` \\n` of the original; without the packages one line says so."""
+    row = CORPORA["wikitext-103"]
+    monkeypatch.setitem(CORPORA, "wikitext-103", row._replace(sources=row.sources[1:], checks={}))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("AWD_MIRROR", raising=False)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "huggingface_hub", None)
+        assert not fetch.get("wikitext-103")
+    assert "python -m pip install huggingface_hub pyarrow" in capsys.readouterr().err
+    hub = FakeHub()
+    for name in ("huggingface_hub", "pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, name, hub)
+    assert fetch.get("wikitext-103")
+    expected = {"train": " = A = \n \n the cat sat \n", "valid": "a b\n \n", "test": " \nc\n"}
+    assert texts(tmp_path, "wikitext-103") == expected

@@ -25,6 +25,8 @@ from model import build
 KINDS: dict[str, dict[str, Any]] = {
     **{kind: {"kind": kind} for kind in export.KINDS},
     "no rounds": {"kind": "Mogrifier", "rounds": 0},
+    "RLSTM": {"kind": "rlstm", "nlayers": 3},
+    "RLSTM without rounds": {"kind": "rlstm", "rounds": 0, "tied": False, "nlayers": 1},
     "full rank": {"kind": "Mogrifier", "rank": 0},
     "untied": {"kind": "QRNN", "tied": False, "nlayers": 3},
     "split": {"kind": "LSTM", "splits": [7, 20]},

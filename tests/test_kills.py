@@ -26,6 +26,7 @@ MOMENTS = {
         ["before replace:1", "after replace:1"],
         ["before save:2", "after replace:2", "before fsync:5"],
     ],
+    "two-tailed": [["after replace:2", "before save:2"], ["before save:4"]],
     "Adam": [["after replace:8", "before save:6"], ["before fsync:18", "after replace:3"]],
     "worsening": [["after replace:2"]],
     "warm start": [["before chmod:1"], ["after replace:1", "after replace:1"]],

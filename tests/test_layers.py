@@ -1,7 +1,7 @@
 """Every kind of layer computes its definition in reference.py and keeps the interface of layers/recurrent.py.
 
-The kinds are those of `LAYERS` in model.py. A new kind needs a row there and a definition in reference.py, and is then
-tested here like the others.
+The kinds are those of `LAYERS` and `CELLS` in model.py. A new kind needs a row there and a definition in reference.py,
+and is then tested here like the others.
 """
 
 import copy
@@ -13,20 +13,19 @@ import reference
 import torch
 from runner import ROOT
 from torch import Tensor
-from toys import draw, has_weight_drop, make_layer
+from toys import KINDS, draw, has_weight_drop, make_layer, names_of
 
 from harness.flags import resolve_args
 from layers.recurrent import RecurrentLayer
 from layers.weight_drop import drop_weight
-from model import LAYERS
 from utils import UserError
 
 E, H = 3, 4
 # T and B. Layers have separate code for short texts of a single column, for up to 64 columns, and for all others.
 SIZES = [(1, 1), (9, 1), (40, 1), (1, 3), (9, 3), (2, 70)]
-DROPPING = [kind for kind in LAYERS if has_weight_drop(kind)]
+DROPPING = [kind for kind in KINDS if has_weight_drop(kind)]
 
-each_kind = pytest.mark.parametrize("kind", LAYERS)
+each_kind = pytest.mark.parametrize("kind", KINDS)
 each_dropping_kind = pytest.mark.parametrize("kind", DROPPING)
 each_place = pytest.mark.parametrize("first", [True, False], ids=["first layer", "later layer"])
 
@@ -48,8 +47,9 @@ def definition(kind: str, weights: dict[str, Tensor], x: Tensor) -> Tensor:
 
 def test_every_kind_has_a_definition():
     """A kind without one cannot be tested: write it in tests/reference.py."""
-    assert set(reference.LAYERS) == set(LAYERS)
-    assert {kind for kind in LAYERS if LAYERS[kind].summed} == reference.SUMMED
+    assert set(reference.LAYERS) == set(KINDS)
+    assert {kind for kind in KINDS if KINDS[kind].summed} == reference.SUMMED
+    assert {kind for kind in KINDS if KINDS[kind].residual} == reference.RESIDUAL
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)], ids=str)
@@ -208,11 +208,12 @@ def test_weight_drop_survives_evaluation_and_steps(kind, first):
         assert not torch.equal(layer.eval()(x, layer.init_hidden(3))[0], before)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in LAYERS if kind not in DROPPING])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in DROPPING])
 def test_a_kind_without_weight_drop_refuses_it(kind):
     """It is an error that names the flag, not a setting that does nothing."""
-    with pytest.raises(UserError, match=rf"--wdrop 0\.5: .*{kind}"):
-        resolve_args({"model": kind, "wdrop": 0.5}, {})
+    names = names_of(kind)
+    with pytest.raises(UserError, match=rf"--wdrop 0\.5: .*{names['model']}"):
+        resolve_args({**names, "wdrop": 0.5}, {})
 
 
 def test_the_example_of_the_documentation_works(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import reference
 import torch
 from torch import Tensor
-from toys import NO_DROPOUT, dropouts_of, has_weight_drop, settings_of
+from toys import KINDS, NO_DROPOUT, dropouts_of, has_weight_drop, settings_of
 
 import utils
 from layers.weight_drop import LockedDropout, drop_weight
@@ -143,17 +143,29 @@ def test_initialisation(kind, wdrop, tied):
             assert_uniform(parameter, fan_in**-0.5)
 
 
+@pytest.mark.parametrize("kind", ["Mogrifier", "rlstm"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_initialisation_of_melis(kind, tied):
+    """Embedding and untied decoder are truncated normals of deviation 1/sqrt(width), cut off at two deviations."""
+    model, _ = build(settings_of(kind, emsize=40, nhid=40, tied=tied), 900)
+    for weight in (model.encoder.weight, model.decoder.weight):
+        assert weight.std().item() == pytest.approx(40**-0.5, rel=0.02)
+        assert weight.mean().item() == pytest.approx(0, abs=5 * 40**-0.5 / weight.numel() ** 0.5)
+        assert weight.abs().max().item() == pytest.approx(2 / 0.8796 * 40**-0.5, rel=0.01)
+    assert not model.decoder.bias.any()
+
+
 # What is built from settings
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_build_follows_the_settings(kind):
     """Kind, sizes and dropouts of the model; the criterion is as wide as the decoder."""
     for tied in (True, False):
         args = settings_of(kind, emsize=8, nhid=10, nlayers=3, tied=tied, splits=[5, 12]) | dropouts_of(kind)
         args |= {"dropout": 0.1, "dropouth": 0.2, "dropouti": 0.3, "dropoute": 0.4}
         model, criterion = build(args, V)
-        assert [type(layer) for layer in model.rnns] == [LAYERS[kind]] * 3
+        assert [type(layer) for layer in model.rnns] == [KINDS[kind]] * 3
         assert model.encoder.weight.shape == (V, 8)
         assert (model.drop_output.p, model.drop_between.p, model.drop_input.p, model.dropoute) == (0.1, 0.2, 0.3, 0.4)
         assert any(name.endswith("_raw") for name, _ in model.rnns.named_parameters()) == has_weight_drop(kind)
@@ -192,7 +204,7 @@ def test_settings_that_do_not_go_together_are_named(wrong, message):
 # Evaluation is the equations
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("nlayers", "tied"), [(1, True), (3, False)])
 def test_evaluation_is_the_reference(kind, nlayers, tied):
     """Nothing is dropped in evaluation: every layer's output is that of the float64 reference."""

@@ -1,13 +1,14 @@
-"""How the weights move: plain torch's steps, the mean of them, and the rule that switches it on."""
+"""How the weights move: torch's steps, the means of them, and the rule that switches NT-ASGD's on."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from model import RNNModel
-from optim import OPTIMIZERS, Mean, annealed, has_stalled, make_optimizer
+from optim import OPTIMIZERS, Mean, TwoTailedMean, annealed, has_stalled, make_optimizer
 from splitcross import SplitCrossEntropyLoss
 
 
@@ -76,6 +77,98 @@ def test_mean_and_descent_do_not_touch_each_other():
     assert mean.weights[0].encoder.weight.grad_fn is None
 
 
+# The two means
+
+
+class TwoTailedByHand:
+    """Algorithm 1 of Melis, arXiv 2209.12581, over a list of the weights after every step, in float64."""
+
+    def __init__(self) -> None:
+        self.all: list[Tensor] = []
+        self.long, self.short = 0, 0  # where in the list each of the means begins
+
+    def mean(self, begin: int) -> Tensor:
+        return torch.stack(self.all[begin:]).mean(0)
+
+    def validate(self, loss_of: Callable[[Tensor], float]) -> tuple[float, bool]:
+        """The long mean's loss after the comparison, and whether it has become the short one."""
+        loss = loss_of(self.mean(self.long))
+        if self.short == len(self.all) or loss_of(self.mean(self.short)) > loss:
+            return loss, False
+        self.long, self.short = self.short, len(self.all)
+        return loss_of(self.mean(self.long)), True
+
+
+def test_two_tailed_is_the_papers_algorithm():
+    """Over 400 steps to a goal that moves once, and about it; validations after any steps, and after no step at all."""
+    weights = nn.ModuleDict({"model": nn.Linear(3, 2, bias=False).double()})
+    mean, by_hand, goal = TwoTailedMean(weights), TwoTailedByHand(), torch.randn(2, 3, dtype=torch.float64)
+    evaluated: list[int] = []
+
+    def loss_of(found: nn.ModuleDict) -> float:
+        return (found["model"].weight - goal).pow(2).sum().item()
+
+    def loss_of_short(found: nn.ModuleDict) -> float:
+        assert found is mean.short.weights
+        evaluated.append(mean.short.count)
+        return loss_of(found)
+
+    def draw(std: float) -> Tensor:
+        return std * torch.randn(2, 3, dtype=torch.float64)
+
+    switched = []
+    for step in range(1, 401):
+        if step == 150:
+            goal.add_(1.0)
+        with torch.no_grad():
+            weights["model"].weight.lerp_(goal, 0.05).add_(draw(0.1))
+        mean.update(weights)
+        by_hand.all.append(weights["model"].weight.detach().clone())
+        for _ in range([0, 0, 0, 1, 1, 2][int(torch.randint(6, ()))]):
+            loss = mean.after_validation(loss_of(mean.weights), loss_of_short)
+            expected, did = by_hand.validate(lambda found: (found - goal).pow(2).sum().item())
+            assert loss == pytest.approx(expected, rel=1e-9)
+            assert loss == pytest.approx(loss_of(mean.weights), rel=1e-12), "it is that of the long mean as it is now"
+            switched.append(did)
+        assert (mean.count, mean.short.count) == (step - by_hand.long, step - by_hand.short)
+        torch.testing.assert_close(
+            mean.weights["model"].weight.detach(), by_hand.mean(by_hand.long), rtol=0, atol=1e-12
+        )
+        if mean.short.count:
+            found = mean.short.weights["model"].weight.detach()
+            torch.testing.assert_close(found, by_hand.mean(by_hand.short), rtol=0, atol=1e-12)
+    assert switched[0], "at first both are the same"
+    assert switched.count(True) > 3
+    assert switched.count(False) > 3
+    assert by_hand.long > 100, "the early weights are forgotten"
+    assert 0 not in evaluated, "an empty mean is not evaluated"
+    assert len(evaluated) < len(switched)
+
+
+def test_two_tailed_goes_on_from_its_state():
+    """Both means and both counts, under other names too, whether the short one is empty or not; to the bit."""
+    weights = make_weights()
+    mean, other = TwoTailedMean(weights), TwoTailedMean(make_weights(1))
+    for step in range(30):
+        move(weights)
+        mean.update(weights)
+        if step % 7 == 6:
+            mean.after_validation(1.0, lambda _: 1.0)  # equal is good enough
+            assert (mean.count, mean.short.count) == (7, 0)
+        state = copy.deepcopy(mean.state())
+        for part in (state, state["short"]):
+            part["weights"] = {f"old.{name}": tensor for name, tensor in part["weights"].items()}
+        other.restore(state, lambda found: {name.removeprefix("old."): tensor for name, tensor in found.items()})
+        assert (other.count, other.short.count) == (mean.count, mean.short.count)
+        move(weights)
+        for one in (mean, other):
+            one.update(weights)
+        for a, b in ((mean, other), (mean.short, other.short)):
+            assert all(torch.equal(*pair) for pair in zip(a.weights.parameters(), b.weights.parameters(), strict=True))
+            assert a.weights[0].decoder.weight is a.weights[0].encoder.weight
+        mean.restore(state, lambda found: {name.removeprefix("old."): tensor for name, tensor in found.items()})
+
+
 # The optimizers
 
 
@@ -111,15 +204,46 @@ def test_adam_is_the_papers():
         torch.testing.assert_close(parameter.detach().double(), value, rtol=0, atol=5e-6)
 
 
+@pytest.mark.parametrize("beta1", [0.9, 0.0])
+def test_radam_is_the_papers(beta1):
+    """Liu et al.'s algorithm 2, arXiv 1908.03265, with the decay as Adam has it, in float64 by hand.
+
+    The first steps are those of a mean gradient, as long as the variance of its rate is not known; the later ones are
+    rectified.
+    """
+    weights = make_weights()
+    optimizer = make_optimizer(list(weights.parameters()), "radam", lr=0.02, wdecay=0.01, beta1=beta1)
+    expected = [p.detach().double() for p in weights.parameters()]
+    m, v = ([torch.zeros_like(w) for w in expected] for _ in range(2))
+    longest, rectified = 2 / (1 - 0.999) - 1, []  # ρ_∞
+    for t in range(1, 13):
+        length = longest - 2 * t * 0.999**t / (1 - 0.999**t)  # ρ_t
+        rectified.append(length > 5)
+        for i, parameter in enumerate(weights.parameters()):
+            parameter.grad = torch.randn_like(parameter)
+            g = parameter.grad.double() + 0.01 * expected[i]
+            m[i], v[i] = beta1 * m[i] + (1 - beta1) * g, 0.999 * v[i] + 0.001 * g * g
+            step = m[i] / (1 - beta1**t)
+            if length > 5:
+                r = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
+                step = step * r**0.5 * (1 - 0.999**t) ** 0.5 / (v[i].sqrt() + 1e-8)
+            expected[i] = expected[i] - 0.02 * step
+        optimizer.step()
+    assert {True, False} == set(rectified)
+    for parameter, value in zip(weights.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.detach().double(), value, rtol=0, atol=5e-6)
+
+
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
 def test_every_row_of_the_table_is_an_optimizer(name):
-    """Of the row's class, with the rate given, one pass on the CPU; its state survives a round trip."""
+    """Of the row's class, with the rate given, all weights together; its state survives a round trip."""
     row = OPTIMIZERS[name]
     weights, twin = make_weights(), make_weights()
     optimizer = make_optimizer(list(weights.parameters()), name, lr=row.lr, wdecay=1e-6)
     assert type(optimizer) is row.kind
     (group,) = optimizer.param_groups
-    assert (group["lr"], group["weight_decay"], group["fused"]) == (row.lr, 1e-6, True)
+    assert (group["lr"], group["weight_decay"]) == (row.lr, 1e-6)
+    assert group["fused" if row.fused else "foreach"]
     assert len(group["params"]) == len(list(weights.parameters()))
     assert row.on_stall in ("average", "nothing")
     other = make_optimizer(list(twin.parameters()), name, lr=1.0, wdecay=0.0)
@@ -134,9 +258,10 @@ def test_every_row_of_the_table_is_an_optimizer(name):
 
 
 def test_the_papers_rates():
-    """SGD with 30, whose stall starts the averaging; Adam with 1e-3, whose stall starts nothing."""
-    assert OPTIMIZERS["sgd"] == (torch.optim.SGD, 30.0, "average", 0)
-    assert OPTIMIZERS["adam"] == (torch.optim.Adam, 1e-3, "nothing", 2)
+    """SGD with 30, whose stall starts the averaging; Adam and RAdam with 1e-3, whose stall starts nothing."""
+    assert OPTIMIZERS["sgd"] == (torch.optim.SGD, 30.0, "average", 0, True)
+    assert OPTIMIZERS["adam"] == (torch.optim.Adam, 1e-3, "nothing", 2, True)
+    assert OPTIMIZERS["radam"] == (torch.optim.RAdam, 1e-3, "nothing", 2, False)
 
 
 # The rule

@@ -17,18 +17,18 @@ import torch
 from conftest import SMALL, Trained, load, read_log, write_corpus
 from runner import ENVIRONMENT, ROOT, WALL_S, Result, Running, start
 from test_resume_cli import assert_same_end, differences, seen, without_clock
-from toys import NO_DROPOUT_FLAGS, flags_of
+from toys import KINDS, NO_DROPOUT_FLAGS, flags_of
 
 from harness.ranks import Ranks
-from model import LAYERS
 from utils import UserError
 
 EVERY = [*SMALL, "--save", "m.pt", "--log-interval", 1]  # a batch of 4 columns
 AVERAGING = ["--nonmono", 0, "--clip", 1, "--epochs", 4]
 RUNS = {  # the number of ranks and the flags
-    **{kind: [2, *flags_of(kind), "--epochs", 2] for kind in LAYERS},
+    **{kind: [2, *flags_of(kind), "--epochs", 2] for kind in KINDS},
     "averaging, split softmax": [2, *AVERAGING, "--splits", 6, 15],
     "averaging, shuffled mixture": [2, *AVERAGING, "--shuffle", "--n_experts", 3, "--nhidlast", 9, "--dropoutl", 0],
+    "two means": [2, "--average", "two-tailed", "--clip", 1, "--epochs", 4],
     "Adam, zero states": [
         *[3, "--batch_size", 6, "--drop_state", 0.3],
         *["--optimizer", "adam", "--lr", 0.01, "--epochs", 2],

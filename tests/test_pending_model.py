@@ -31,10 +31,11 @@ def written(monkeypatch, tmp_path):
     return names
 
 
-def test_the_end_of_a_run_writes_what_waits(trained, corpus, written, tmp_path):
+@pytest.mark.parametrize("averaging", [[], ["--average", "two-tailed"]], ids=["no mean", "two-tailed"])
+def test_the_end_of_a_run_writes_what_waits(trained, corpus, written, tmp_path, averaging):
     """A state before the first model, then the model before the state; both are those of a run that does not wait."""
-    whole = trained(*SLOW)
-    assert call(main, "--data", corpus, *SMALL, "--save", "m.pt", *SLOW) == 0
+    whole = trained(*SLOW, *averaging)
+    assert call(main, "--data", corpus, *SMALL, "--save", "m.pt", *SLOW, *averaging) == 0
     assert written == ["m.pt.state", "m.pt", "m.pt.state"]
     for name, expected in (("m.pt", whole.saved), ("m.pt.state", whole.state)):
         found = load(tmp_path / name)

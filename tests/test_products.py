@@ -6,11 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from toys import make_layer
+from toys import KINDS, make_layer
 
 import products
 from layers.qrnn import QRNN
-from model import LAYERS
 from products import add_product, linear, outer, product, use_onednn
 from splitcross import SplitCrossEntropyLoss
 
@@ -116,7 +115,7 @@ def test_other_dtypes_are_torchs_own(library):
     assert torch.equal(linear(x, weight.T, bias), F.linear(x, weight.T, bias))
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_layer_and_its_gradients_are_those_of_float64(library, kind):
     """In float32, for one column and for several: layers call `product` in their loops over time."""
     layer = make_layer(kind, K, 12, first=True).float()

@@ -14,7 +14,7 @@ import pytest
 import torch
 import toys
 from conftest import SMALL, Trained, load, read_log, write_corpus
-from runner import Result, run_cli, run_fresh, start
+from runner import Result, assert_refused, run_cli, run_fresh, start
 
 import main
 import train
@@ -28,9 +28,18 @@ RUNS = {
     "averaging split QRNN": ["--model", "QRNN", "--nonmono", 0, "--lr", 60, "--clip", 1, "--splits", 6, 15],
     "Adam QRNN": ["--model", "QRNN", "--optimizer", "adam", "--lr", 0.01, "--when", 1, "--untied"],
     "Adam GRU": ["--model", "GRU", "--optimizer", "adam", "--lr", 0.01, "--anneal", 1],
+    "RAdam LSTM": ["--optimizer", "radam", "--lr", 0.01, "--when", 1],
+    "two-tailed LSTM": ["--average", "two-tailed", "--lr", 20, "--clip", 1],
+    "two-tailed RAdam split QRNN": [
+        *["--model", "QRNN", "--splits", 6, 15, "--optimizer", "radam", "--lr", 0.3, "--average", "two-tailed"]
+    ],
     "shuffled mixture": ["--shuffle", "--n_experts", 2],
     "averaging Mogrifier, all that it draws": [
-        *[*toys.flags_of("Mogrifier"), "--optimizer", "adam", "--lr", 0.3, "--beta1", 0, "--average", "--nonmono", 0],
+        *[*toys.flags_of("Mogrifier"), "--optimizer", "adam", "--lr", 1, "--beta1", 0, "--average", "--nonmono", 0],
+        *["--drop_state", 0.3, "--dropoutr", 0.3, "--samples", 2],
+    ],
+    "Adam RLSTM, all that it draws": [
+        *[*toys.flags_of("rlstm"), "--optimizer", "adam", "--lr", 0.01, "--chrono", 20],
         *["--drop_state", 0.3, "--dropoutr", 0.3, "--samples", 2],
     ],
 }
@@ -116,12 +125,18 @@ def seen(epoch: int, batch: int):
 
 @cases(*RUNS)
 def test_runs_reach_what_they_are_for(case):
-    """All train in more than one epoch; those with --nonmono average from the middle on."""
+    """All train in more than one epoch; those with --nonmono average from the middle on, and two-tailed always.
+
+    Of two-tailed means, the short one takes the place of the long one after some validations, and not after all.
+    """
     flags, whole = case
     averaged = [entry["averaged"] for entry in whole.log("valid")]
     assert len(averaged) == 4
-    assert not averaged[0]
-    assert averaged[-1] == (whole.state["mean"] is not None) == ("--nonmono" in flags)
+    assert averaged[0] == ("two-tailed" in flags)
+    assert averaged[-1] == (whole.state["mean"] is not None) == ("--nonmono" in flags or averaged[0])
+    if averaged[0]:
+        mean = whole.state["mean"]
+        assert 0 < mean["short"]["count"] < mean["count"] < whole.state["at"]["step"]
 
 
 @cases(*RUNS)
@@ -152,6 +167,7 @@ def test_a_shuffled_run_stopped_about_the_end_of_an_epoch(trained, corpus, tmp_p
         *(("averaging LSTM", signal.SIGTERM, 3), ("Adam QRNN", signal.SIGTERM, 3)),
         *(("averaging split QRNN", signal.SIGINT, 3), ("Adam GRU", signal.SIGINT, 3)),
         *(("averaging LSTM", signal.SIGTERM, 1), ("averaging LSTM", signal.SIGINT, 1)),
+        *(("two-tailed LSTM", signal.SIGTERM, 3), ("two-tailed LSTM", signal.SIGINT, 1)),
     ],
     indirect=["case"],
 )
@@ -173,7 +189,7 @@ def test_stopped_by_a_signal(case, number, epoch, tmp_path):
     assert_same_end(tmp_path, resume(tmp_path), whole)
 
 
-@cases("averaging split QRNN", "Adam QRNN")
+@cases("averaging split QRNN", "Adam QRNN", "two-tailed RAdam split QRNN")
 def test_killed(case, tmp_path):
     """SIGKILL in the middle of an epoch: the last `--checkpoint_every` is where it goes on."""
     flags, whole = case
@@ -242,6 +258,71 @@ def test_stopped_during_the_validation_of_an_epoch(lstm, tmp_path, monkeypatch):
     assert_same_end(tmp_path, resume(tmp_path), lstm.whole)
     found = [entry["epoch"] for entry in read_log(tmp_path / "m.pt.log.jsonl") if entry["kind"] == "valid"]
     assert found == [1, 2, 3, 4]
+
+
+@cases("two-tailed LSTM")
+def test_stopped_while_the_short_mean_is_evaluated(case, tmp_path, monkeypatch):
+    """In the second epoch, the first one with two different means: nothing has been decided, and that is done once."""
+    evaluate, calls = train.evaluate, []
+
+    def stopped(*args: Any, **how: Any) -> float:
+        calls.append(args[0])
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return evaluate(*args, **how)
+
+    monkeypatch.setattr(train, "evaluate", stopped)
+    monkeypatch.chdir(tmp_path)
+    assert toys.call(main, *case.flags) == 143
+    assert calls[1] is not calls[2]
+    state = load(tmp_path / "m.pt.state")
+    assert (state["at"]["epoch"], len(state["at"]["history"])) == (2, 1)
+    assert 0 < state["mean"]["short"]["count"] < state["mean"]["count"]
+    assert_same_end(tmp_path, resume(tmp_path), case.whole)
+
+
+@pytest.mark.parametrize("first", ["averaging LSTM", "two-tailed LSTM"])
+def test_another_kind_of_averaging_begins_anew(make_case, tmp_path, first):
+    """The mean of the other kind is left behind, once, and the run says so; the raw weights go on as they are."""
+    flags, _ = make_case(RUNS[first])
+    assert run_cli(*flags, "--max_steps", 70, cwd=tmp_path).status == 0
+    before = load(tmp_path / "m.pt.state")
+    two_tailed = first == "averaging LSTM"
+    assert before["mean"] is not None
+    assert ("short" in before["mean"]) != two_tailed
+    result = resume(tmp_path, "--average", *(["two-tailed"] if two_tailed else []), "--max_steps", 72)
+    assert result.status == 0, result
+    what = "begins anew" if two_tailed else "ends"
+    assert result.err.endswith(f"warning: averaging {what}: the run goes on from the weights that are not averaged\n")
+    mean = load(tmp_path / "m.pt.state")["mean"]
+    counts = mean and (mean["count"], mean["short"]["count"])
+    assert counts == ((2, 2) if two_tailed else None)
+    result = resume(tmp_path, "--max_steps", 73)
+    assert (result.status, result.err) == (0, "")
+
+
+@cases("two-tailed LSTM")
+def test_a_state_whose_two_means_do_not_fit_is_refused(case, tmp_path):
+    """The short one is missing, is longer than the long one, or has other weights."""
+    assert run_cli(*case.flags, "--max_steps", 30, cwd=tmp_path).status == 0
+    path = tmp_path / "m.pt.state"
+    sound = load(path)
+    weights = sound["mean"]["short"]["weights"]
+    name = next(iter(weights))
+    for reason, short in (
+        ("is of another kind", None),
+        ("mean's count", {"count": sound["mean"]["count"] + 1, "weights": weights}),
+        ("mean's count", {"count": -1, "weights": weights}),
+        ("of other weights", {"count": 1, "weights": {}}),
+        (f"mean of {name}", {"count": 1, "weights": {**weights, name: weights[name][:1]}}),
+        (f"mean of {name}", {"count": 1, "weights": {**weights, name: weights[name] * torch.inf}}),
+    ):
+        mean = {key: value for key, value in sound["mean"].items() if key != "short"}
+        torch.save({**sound, "mean": mean | ({"short": short} if short else {})}, path)
+        if short:
+            assert_refused(resume(tmp_path), 2, "m.pt.state: a part of it does not fit this run", reason)
+        else:  # a state of the time before: two-tailed averaging begins now
+            assert "averaging begins anew" in resume(tmp_path, "--max_steps", 30).err
 
 
 @cases("averaging split QRNN")

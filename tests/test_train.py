@@ -15,7 +15,7 @@ import torch
 from conftest import load
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from toys import NO_DROPOUT, dropouts_of, settings_of
+from toys import KINDS, NO_DROPOUT, dropouts_of, settings_of
 
 import train
 from data import Corpus, VariableLengthSampler, get_batch, rotate_columns
@@ -23,9 +23,9 @@ from harness import files
 from harness.checkpoint import save_model, save_state
 from harness.flags import resolve_args
 from harness.ranks import Stop, Stopper
-from model import LAYERS, RNNModel, build, detach
+from model import RNNModel, build, detach
 from splitcross import SplitCrossEntropyLoss
-from train import Run, evaluate, train_step
+from train import Run, evaluate, train_step, validate
 
 V, BPTT, LR = 30, 12, 3.0
 
@@ -37,7 +37,7 @@ def make_run(tmp_path):
     def make(**settings: object) -> Run:
         ids = torch.randint(0, V, (2000,))
         corpus = Corpus([f"w{i}" for i in range(V)], ids, ids[:500], ids[:300], "a digest")
-        given = settings_of(settings.get("model", "LSTM"), emsize=8, nhid=10)
+        given = settings_of(settings.pop("model", "LSTM"), emsize=8, nhid=10)
         given |= {"batch_size": 4, "bptt": BPTT, "lr": LR}
         given |= {"alpha": 0.0, "beta": 0.0, "clip": 0.0, "wdecay": 0.0, "save": str(tmp_path / "m.pt")}
         args = resolve_args(given | NO_DROPOUT | settings, {})
@@ -95,7 +95,7 @@ def assert_same(run: Run, by_hand: ByHand) -> None:
         torch.testing.assert_close(found, other.detach(), rtol=1e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_activations_are_freed_during_the_backward_pass(make_run, monkeypatch, kind):
     """When the embedding's gradient is there, the last one, no layer's output is in memory any more."""
     run = make_run(model=kind, nlayers=3, dropouth=0.2, dropout=0.2, alpha=2.0, beta=1.0)
@@ -188,6 +188,46 @@ def test_averaging_is_the_mean_of_the_weights_after_each_step(make_run):
         assert not torch.allclose(mean, weights(run)[name], atol=1e-4)
 
 
+@pytest.mark.parametrize(("optimizer", "lr"), [("sgd", 1.0), ("adam", 0.05), ("radam", 0.5)])
+def test_two_tailed_from_the_first_step(make_run, optimizer, lr):
+    """Over a real text: the model is the long mean, its loss is what is told, the weights go their way without it.
+
+    The reference keeps the weights after every step.
+    """
+    settings = {"optimizer": optimizer, "lr": lr}
+    run = make_run(splits=[5, 12], average="two-tailed", **settings)
+    plain = make_run(splits=[5, 12], no_average=True, **settings)
+    run.parameters[0].data[0] += 1  # what was before the first step does not count
+    plain.weights.load_state_dict(run.weights.state_dict())
+    after, long, short, switched = [], 0, 0, []
+    judge, how = copy.deepcopy(run.weights).double(), (run.corpus.valid, BPTT, 10)
+
+    def loss_of(begin: int) -> float:
+        mean = {name: torch.stack([step[name] for step in after[begin:]]).mean(0) for name in after[0]}
+        with torch.no_grad():
+            for name, parameter in judge.named_parameters():
+                parameter.copy_(mean[name])
+        return evaluate(judge["model"], judge["criterion"], *how)
+
+    for number, batch in enumerate(draw_batches(40)):
+        train_step(run, *batch)
+        run.count_step(torch.zeros(()), len(batch[0]))
+        train_step(plain, *batch)
+        after.append({name: w.double() for name, w in weights(run).items()})
+        if number % 4 == 3:
+            before = loss_of(long)
+            if loss_of(short) <= before:
+                long, short = short, len(after)
+            switched.append(short == len(after))
+            assert validate(run, lambda: None) == pytest.approx(loss_of(long), abs=1e-5)
+            assert evaluate(*run.best_weights(), *how) == pytest.approx(loss_of(long), abs=1e-5)
+            run.model.train()
+    for parameter, other in zip(run.parameters, plain.parameters, strict=True):
+        assert torch.equal(parameter, other)
+    assert (run.mean.count, run.mean.short.count) == (len(after) - long, len(after) - short)
+    assert {True, False} == set(switched), switched
+
+
 class OverflowingScaler:
     """What fp16's scaler does when the gradients of the batches numbered `bad` overflow."""
 
@@ -247,7 +287,7 @@ def test_saved_model_is_the_mean(make_run):
 # Evaluation
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_evaluate_is_the_reference_whatever_bptt(kind):
     """The mean over the predicted tokens, each counted once, equals float64; `bptt` changes nothing."""
     args = settings_of(kind, emsize=8, nhid=10, splits=[5, 12]) | dropouts_of(kind)
@@ -276,7 +316,7 @@ def test_evaluate_touches_no_gradient_and_no_generator():
 # The saved file in code
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_saved_model_is_restored_to_evaluate(tmp_path, kind):
     """`load_model` and `to_evaluate` give model and criterion that evaluate as before, with nothing dropped."""
     vocab, path, ids = [f"w{i}" for i in range(V)], str(tmp_path / "m.pt"), torch.randint(0, V, (200,))
@@ -432,14 +472,30 @@ def test_a_mixture_is_trained_with_a_mask_per_column_on_its_latents(make_run, mo
     assert run.criterion.training
 
 
-@pytest.mark.parametrize(("drawn", "fresh"), [(0.2, True), (0.4, False)])
-def test_a_batch_starts_from_zero_as_often_as_drop_state_says(make_run, monkeypatch, drawn, fresh):
-    run, (batch,), seen = make_run(drop_state=0.3), draw_batches(1), []
-    run.hidden = [tuple(map(torch.ones_like, carried)) for carried in run.hidden]
+@pytest.mark.parametrize("kind", ["LSTM", "QRNN", "rlstm"])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_columns_start_from_zero_as_often_as_drop_state_says(make_run, kind, samples):
+    """Each column of the batch by itself; the copies of a column by --samples together, in all layers and tensors."""
+    run, (batch,), seen = make_run(model=kind, drop_state=0.3, samples=samples), draw_batches(1), []
     run.model.register_forward_pre_hook(lambda _, given: seen.append(given[1]))
-    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor(drawn))
+    for _ in range(200):
+        run.hidden = [tuple(map(torch.ones_like, carried)) for carried in run.hidden]
+        train_step(run, *batch)
+    expected = torch.rand(200, 4, generator=torch.Generator().manual_seed(run.args.seed)) >= 0.3
+    assert expected.all(1).any(), "else a batch without a draw is not tested"
+    for hidden, kept in zip(seen, expected, strict=True):
+        for tensor in (tensor for carried in hidden for tensor in carried):
+            assert torch.equal(tensor, kept.repeat_interleave(samples)[None, :, None].expand_as(tensor).float())
+
+
+def test_without_drop_state_nothing_is_drawn(make_run):
+    """The generator of batch lengths stays as it was, and the state that is carried is handed on as it is."""
+    run, (batch,), seen = make_run(drop_state=0.0), draw_batches(1), []
+    run.model.register_forward_pre_hook(lambda _, given: seen.append(given[1]))
+    before, hidden = run.length_generator.get_state(), run.hidden
     train_step(run, *batch)
-    assert all((tensor == (0 if fresh else 1)).all() for carried in seen[0] for tensor in carried)
+    assert torch.equal(run.length_generator.get_state(), before)
+    assert seen[0] is hidden
 
 
 def test_a_batch_of_one_row_has_no_temporal_regularisation(make_run):

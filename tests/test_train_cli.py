@@ -13,13 +13,13 @@ import reference
 import torch
 from conftest import SMALL, Trained, load, read_log
 from runner import run_cli, run_fresh
-from toys import call, flags_of
+from toys import KINDS, call, flags_of
 
 import finetune
 import main
 import pointer
 from harness.flags import DEFAULTS
-from model import LAYERS, build
+from model import build
 
 COMMANDS = """
 python -u main.py --epochs 50 --nlayers 3 --emsize 400 --nhid 1840 --alpha 0 --beta 0 --dropoute 0 --dropouth 0.1 --dropouti 0.1 --dropout 0.4 --wdrop 0.2 --wdecay 1.2e-6 --bptt 200 --batch_size 128 --optimizer adam --lr 1e-3 --data data/enwik8 --save ENWIK8.pt --when 25 35
@@ -43,7 +43,7 @@ CUT_LINE = re.compile(r"^\| in epoch +(?P<epoch>\d+), step (?P<step>\d+)" + TIME
 TEST_LINE = re.compile(r"^\| End of training \| test " + FIGURES.format("test "), re.M)
 # Every kind of layer, and every other output layer.
 MODELS = {
-    **{kind: flags_of(kind) for kind in LAYERS},
+    **{kind: flags_of(kind) for kind in KINDS},
     "split softmax": ["--splits", 6, 15, 30],
     "untied, split softmax": ["--model", "QRNN", "--untied", "--splits", 9],
     "untied, without weight drop": ["--model", "GRU", "--untied", "--wdrop", 0],

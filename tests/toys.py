@@ -19,7 +19,7 @@ from harness import files
 from harness.flags import DEFAULTS
 from harness.script import run_script
 from layers.recurrent import RecurrentLayer
-from model import DROPOUTS, LAYERS, Criterion, Hidden, RNNModel, build, detach
+from model import CELLS, DROPOUTS, LAYERS, Criterion, Hidden, RNNModel, build, detach
 
 LEVELS = ("word", "char", "subword")  # of prepare.py
 WORDS = ["<eos>", "<unk>", *(f"w{i}" for i in range(48))]
@@ -29,22 +29,29 @@ NO_DROPOUT_FLAGS = [word for name in ("", "h", "i", "e") for word in (f"--dropou
 
 # Every kind of layer. All is worked out from the attributes of its class, so a new kind needs no line here.
 
+# The choices of --model; then the choices of --cell that are not the default.
+KINDS: dict[str, type[RecurrentLayer]] = {**LAYERS, **{cell: kind for cell, kind in CELLS.items() if cell != "lstm"}}
 SMALL_OPTIONS = {"rounds": 3, "rank": 2}  # instead of the flags' defaults
 
 
 def options_of(kind: str) -> dict[str, Any]:
     """A value for each further setting that this kind of layer takes."""
-    return {name: SMALL_OPTIONS.get(name, DEFAULTS[name]) for name in LAYERS[kind].options}
+    return {name: SMALL_OPTIONS.get(name, DEFAULTS[name]) for name in KINDS[kind].options}
+
+
+def names_of(kind: str) -> dict[str, str]:
+    """The settings that name the kind: model, and cell where it is not the default."""
+    return {"model": kind} if kind in LAYERS else {"model": "Mogrifier", "cell": kind}
 
 
 def has_weight_drop(kind: str) -> bool:
-    return bool(LAYERS[kind].defaults.get("wdrop", DEFAULTS["wdrop"]))
+    return bool(KINDS[kind].defaults.get("wdrop", DEFAULTS["wdrop"]))
 
 
 def settings_of(kind: str, emsize: int = 12, nhid: int = 16, **more: Any) -> dict[str, Any]:
     """The settings that shape a toy model of this kind. Layers that are summed are as wide as the embedding."""
-    nhid = emsize if LAYERS[kind].summed else nhid
-    shape = {"model": kind, "emsize": emsize, "nhid": nhid, "nlayers": 2, "tied": True, "splits": []}
+    nhid = emsize if KINDS[kind].summed else nhid
+    shape = {**names_of(kind), "emsize": emsize, "nhid": nhid, "nlayers": 2, "tied": True, "splits": []}
     return shape | options_of(kind) | more
 
 
@@ -56,13 +63,13 @@ def dropouts_of(kind: str, p: float = 0.5) -> dict[str, float]:
 
 def flags_of(kind: str) -> list[object]:
     """The same as flags, to be given after conftest.SMALL."""
-    given = {"model": kind} | ({"nhid": 8} if LAYERS[kind].summed else {}) | options_of(kind)
+    given = names_of(kind) | ({"nhid": 8} if KINDS[kind].summed else {}) | options_of(kind)
     return [word for name, value in given.items() for word in (f"--{name}", value)]
 
 
 def make_layer(kind: str, inputs: int, outputs: int, first: bool, wdrop: float = 0.0, **more: Any) -> RecurrentLayer:
     """A layer in float64, its weights large enough for gates to move."""
-    layer = LAYERS[kind](inputs, outputs, wdrop, first=first, **options_of(kind) | more).double()
+    layer = KINDS[kind](inputs, outputs, wdrop, first=first, **options_of(kind) | more).double()
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.5)
     return layer
@@ -76,7 +83,7 @@ def draw(*size: int) -> Tensor:
 # Models
 
 # Arguments of `make_model`: every kind of layer with one softmax, every other output layer with an LSTM.
-MODELS: dict[str, dict[str, Any]] = {kind: {"rnn_type": kind} for kind in LAYERS}
+MODELS: dict[str, dict[str, Any]] = {kind: {"rnn_type": kind} for kind in KINDS}
 MODELS |= {"split softmax": {"splits": (7, 20)}, "mixture": {"n_experts": 3}}
 every_model = pytest.mark.parametrize("how", MODELS.values(), ids=MODELS)
 

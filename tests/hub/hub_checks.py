@@ -47,6 +47,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "Mogrifier": {"kind": "Mogrifier"},
     "Mogrifier of full rank": {"kind": "Mogrifier", "rank": 0},
     "Mogrifier without rounds": {"kind": "Mogrifier", "rounds": 0},
+    "RLSTM": {"kind": "rlstm", "nlayers": 3},
+    "RLSTM without rounds": {"kind": "rlstm", "rounds": 0},
     "split": {"kind": "LSTM", "splits": [7, 20]},
     "split untied": {"kind": "GRU", "splits": [7, 20], "tied": False},
     "mixture": {"kind": "LSTM", "n_experts": 3},
