@@ -53,7 +53,7 @@ __device__ inline u16 to_half(float x) {
 // Memory that other blocks write to or read from. `relaxed` loads and stores pass by this processor's own cache.
 __device__ inline uint2 load_shared_by_all(const uint2* from) {
   uint2 x;
-  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0,%1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(from));
+  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0,%1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(from) : "memory");
   return x;
 }
 __device__ inline void store_shared_by_all(u16* to, u16 x) {
@@ -307,6 +307,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   }
 }
 
+// The nearest number in the range of half precision. NaN stays NaN, as it would not with fminf.
+__device__ inline float bounded(float x) { return x > 65504.f ? 65504.f : x < -65504.f ? -65504.f : x; }
+
 // A power of two that brings numbers up to `largest` below 32: half precision goes on to 65504.
 __device__ inline float power_of_two_for(float largest) {
   const int exponent = 127 + 5 + 126 - (int)(__float_as_uint(largest) >> 23 & 255);
@@ -345,8 +348,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       UNROLL(g, GATES) {
         d_gates[((t * B + cell.b) * GATES + g) * H + cell.unit] = d_y[g];
         if (g == GATES - 1) d_y[g] *= last_factor;
-        const float bounded = fminf(fmaxf(d_y[g] * up, -65504.f), 65504.f);
-        store_shared_by_all(passed_on + place(16 * UNIT_TILES * g + cell.unit, cell.b), to_half(bounded));
+        store_shared_by_all(passed_on + place(16 * UNIT_TILES * g + cell.unit, cell.b), to_half(bounded(d_y[g] * up)));
       }
       if (CELL == GRU) inner[t * B * H + cell.at] = d_y[GATES - 1];
     }

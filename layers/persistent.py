@@ -5,7 +5,7 @@ the last. cuDNN reads them again in every step at widths such as 1150. `choose_s
 GPU, and which layers are served.
 
 Only training uses the kernels. Weight drop is part of them: they read the raw matrix and the mask, and no dropped copy
-is made. Everything can be captured in a CUDA graph: nothing is read from the device, and the kernels are compiled and
+is kept. Everything can be captured in a CUDA graph: nothing is read from the device, and the kernels are compiled and
 loaded by the first call, which is never captured (harness/graphs.py).
 
 Shapes: T time, B batch, E input features, H hidden, G gates.
@@ -245,10 +245,14 @@ class Recurrence(torch.autograd.Function):
 
 
 def draw_keep(weight: Tensor, p: float) -> tuple[Tensor | None, float]:
-    """The mask of weight drop with probability p, True where an element is kept, and the factor of those elements."""
+    """The mask of weight drop with probability p, True where an element is kept, and the factor of those elements.
+
+    On CUDA `F.dropout` draws its mask by the same function. So a run draws the same masks with and without the kernels.
+    """
     if p == 0:
         return None, 1.0
-    return torch.empty_like(weight, dtype=torch.bool).bernoulli_(1 - p), 1 / (1 - p)
+    _, keep = torch.native_dropout(weight.detach(), p, True)
+    return keep, 1 / (1 - p)
 
 
 def gated(

@@ -12,11 +12,10 @@ from layers.persistent import choose_sizes
 
 COMPILED = [  # cell, H, B, GPU; docs/gpu.md has the table of all of them
     *(("LSTM", 1150, 20, name) for name in ("A100", "H100", "B200", "RTX 5090")),
-    *(("LSTM", 1150, 80, name) for name in ("H100", "RTX 5090")),
-    *(("MELIS", 951, 64, name) for name in ("A100", "H100", "B200", "RTX 5090")),
-    ("LSTM", 400, 80, "H100"),
+    ("LSTM", 1150, 80, "H100"),
+    ("MELIS", 951, 64, "H100"),
+    ("MELIS", 951, 64, "RTX 5090"),
     ("GRU", 1150, 20, "H100"),
-    ("GRU", 1150, 20, "RTX 5090"),
 ]
 
 
