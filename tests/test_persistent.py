@@ -286,7 +286,7 @@ def test_the_order_of_threads_changes_no_bit(cell, stand_in):
 
 
 WAIT = "    while (arrived(count) < n * gridDim.x) {\n    }\n"
-CHUNK_READ = "      if (chunk + 1 < CHUNKS) __syncthreads();  // the partial sums have been read\n"
+READ, SYNC = "      if (chunk + 1 < CHUNKS) __syncthreads();", "      __syncthreads();\n"
 WRONG = {  # what is wrong with a text: what is replaced, by what
     "blocks do not wait": (WAIT, ""),
     "a block does not wait before it arrives": (
@@ -294,8 +294,13 @@ WRONG = {  # what is wrong with a text: what is replaced, by what
         "  if (threadIdx.x == 0) {\n",
     ),
     "a block does not wait after the others": ("    }\n  }\n  __syncthreads();\n}", "    }\n  }\n}"),
-    "sums are read too early": ("chunk, partial);\n      __syncthreads();\n", "chunk, partial);\n"),
-    "sums are overwritten too early": (CHUNK_READ, ""),
+    "sums are read too early, forward": (f"(w, received, chunk, partial);\n{SYNC}", "(w, received, chunk, partial);\n"),
+    "sums are read too early, backward": (
+        f"(w, passed_on, chunk, partial);\n{SYNC}",
+        "(w, passed_on, chunk, partial);\n",
+    ),
+    "sums are overwritten too early, forward": (f"= y[j][g];\n      }}\n{READ}", "= y[j][g];\n      }\n"),
+    "sums are overwritten too early, backward": (f": 0.f);\n      }}\n{READ}", ": 0.f);\n      }\n"),
     "one half of the exchange, forward": ("(t + 1) % 2 * S::EXCHANGE", "t % 2 * S::EXCHANGE"),
     "one half of the exchange, backward": ("passed_on = exchange + t % 2 * S::EXCHANGE", "passed_on = exchange"),
     "the mask of weight drop": ("keep && !keep[i] ? 0.f : raw", "raw"),
@@ -307,7 +312,7 @@ WRONG = {  # what is wrong with a text: what is replaced, by what
 def test_a_wrong_text_is_noticed(wrong, stand_in):
     """Each barrier is needed, and the test above notices when one is missing."""
     old, new = WRONG[wrong]
-    assert old in stand_in.text
+    assert stand_in.text.count(old) == 1
     stand_in.text, stand_in.processors = stand_in.text.replace(old, new), 4
     inputs = random_inputs("LSTM", 50, 27, 4, True)
     for stand_in.order in range(1, 9):

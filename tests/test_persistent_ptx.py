@@ -12,8 +12,6 @@ from layers.persistent import choose_sizes
 
 COMPILED = [  # cell, H, B, GPU; docs/gpu.md has the table of all of them
     *(("LSTM", 1150, 20, name) for name in ("A100", "H100", "B200", "RTX 5090")),
-    ("LSTM", 1150, 80, "H100"),
-    ("MELIS", 951, 64, "H100"),
     ("MELIS", 951, 64, "RTX 5090"),
     ("GRU", 1150, 20, "H100"),
 ]
