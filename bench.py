@@ -43,7 +43,7 @@ from typing import Any
 import torch
 
 from benchmarks import timed
-from benchmarks.fastest import fastest
+from benchmarks.fastest import choices, fastest
 from benchmarks.peers import check_fastai, fits_fastai
 from benchmarks.work import SETTINGS, VARIANTS, Work, others, ours, setting
 from corpus.files import find_files
@@ -214,7 +214,8 @@ def profile(name: str, tiny: bool, device: torch.device) -> str:
 def step_with(name: str, tiny: bool, device: torch.device, flags: str) -> Work:
     """A step of ours with these flags of main.py."""
     use_tf32()
-    return ours(name, tiny, device, graphs="--graphs" in flags, padded="--padded" in flags)
+    graphs, padded, persistent = (flag in flags for flag in ("--graphs", "--padded", "--persistent"))
+    return ours(name, tiny, device, graphs=graphs, padded=padded, persistent=persistent)
 
 
 def parse_args() -> Namespace:
@@ -229,7 +230,7 @@ def parse_args() -> Namespace:
     add("--json", default=None, help="also write all raw times to this file")
     add("--peers", action="store_true", default=False, help="also fastai's AWD_LSTM, version 2.8.12")
     add("--profile", choices=SETTINGS, default=None, help="only profile one step of ours")
-    add("--fastest", choices=SETTINGS, default=None, help="only print which of --graphs and --padded are fastest")
+    add("--fastest", choices=SETTINGS, default=None, help="only print the fastest of --graphs, --padded, --persistent")
     add("--tiny", action="store_true", default=False, help="toy sizes: does it run?")
     return parser.parse_args()
 
@@ -244,7 +245,9 @@ def main() -> None:
         return
     if args.fastest:
         device = pick_device("auto")
-        print(fastest(partial(step_with, args.fastest, args.tiny, device), device) if device.type == "cuda" else "")
+        flags = choices(setting(args.fastest, args.tiny)[1].model)
+        make_step = partial(step_with, args.fastest, args.tiny, device)
+        print(fastest(make_step, flags, device) if device.type == "cuda" else "")
         return
     if args.peers:
         check_fastai()

@@ -1,4 +1,4 @@
-"""Which of --graphs and --padded make a training step fastest, among those that give the losses of the plain step."""
+"""Which of --graphs, --padded and --persistent make a training step fastest, if it has the losses of the plain step."""
 
 import sys
 from collections.abc import Callable
@@ -9,20 +9,26 @@ import torch
 from benchmarks import timed
 from benchmarks.work import Work
 
-CHOICES = ("", "--padded", "--graphs", "--graphs --padded")
 COMPARED, TIMED = 20, 50  # steps; in the first ones nothing has had time to drift apart
 TOLERANCE = 0.02  # of a loss: products of other widths are rounded differently, in TF32
 
 
-def fastest(make_work: Callable[[str], Work], device: torch.device) -> str:
+def choices(model: str) -> tuple[str, ...]:
+    """The flags to try for a kind of model: --padded is for the QRNN, --persistent for the others."""
+    other = "--padded" if model == "QRNN" else "--persistent"
+    return "", other, "--graphs", f"--graphs {other}"
+
+
+def fastest(make_work: Callable[[str], Work], flags: tuple[str, ...], device: torch.device) -> str:
     """The choice with the shortest step; what was measured goes to stderr.
 
     Args:
         make_work: the training step with these flags; each one starts from the same weights and draws the same masks.
+        flags: the choices, without flags first.
     """
     expected: list[float] = []
     times_ms: dict[str, float] = {}
-    for choice in CHOICES:
+    for choice in flags:
         losses, ms = measure(make_work(choice), device)
         expected = expected or losses
         apart = max(abs(loss / right - 1) for loss, right in zip(losses, expected, strict=True))

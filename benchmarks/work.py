@@ -93,11 +93,12 @@ def make_run(ntoken: int, args: Namespace, device: torch.device) -> Run:
 
 
 def ours(
-    name: str, tiny: bool, device: torch.device, amp: str = "none", graphs: bool = False, padded: bool = False
+    name: str, tiny: bool, device: torch.device, amp: str = "none", graphs: bool = False, padded: bool = False,
+    persistent: bool = False,
 ) -> Work:  # fmt: skip
     keep_freed_memory()
     ntoken, args = setting(name, tiny)
-    args.amp, args.graphs, args.padded = amp, graphs, padded
+    args.amp, args.graphs, args.padded, args.persistent = amp, graphs, padded, persistent
     run, batches = make_run(ntoken, args, device), training_batches(ntoken, args, device)
     run.model.train()
     run.criterion.train()

@@ -116,6 +116,8 @@ FLAGS: dict[str, list[Flag]] = {
              "length of batch (one process, without fp16 and --splits)", **NOT_STORED),
         Flag("--padded", TOGGLE, False, "on a GPU, fill up the widths of a QRNN's products to whole 16 bytes by zeros; "
              "changes no value", **NOT_STORED),
+        Flag("--persistent", TOGGLE, False, "on a GPU, train each LSTM or GRU layer, and each of Melis's LSTM, by one "
+             "kernel launch per direction that keeps the recurrent weights in registers", **NOT_STORED),
         Flag("--save", {}, None, "file of the model; finetune.py starts from it; .state (to resume) and .log.jsonl are "
              "written beside it (default: a time stamp; in finetune.py PTB.pt)", **NOT_STORED),
         Flag("--resume", {}, "", "go on from this model and its .state, or without a .state start from the model; "

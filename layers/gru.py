@@ -81,7 +81,7 @@ class GRUScan(torch.autograd.Function):
 class GRU(GatedLayer):
     """Rows of the weights: reset, update, new gate."""
 
-    gates, state_tensors, cudnn_mode = 3, 1, 3
+    cell, gates, state_tensors, cudnn_mode = "GRU", 3, 1, 3
 
     @staticmethod
     def kernel(x: Tensor, hidden: Hidden, weights: list[Tensor], training: bool) -> tuple[Tensor, Hidden]:

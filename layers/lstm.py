@@ -67,7 +67,7 @@ class ShortLSTM(torch.autograd.Function):
 class LSTM(GatedLayer):
     """Rows of the weights: input, forget, cell, output gate."""
 
-    gates, state_tensors, cudnn_mode = 4, 2, 2
+    cell, gates, state_tensors, cudnn_mode = "LSTM", 4, 2, 2
 
     @staticmethod
     def kernel(x: Tensor, hidden: Hidden, weights: list[Tensor], training: bool) -> tuple[Tensor, Hidden]:

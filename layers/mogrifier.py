@@ -22,6 +22,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from layers import persistent
 from layers.recurrent import Hidden, RecurrentLayer, truncated_normal_
 from products import add_product, product
 
@@ -279,6 +280,11 @@ class Mogrifier(RecurrentLayer):
         rounds = [tensor for round in self.rounds for tensor in cast(RoundWeights, round).tensors]
         with torch.autocast(x.device.type, enabled=False):  # rounding errors would add up from step to step
             h, c = (tensor[0].to(self.bias.dtype) for tensor in hidden)
-            full = self.rank == 0
-            out, c = self.scan.apply(x.to(self.bias.dtype), h, c, mask, full, *self.cell_tensors, *rounds)
+            x, kernels = x.to(self.bias.dtype), None
+            if self.persistent and self.training and self.scan is MogrifierScan and not self.rounds:
+                kernels = persistent.pick_kernels("MELIS", x, self.weight_hh)
+            if kernels:
+                out, c = persistent.melis(kernels, x, h, c, mask, self.cell_tensors)
+            else:
+                out, c = self.scan.apply(x, h, c, mask, self.rank == 0, *self.cell_tensors, *rounds)
         return out, (out[-1:].clone(), c[None])

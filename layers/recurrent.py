@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from layers import persistent
 from layers.weight_drop import drop_weight
 
 # What a layer carries from one batch to the next, each tensor (1, B, ·): LSTM and Mogrifier (h, c), GRU (h,),
@@ -46,6 +47,7 @@ class RecurrentLayer(nn.Module):
 
     hidden_size: int
     padded: bool = False  # fill up widths to whole 16 bytes, which a GPU multiplies faster; other kinds ignore it
+    persistent: bool = False  # train with the kernels of persistent.cu, on a CUDA device; other kinds ignore it
 
     @abstractmethod
     def reset_parameters(self) -> None:
@@ -83,6 +85,7 @@ class GatedLayer(RecurrentLayer):
     bias_ih_l0, bias_hh_l0 (G·H,).
     """
 
+    cell: ClassVar[str]  # its name in persistent.py
     gates: ClassVar[int]  # G
     state_tensors: ClassVar[int]  # tensors carried from batch to batch
     cudnn_mode: ClassVar[int]  # cuDNN's number for this kind of layer
@@ -109,7 +112,11 @@ class GatedLayer(RecurrentLayer):
         """As `forward`; weights: input, recurrent, and their biases."""
 
     def flat(self, weight_hh: Tensor) -> Tensor:
-        """The recurrent matrix, copied to its place between the other weights in cuDNN's flat buffer.
+        """The recurrent matrix, copied to its place between the other weights in cuDNN's flat buffer."""
+        return WriteInto.apply(weight_hh, self.make_flat(weight_hh).detach())
+
+    def make_flat(self, weight_hh: Tensor) -> Tensor:
+        """The recurrent matrix's place in cuDNN's flat buffer.
 
         cuDNN reads its weights from one buffer. If they lie elsewhere, as a dropped matrix does, torch copies all of
         them into a new buffer at every call, and warns. So the buffer is made once, the parameters are moved into it as
@@ -123,12 +130,18 @@ class GatedLayer(RecurrentLayer):
             sizes = self.weight_ih_l0.size(1), self.cudnn_mode, self.hidden_size
             with torch.no_grad():  # 4 tensors per layer; no projection, 1 layer, time first, one direction
                 torch._cudnn_rnn_flatten_weight(weights, 4, *sizes, 0, 1, False, False)
-        return WriteInto.apply(weight_hh, self.slot.detach())
+        return self.slot
 
     def forward(self, x: Tensor, hidden: Hidden) -> tuple[Tensor, Hidden]:
         raw = self.get_parameter(self.recurrent_name)
+        by_cudnn = x.device.type == "cuda" and torch.backends.cudnn.is_acceptable(raw)
+        if by_cudnn:  # before anything else: it moves the parameters, which a CUDA graph then has to find in place
+            self.make_flat(raw)
+        weights: list[Tensor] = [self.weight_ih_l0, raw, self.bias_ih_l0, self.bias_hh_l0]
+        if self.persistent and self.training and (kernels := persistent.pick_kernels(self.cell, x, raw)):
+            return persistent.gated(kernels, x, hidden, weights, self.wdrop)
         weight_hh = drop_weight(raw, self.wdrop, self.training)
-        if x.device.type == "cuda" and torch.backends.cudnn.is_acceptable(raw):
+        if by_cudnn:
             weight_hh = self.flat(weight_hh)
         weights = [self.weight_ih_l0, weight_hh, self.bias_ih_l0, self.bias_hh_l0]
         autocast = torch.is_autocast_enabled(x.device.type)

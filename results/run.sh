@@ -8,7 +8,7 @@
 #     results/run.sh ptb-qrnn; results/run.sh ptb-qrnn-tuned   # a published run, on a GPU
 #     results/run.sh ptb-qrnn --tiny # at toy sizes: does it run?
 #
-# A published run first picks those of --graphs and --padded that give the same losses as without them and are fastest.
+# A published run first picks those of --graphs, --padded and --persistent that keep the losses and are fastest.
 # If an earlier log of it is known, it is compared with that log after a few epochs, and ends if it is far away.
 # Models and logs go to runs/, which git ignores.
 set -euo pipefail

@@ -68,6 +68,31 @@ def forget_mult(y: torch.Tensor, c0: torch.Tensor | None = None) -> tuple[torch.
     return torch.stack(out), c
 
 
+def recurrence(
+    cell: str, y: torch.Tensor, h: torch.Tensor, c: torch.Tensor | None, weight: torch.Tensor,
+    bias: torch.Tensor | float = 0.0, mask: torch.Tensor | float = 1.0, product: Any = lambda h, weight: h @ weight.T,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """All steps of a cell ("LSTM", "GRU", "MELIS") from W·x + b -> out (T, B, H) and the last c.
+
+    y: (T, B, G·H); h, c: (B, H), the state before; weight: (G·H, H), bias: (G·H,), both of the recurrent product;
+    mask: (B, H), multiplied into h before each step. In torch, because tests need its gradients too.
+    """
+    out = []
+    for y_t in y:
+        u = product(h * mask, weight) + bias
+        if cell == "GRU":
+            (yr, yz, yn), (ur, uz, un) = y_t.chunk(3, dim=1), u.chunk(3, dim=1)
+            z = torch.sigmoid(yz + uz)
+            h = (1 - z) * torch.tanh(yn + torch.sigmoid(yr + ur) * un) + z * h
+        else:
+            i, f, g, o = (y_t + u).chunk(4, dim=1)
+            i, f, o = torch.sigmoid(i), torch.sigmoid(f), torch.sigmoid(o)
+            c = f * c + (torch.minimum(i, 1 - f) if cell == "MELIS" else i) * torch.tanh(g)
+            h = o * torch.tanh(c)
+        out.append(h)
+    return torch.stack(out), c
+
+
 def qrnn(x: Array, p: dict[str, Array]) -> Array:
     """(T, B, E) -> (T, B, H); rows z, f, o; a weight of 2E columns looks at x_t and x_{t-1}."""
     before = np.concatenate([np.zeros_like(x[:1]), x[:-1]])

@@ -243,14 +243,25 @@ def test_the_fastest_flags_are_among_those_that_give_the_same_losses(ms, losses,
     """On a GPU; here the times and losses are given."""
     monkeypatch.setattr(fastest, "timed", lambda work, device: (work.ms, None))
     steps = {}
-    for choice, step_ms, loss in zip(fastest.CHOICES, ms, losses, strict=True):
+    flags = fastest.choices("QRNN")
+    for choice, step_ms, loss in zip(flags, ms, losses, strict=True):
         steps[choice] = lambda loss=loss: loss
         steps[choice].ms = step_ms
-    assert fastest.fastest(steps.__getitem__, CPU) == expected
+    assert fastest.fastest(steps.__getitem__, flags, CPU) == expected
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 4
     wrong = [abs(loss - 5) > 0.1 or loss != loss for loss in losses]
     assert ["not the same steps" in line for line in lines] == wrong
+
+
+def test_each_choice_of_flags_is_a_step_with_them(monkeypatch):
+    """--persistent is tried for an LSTM, and reaches the run."""
+    assert fastest.choices("LSTM") == ("", "--persistent", "--graphs", "--graphs --persistent")
+    given = []
+    monkeypatch.setattr(bench, "ours", lambda *_, **flags: given.append([name for name in flags if flags[name]]))
+    for choice in fastest.choices("LSTM"):
+        bench.step_with("ptb-lstm", True, CPU, choice)
+    assert given == [[], ["persistent"], ["graphs"], ["graphs", "persistent"]]
 
 
 def test_without_a_gpu_no_flag_is_fastest(capsys):

@@ -24,7 +24,7 @@ import reference
 import torch
 from test_qrnn import TOLERANCE, assert_are_the_references, each_dtype, random_inputs, results
 
-from layers import qrnn, qrnn_cuda
+from layers import nvrtc, qrnn, qrnn_cuda
 from layers.qrnn import forget_mult
 
 HERE = Path(__file__).parent
@@ -73,7 +73,7 @@ class StandIn:
     def get_function(self, name: str):
         return functools.partial(self.call, name)
 
-    def call(self, name, grid, block, args, shared_mem=0, stream=None):
+    def call(self, name, grid, block, args, shared_mem=0, stream=None, enable_cooperative_groups=False):
         """As cupy.cuda.function.Function: grid and block tuples of int, arguments numpy scalars by value."""
         assert all(type(n) is int for n in (*grid, *block, shared_mem))
         assert len(grid) == len(block) == 1
@@ -104,7 +104,7 @@ def stand_in(library, monkeypatch) -> StandIn:
     monkeypatch.setattr(torch.cuda, "device", stand_in.device)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: f"torch's stream of {index}")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    monkeypatch.setattr(qrnn_cuda, "compile_ptx", lambda architecture: architecture.encode())
+    monkeypatch.setattr(nvrtc, "compile_ptx", lambda source, architecture, options: architecture.encode())
     monkeypatch.setattr(qrnn, "pick_kernels", lambda x: qrnn_cuda)
     forget_caches()
     yield stand_in
@@ -112,7 +112,7 @@ def stand_in(library, monkeypatch) -> StandIn:
 
 
 def forget_caches() -> None:
-    for cached in (qrnn_cuda.load_module, qrnn_cuda.find_kernel, qrnn_cuda.available, qrnn_cuda.warn_once):
+    for cached in (nvrtc.load_module, nvrtc.find_kernel, qrnn_cuda.available, nvrtc.warn_once):
         cached.cache_clear()
 
 
@@ -193,7 +193,8 @@ def test_strided_inputs_are_made_contiguous(stand_in):
 @pytest.mark.parametrize(("lanes", "blocks"), [(1, 1), (128, 1), (129, 2), (31_000, 243), (2**40, 2**33)])
 def test_a_launch_covers_all_lanes_on_torchs_stream_and_device(stand_in, monkeypatch, lanes, blocks):
     """Grid, block, stream, and the device of the tensor current while launching, for a second GPU as well."""
-    monkeypatch.setattr(stand_in, "call", lambda name, *a, stream: seen.append((name, *a, stream, stand_in.current)))
+    launched = lambda name, *a, stream, **_: seen.append((name, *a, stream, stand_in.current))  # noqa: E731
+    monkeypatch.setattr(stand_in, "call", launched)
     for index in (0, 1):
         seen = []
         like = SimpleNamespace(device=torch.device("cuda", index), dtype=torch.float16)
@@ -226,8 +227,8 @@ def test_the_stand_in_notices_wrong_arguments(stand_in, arguments):
 def test_a_module_per_device_and_a_compilation_per_architecture(stand_in, monkeypatch):
     """Three GPUs, two of a kind: three modules, each loaded on its device, two compilations."""
     compiled = []
-    compile_ptx = functools.cache(lambda architecture: compiled.append(architecture) or architecture.encode())
-    monkeypatch.setattr(qrnn_cuda, "compile_ptx", compile_ptx)
+    compile_ptx = functools.cache(lambda _, name, options: compiled.append(name) or name.encode())
+    monkeypatch.setattr(nvrtc, "compile_ptx", compile_ptx)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(8, 0), (12, 0), (8, 0)][index])
     for index in (0, 1, 2, 0, 1, 2):
         assert qrnn_cuda.available(index)
@@ -239,7 +240,7 @@ def test_a_module_per_device_and_a_compilation_per_architecture(stand_in, monkey
 def test_without_the_packages_one_warning_names_the_command(monkeypatch, missing):
     """A CUDA tensor then takes the scan; the warning comes once per process, two devices or not."""
     forget_caches()
-    qrnn_cuda.compile_ptx.cache_clear()
+    nvrtc.compile_ptx.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace())
     monkeypatch.setitem(sys.modules, missing, None)  # importing it raises ImportError
@@ -256,7 +257,7 @@ def test_without_the_packages_one_warning_names_the_command(monkeypatch, missing
 
 def test_a_driver_that_fails_leaves_the_scan(stand_in, monkeypatch):
     """Whatever NVRTC or the driver raises becomes the warning's reason."""
-    monkeypatch.setattr(qrnn_cuda, "compile_ptx", lambda architecture: 1 / 0)
+    monkeypatch.setattr(nvrtc, "compile_ptx", lambda *_: 1 / 0)
     with pytest.warns(RuntimeWarning, match="division by zero"):
         assert not qrnn_cuda.available(0)
 
@@ -294,14 +295,14 @@ def check_ptx(ptx: bytes, architecture: int, folder: Path) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_nvrtc_compiles_the_kernels(architecture, tmp_path):
     """NVRTC through pynvrtc, as at run time, for the architectures in use."""
-    check_ptx(qrnn_cuda.compile_ptx(f"compute_{architecture}"), architecture, tmp_path)
+    check_ptx(nvrtc.compile_ptx(qrnn_cuda.SOURCE, f"compute_{architecture}"), architecture, tmp_path)
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc on the PATH (NVRTC compiles the same text)")
 @pytest.mark.parametrize("architecture", [ARCHITECTURES[0], ARCHITECTURES[-1]])
 def test_nvcc_compiles_the_kernels(architecture, tmp_path):
     """nvcc on the same text with the same options."""
-    command = ["nvcc", "-ptx", f"-arch=compute_{architecture}", *qrnn_cuda.OPTIONS, str(qrnn_cuda.SOURCE)]
+    command = ["nvcc", "-ptx", f"-arch=compute_{architecture}", *nvrtc.OPTIONS, str(qrnn_cuda.SOURCE)]
     subprocess.run([*command, "-o", str(tmp_path / "nvcc.ptx")], check=True, capture_output=True)
     check_ptx((tmp_path / "nvcc.ptx").read_bytes(), architecture, tmp_path)
 
