@@ -76,12 +76,16 @@ def use_onednn(a: Tensor, b: Tensor) -> bool:
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """a·b + bias: (N, K), (K, M), (M,) or None -> (N, M); `out`: memory that the result may be written to.
+    """a·b + bias: (N, K), (K, M), (M,) or None -> (N, M); `out`: memory that the result may be written to if it fits.
 
-    A float32 bias is added to a product in half precision in float32, without rounding: the result is float32.
+    a is converted to b's dtype. A float32 bias is added to a product in half precision in float32,
+    without rounding: the result is float32.
     """
+    a = a.to(b.dtype)
+    if out is not None and out.dtype != b.dtype:
+        out = None
     if bias is not None and bias.dtype != a.dtype:
-        return product(a, b, out=out).to(bias.dtype).add_(bias)  # adding tensors of two dtypes is slower
+        return product(a, b).to(bias.dtype).add_(bias)  # adding tensors of two dtypes is slower
     if use_onednn(a, b):
         return torch.ops.mkldnn._linear_pointwise(a, b.T, bias, "none", [], "")
     return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
@@ -89,7 +93,7 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None:
     """total += a·b, in place and in `total`'s precision; `first`: total = a·b."""
-    if a.dtype == total.dtype and not use_onednn(a, b):
+    if b.dtype == total.dtype and not use_onednn(a, b):
         torch.addmm(total, a, b, beta=0 if first else 1, out=total)
     elif first:
         total.copy_(product(a, b))

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from layers import persistent
 from layers.recurrent import Hidden, RecurrentLayer, truncated_normal_
-from products import add_product, product
+from products import add_product, exact_or_bf16, product
 
 
 class Round(NamedTuple):
@@ -92,7 +92,7 @@ def gate_step_backward(
 
 def over_steps(left: Tensor, right: Tensor) -> Tensor:
     """The gradient of a weight, summed over all steps by one product: (T, B, n), (T, B, m) -> (n, m)."""
-    return product(left.flatten(0, 1).T, right.flatten(0, 1))
+    return product(left.flatten(0, 1).T, right.flatten(0, 1).to(left.dtype))
 
 
 def round_gradients(
@@ -178,10 +178,11 @@ class MogrifierScan(torch.autograd.Function):
                     [d_sum[t] for d_sum in d_sums], [d_u[t] for d_u in d_inner],
                 )  # fmt: skip
             d_h = d_h if mask is None else d_h * mask
+        factors = d_gates.to(weight_ih.dtype)
         if not rounds:
-            d_x = product(d_gates.flatten(0, 1), weight_ih, out=d_x.flatten(0, 1)).view_as(x)
+            d_x = product(factors.flatten(0, 1), weight_ih, out=d_x.flatten(0, 1)).view_as(x)
         xs, hs = before_rounds(x, before, sigmas)
-        d_weights = [over_steps(d_gates, xs[-1]), over_steps(d_gates, hs[-1]), d_gates.sum((0, 1))]
+        d_weights = [over_steps(factors, xs[-1]), over_steps(factors, hs[-1]), d_gates.sum((0, 1))]
         d_weights += round_gradients(xs, hs, inner, d_sums, d_inner)
         return d_x, d_h, d_c, None, None, *d_weights
 
@@ -278,7 +279,9 @@ class Mogrifier(RecurrentLayer):
         if self.training and self.dropoutr:
             mask = torch.empty_like(hidden[0][0]).bernoulli_(1 - self.dropoutr).div_(1 - self.dropoutr)  # (B, H)
         rounds = [tensor for round in self.rounds for tensor in cast(RoundWeights, round).tensors]
-        with torch.autocast(x.device.type, enabled=False):  # rounding errors would add up from step to step
+        on_cpu = x.device.type == "cpu" and not rounds
+        factors = exact_or_bf16(self.bias) if on_cpu else self.bias.dtype
+        with torch.autocast(x.device.type, enabled=False):  # rounding errors of c would add up from step to step
             h, c = (tensor[0].to(self.bias.dtype) for tensor in hidden)
             x, kernels = x.to(self.bias.dtype), None
             if self.persistent and self.training and self.scan is MogrifierScan and not self.rounds:
@@ -286,5 +289,6 @@ class Mogrifier(RecurrentLayer):
             if kernels:
                 out, c = persistent.melis(kernels, x, h, c, mask, self.cell_tensors)
             else:
-                out, c = self.scan.apply(x, h, c, mask, self.rank == 0, *self.cell_tensors, *rounds)
+                cell = [tensor.to(factors) if tensor.dim() == 2 else tensor for tensor in self.cell_tensors]
+                out, c = self.scan.apply(x, h, c, mask, self.rank == 0, *cell, *rounds)
         return out, (out[-1:].clone(), c[None])

@@ -50,7 +50,7 @@ class RLSTMScan(torch.autograd.Function):
         opened, cells, out = (x.new_empty(T, B, H) for _ in range(3))  # opened: o
         sigmas = [x.new_empty(T, B, len(round.bias)) for round in rounds]
         inner = [x.new_empty(T, B, len(round.b)) for round in rounds if not full]  # source · A
-        gates[:, :, 2 * H :] = bias[2 * H : 3 * H]
+        gates[:, :, 2 * H :], opened[:] = bias[2 * H : 3 * H], bias[3 * H :]
         if not rounds:  # W·x of all steps in one product
             gates[:, :, : 2 * H] = product(x.flatten(0, 1), weight_ih.T, bias[: 2 * H]).view(T, B, -1)
         for t in range(T):
@@ -65,7 +65,9 @@ class RLSTMScan(torch.autograd.Function):
             add_product(f, i * j, weight_fu.T)
             f.sigmoid_()
             c = torch.mul(f, c, out=cells[t]).addcmul_(torch.minimum(i, 1 - f), j)
-            o = torch.addmm(bias[3 * H :], c if mask is None else c * mask, weight_oc.T, out=opened[t]).sigmoid_()
+            o = opened[t]
+            add_product(o, c if mask is None else c * mask, weight_oc.T)
+            o.sigmoid_()
             h = torch.mul(o, c.tanh(), out=out[t])
         ctx.save_for_backward(x, *first, mask, gates, opened, cells, out, *sigmas, *inner, *weights)
         ctx.full, ctx.rounds = full, len(rounds)
@@ -107,12 +109,16 @@ class RLSTMScan(torch.autograd.Function):
                     [d_sum[t] for d_sum in d_sums], [d_u[t] for d_u in d_inner],
                 )  # fmt: skip
             d_h = d_h if mask is None else d_h * mask
-        d_ij, d_f = d_gates.split([2 * H, H], 2)
+        factors = d_gates.to(weight_ih.dtype)
+        d_ij, d_f = factors.split([2 * H, H], 2)
         if not rounds:
             d_x = product(d_ij.flatten(0, 1), weight_ih, out=d_x.flatten(0, 1)).view_as(x)
         xs, hs = before_rounds(x, before, sigmas)
-        d_weights = [over_steps(d_ij, xs[-1]), over_steps(d_gates, hs[-1])]
-        d_weights += [over_steps(d_f, gates[:, :, :H] * gates[:, :, H : 2 * H]), over_steps(d_opened, read)]
+        d_weights = [over_steps(d_ij, xs[-1]), over_steps(factors, hs[-1])]
+        d_weights += [
+            over_steps(d_f, gates[:, :, :H] * gates[:, :, H : 2 * H]),
+            over_steps(d_opened.to(weight_oc.dtype), read),
+        ]
         d_weights += [torch.cat([d_gates.sum((0, 1)), d_opened.sum((0, 1))])]
         return d_x, d_h, d_c, None, None, *d_weights, *round_gradients(xs, hs, inner, d_sums, d_inner)
 

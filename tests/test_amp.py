@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from conftest import SMALL, load
 from runner import run_cli
 from torch import Tensor
-from toys import KINDS, flags_of
+from toys import KINDS, flags_of, options_of
 
+from layers.mogrifier import Mogrifier
 from layers.recurrent import GatedLayer
 from model import LSTM
 from mos import MixtureOfSoftmaxes
@@ -101,6 +102,42 @@ def test_the_bias_is_not_rounded_to_half_precision(how):
     torch.testing.assert_close(
         torch.autograd.grad(loss, bias)[0].double(), torch.autograd.grad(wanted, exact)[0], rtol=1e-4, atol=1e-6
     )
+
+
+def run_layer(layer: Mogrifier, x: Tensor, amp: bool) -> list[Tensor]:
+    """The output (T, B, H), c after the last step, and the gradients of x and all weights."""
+    x = x.detach().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        out, (_, c) = layer(x, layer.init_hidden(x.size(1)))
+    wanted = [x, *layer.parameters()]
+    factors = torch.linspace(-1, 1, out.size(2), dtype=out.dtype)
+    return [out, c, *torch.autograd.grad((out * factors).sum(), wanted)]
+
+
+@pytest.mark.parametrize("kind", ["Mogrifier", "rlstm"])
+@pytest.mark.parametrize("T", [2, 30, 600])
+def test_melis_cells_in_bfloat16_are_float64s_to_eight_bits(kind, T):
+    """However long the text is: the products' factors are rounded, the state is not."""
+    torch.manual_seed(0)
+    layer = KINDS[kind](24, 32, 0.0, first=True, **options_of(kind) | {"rounds": 0}).double()
+    layer.reset_parameters()
+    x = torch.randn(T, 3, 24).double()
+    exact = run_layer(layer, x, amp=False)
+    found = run_layer(layer.float(), x.float(), amp=True)
+    for a, b in zip(found, exact, strict=True):
+        assert a.dtype == torch.float32
+        assert 1e-5 < ((a - b).norm() / b.norm()).item() < 2e-2
+
+
+@pytest.mark.parametrize(("kind", "amp"), [("Mogrifier", torch.bfloat16), ("rlstm", torch.float16)])
+def test_other_cells_of_mogrifiers_stay_in_float32(kind, amp):
+    """With rounds, whose errors would multiply, and in float16, whose range is too small."""
+    layer = KINDS[kind](24, 32, 0.0, first=True, rounds=2 if amp == torch.bfloat16 else 0)
+    layer.reset_parameters()
+    x, state = torch.randn(6, 3, 24), layer.init_hidden(3)
+    exact, _ = layer(x, state)
+    with torch.autocast("cpu", amp):
+        assert torch.equal(layer(x, state)[0], exact)
 
 
 @pytest.fixture
