@@ -11,8 +11,8 @@ Per step, with x and h after their dropouts:
 Shapes: T time, B batch, E the layer's input features, H hidden, R rounds, K rank of A·B.
 
 The loop over time is one autograd function, without graph nodes per step. It keeps the results of products and
-sigmoids, and c; the backward pass calculates other elementwise results again. The gradient of a weight is one product
-over all steps.
+sigmoids, and c. The backward pass first differentiates the gates of all steps, a block of steps at a time; then its
+loop only multiplies. The gradient of a weight is one product over all steps.
 """
 
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from layers import persistent
-from layers.recurrent import Hidden, RecurrentLayer, truncated_normal_
-from products import add_product, exact_or_bf16, product
+from layers.recurrent import Hidden, RecurrentLayer, blocks_of_steps, truncated_normal_
+from products import add_product, exact_or_bf16, over_steps, product
 
 
 class Round(NamedTuple):
@@ -42,57 +42,54 @@ def take_rounds(weights: Sequence[Tensor], full: bool) -> list[Round]:
     return [Round(None, b=part[0], bias=part[1]) if full else Round(*part) for part in parts]
 
 
-def gate(x: Tensor, sigma: Tensor) -> Tensor:
-    """2σ ⊙ x."""
-    return (x * sigma).mul_(2)
-
-
 def gate_step(
-    rounds: list[Round], x: Tensor, h: Tensor, sigmas: Sequence[Tensor], inner: Sequence[Tensor]
+    rounds: list[Round], x: Tensor, h: Tensor, factors: Sequence[Tensor], inner: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """All rounds of one step: x (B, E) and h (B, H) before -> after.
 
-    Writes what the backward pass needs: `sigmas` (B, to) and, of low-rank rounds, `inner` (B, K), source · A.
+    Writes what the backward pass needs: `factors` (B, to), 2σ, and of low-rank rounds `inner` (B, K), source · A.
     """
     for r, (a, b, bias) in enumerate(rounds):
         source = x if r % 2 else h
         source = source if a is None else torch.mm(source, a, out=inner[r])
-        sigma = torch.addmm(bias, source, b, out=sigmas[r]).sigmoid_()
-        x, h = (x, gate(h, sigma)) if r % 2 else (gate(x, sigma), h)
+        factor = torch.addmm(bias, source, b, out=factors[r]).sigmoid_().mul_(2)
+        x, h = (x, h * factor) if r % 2 else (x * factor, h)
     return x, h
 
 
-def before_rounds(x: Tensor, h: Tensor, sigmas: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """x and h before every round and after the last one: R + 1 of each."""
+def before_rounds(x: Tensor, h: Tensor, factors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """x and h of all steps before every round and after the last one: R + 1 of each."""
     xs, hs = [x], [h]
-    for r, sigma in enumerate(sigmas):
-        xs.append(xs[-1] if r % 2 else gate(xs[-1], sigma))
-        hs.append(gate(hs[-1], sigma) if r % 2 else hs[-1])
+    for r, factor in enumerate(factors):
+        xs.append(xs[-1] if r % 2 else xs[-1] * factor)
+        hs.append(hs[-1] * factor if r % 2 else hs[-1])
     return xs, hs
 
 
-def gate_step_backward(
-    rounds: list[Round], x: Tensor, h: Tensor, sigmas: list[Tensor], d_x: Tensor, d_h: Tensor,
-    d_sums: Sequence[Tensor], d_inner: Sequence[Tensor],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradients of x and h after all rounds of one step -> before them; x and h are those before.
+def differentiate_rounds(xs: list[Tensor], hs: list[Tensor], factors: list[Tensor]) -> list[Tensor]:
+    """The derivatives of every round's result with respect to its pre-activation, of all steps: (T, B, to)."""
+    derivatives = [torch.empty_like(factor) for factor in factors]
+    for r, (factor, derivative) in enumerate(zip(factors, derivatives, strict=True)):
+        for value, y, d in blocks_of_steps((hs if r % 2 else xs)[r], factor, derivative):
+            torch.mul(value * y, 1 - y / 2, out=d)
+    return derivatives
 
-    Writes the gradients that the weights' need: `d_sums` (B, to) of the rounds' pre-activations, `d_inner` (B, K).
+
+def gate_step_backward(
+    rounds: list[Round], factors: list[Tensor], d_x: Tensor, d_h: Tensor, d_sums: list[Tensor], d_inner: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and h after all rounds of one step -> before them.
+
+    `d_sums` (B, to): the derivatives of `differentiate_rounds`, which become the gradients of the pre-activations.
+    Writes `d_inner` (B, K), the gradients of source · A.
     """
-    xs, hs = before_rounds(x, h, sigmas)
     for r in reversed(range(len(rounds))):
-        sigma, value, d = sigmas[r], (hs if r % 2 else xs)[r], d_h if r % 2 else d_x
-        d_sum = torch.mul((d * value).mul_(2), sigma * (1 - sigma), out=d_sums[r])
-        a, b, _ = rounds[r]
+        d = d_h if r % 2 else d_x
+        d_sum, (a, b, _) = d_sums[r].mul_(d), rounds[r]
         d_source = d_sum @ b.T if a is None else torch.mm(d_sum, b.T, out=d_inner[r]) @ a.T
-        d_gated = gate(d, sigma)
+        d_gated = d * factors[r]
         d_x, d_h = (d_x + d_source, d_gated) if r % 2 else (d_gated, d_h + d_source)
     return d_x, d_h
-
-
-def over_steps(left: Tensor, right: Tensor) -> Tensor:
-    """The gradient of a weight, summed over all steps by one product: (T, B, n), (T, B, m) -> (n, m)."""
-    return product(left.flatten(0, 1).T, right.flatten(0, 1).to(left.dtype))
 
 
 def round_gradients(
@@ -123,16 +120,17 @@ class MogrifierScan(torch.autograd.Function):
         ctx: Any, x: Tensor, h: Tensor, c: Tensor, mask: Tensor | None, full: bool, *weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         (T, B, _), H, (weight_ih, weight_hh, bias) = x.shape, h.size(1), weights[:3]
-        rounds, first = take_rounds(weights[3:], full), (h, c)
-        gates, cells, out = (x.new_empty(T, B, size) for size in (4 * H, H, H))
-        sigmas = [x.new_empty(T, B, len(round.bias)) for round in rounds]
+        rounds, first = take_rounds(weights[3:], full), h
+        gates, cells, out = x.new_empty(T, B, 4 * H), x.new_empty(T + 1, B, H), x.new_empty(T, B, H)
+        cells[0] = c
+        factors = [x.new_empty(T, B, len(round.bias)) for round in rounds]  # 2σ
         inner = [x.new_empty(T, B, len(round.b)) for round in rounds if not full]  # source · A
         if not rounds:  # W·x of all steps in one product
             gates = product(x.flatten(0, 1), weight_ih.T, bias, out=gates.view(T * B, -1)).view_as(gates)
         for t in range(T):
             h = h if mask is None else h * mask
             if rounds:
-                x_t, h = gate_step(rounds, x[t], h, [sigma[t] for sigma in sigmas], [u[t] for u in inner])
+                x_t, h = gate_step(rounds, x[t], h, [factor[t] for factor in factors], [u[t] for u in inner])
                 torch.addmm(bias, x_t, weight_ih.T, out=gates[t])
             y = gates[t]
             add_product(y, h, weight_hh.T)
@@ -140,9 +138,9 @@ class MogrifierScan(torch.autograd.Function):
             y[:, 2 * H : 3 * H].tanh_()
             y[:, 3 * H :].sigmoid_()
             i, f, g, o = y.chunk(4, 1)
-            c = torch.mul(f, c, out=cells[t]).addcmul_(torch.minimum(i, 1 - f), g)
+            c = torch.mul(f, c, out=cells[t + 1]).addcmul_(torch.minimum(i, 1 - f), g)
             h = torch.mul(o, c.tanh(), out=out[t])
-        ctx.save_for_backward(x, *first, mask, gates, cells, out, *sigmas, *inner, *weights)
+        ctx.save_for_backward(x, first, mask, gates, cells, out, *factors, *inner, *weights)
         ctx.full, ctx.rounds = full, len(rounds)
         return out, c.clone()
 
@@ -150,39 +148,46 @@ class MogrifierScan(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_c: Tensor) -> tuple[Tensor | None, ...]:
         R, saved = ctx.rounds, iter(ctx.saved_tensors)
-        x, h_first, c_first, mask, gates, cells, out = islice(saved, 7)
-        sigmas, inner = list(islice(saved, R)), list(islice(saved, 0 if ctx.full else R))
+        x, first, mask, gates, cells, out = islice(saved, 6)
+        factors, inner = list(islice(saved, R)), list(islice(saved, 0 if ctx.full else R))
         weights = list(saved)
         (weight_ih, weight_hh), rounds = weights[:2], take_rounds(weights[3:], ctx.full)
-        before = torch.cat([h_first[None], out[:-1]])  # (T, B, H), h before each step
-        before = before if mask is None else before * mask
-        d_gates, d_x, d_h = torch.empty_like(gates), torch.empty_like(x), torch.zeros_like(h_first)
-        d_sums = [torch.empty_like(sigma) for sigma in sigmas]  # of the rounds' pre-activations
+        before = torch.cat([first[None], out[:-1]])  # (T, B, H), h before each step
+        xs, hs = before_rounds(x, before if mask is None else before.mul_(mask), factors)
+
+        # The derivatives of c with respect to i, f and g, of h with respect to o, all before their σ or tanh, and of h
+        # with respect to c. The loop multiplies them by the gradients of c and h.
+        d_gates, h_by_c = torch.empty_like(gates), torch.empty_like(out)
+        for y, c_before, c, d_y, d_h_c in blocks_of_steps(gates, cells[:-1], cells[1:], d_gates, h_by_c):
+            (i, f, g, o), (d_i, d_f, d_g, d_o) = y.chunk(4, 2), d_y.chunk(4, 2)
+            keep, tanh_c = 1 - f, c.tanh()
+            free = g * (i < keep)  # the gradient of min(i, 1 - f) goes to the smaller of the two
+            torch.mul(free, i * (1 - i), out=d_i)
+            torch.mul(c_before + (free - g), f * keep, out=d_f)
+            torch.mul(torch.minimum(i, keep), 1 - g * g, out=d_g)
+            torch.mul(tanh_c, o * (1 - o), out=d_o)
+            torch.mul(o, 1 - tanh_c * tanh_c, out=d_h_c)
+
+        H, d_x, d_h = out.size(2), torch.empty_like(x), torch.zeros_like(first)
+        f, d_ifg, d_os = gates[:, :, H : 2 * H], d_gates[:, :, : 3 * H].unflatten(2, (3, H)), d_gates[:, :, 3 * H :]
+        d_sums = differentiate_rounds(xs, hs, factors)
         d_inner = [torch.empty_like(u) for u in inner]
         for t in reversed(range(len(x))):
-            i, f, g, o = gates[t].chunk(4, 1)
-            d_i, d_f, d_g, d_o = d_gates[t].chunk(4, 1)
-            c_before, tanh_c, keep = cells[t - 1] if t else c_first, cells[t].tanh(), 1 - f
             d_h = d_h + d_out[t]
-            d_c = torch.addcmul(d_c, d_h * o, 1 - tanh_c * tanh_c)
-            d_input = d_c * g  # of min(i, 1 - f); the gradient goes to the smaller of the two
-            d_free = d_input * (i < keep)
-            torch.mul(d_free, i * (1 - i), out=d_i)
-            torch.mul((d_c * c_before).add_(d_free).sub_(d_input), f * keep, out=d_f)
-            torch.mul(d_c * torch.minimum(i, keep), 1 - g * g, out=d_g)
-            torch.mul(d_h * tanh_c, o * (1 - o), out=d_o)
-            d_c, d_h = d_c * f, product(d_gates[t], weight_hh)
+            d_c = torch.addcmul(d_c, d_h, h_by_c[t])
+            d_ifg[t].mul_(d_c[:, None])
+            d_os[t].mul_(d_h)
+            d_c, d_h = d_c * f[t], product(d_gates[t], weight_hh)
             if rounds:
                 d_x[t], d_h = gate_step_backward(
-                    rounds, x[t], before[t], [sigma[t] for sigma in sigmas], torch.mm(d_gates[t], weight_ih), d_h,
+                    rounds, [factor[t] for factor in factors], torch.mm(d_gates[t], weight_ih), d_h,
                     [d_sum[t] for d_sum in d_sums], [d_u[t] for d_u in d_inner],
                 )  # fmt: skip
             d_h = d_h if mask is None else d_h * mask
-        factors = d_gates.to(weight_ih.dtype)
+        d_rounded = d_gates.to(weight_ih.dtype)
         if not rounds:
-            d_x = product(factors.flatten(0, 1), weight_ih, out=d_x.flatten(0, 1)).view_as(x)
-        xs, hs = before_rounds(x, before, sigmas)
-        d_weights = [over_steps(factors, xs[-1]), over_steps(factors, hs[-1]), d_gates.sum((0, 1))]
+            d_x = product(d_rounded.flatten(0, 1), weight_ih, out=d_x.flatten(0, 1)).view_as(x)
+        d_weights = [over_steps(d_rounded, xs[-1]), over_steps(d_rounded, hs[-1]), d_gates.sum((0, 1))]
         d_weights += round_gradients(xs, hs, inner, d_sums, d_inner)
         return d_x, d_h, d_c, None, None, *d_weights
 

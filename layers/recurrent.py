@@ -6,6 +6,7 @@ Method: Merity, Keskar, Socher, arXiv 1708.02182 ("AWD"), section 2.
 """
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -13,16 +14,25 @@ from torch import Tensor, nn
 
 from layers import persistent
 from layers.weight_drop import drop_weight
+from products import exact_or_bf16
 
 # What a layer carries from one batch to the next, each tensor (1, B, ·): LSTM and Mogrifier (h, c), GRU (h,),
 # QRNN (c,), its first layer (c, last input).
 Hidden = tuple[Tensor, ...]
+
+BLOCK = 8  # steps whose elementwise work a CPU does at once: the intermediate results fit the cache
 
 
 def truncated_normal_(tensor: Tensor, std: float) -> None:
     """A normal distribution cut off at two deviations, of deviation `std` after the cut."""
     std /= 0.8796256610342398  # the deviation of a standard normal that is cut off at ±2
     nn.init.trunc_normal_(tensor, std=std, a=-2 * std, b=2 * std)
+
+
+def blocks_of_steps(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """The tensors (T, ...), cut into blocks of steps; a GPU has one block, which takes the fewest kernels."""
+    steps = BLOCK if tensors[0].device.type == "cpu" else len(tensors[0])
+    return zip(*(tensor.split(steps) for tensor in tensors), strict=True)
 
 
 class RecurrentLayer(nn.Module):
@@ -143,10 +153,13 @@ class GatedLayer(RecurrentLayer):
         weight_hh = drop_weight(raw, self.wdrop, self.training)
         if by_cudnn:
             weight_hh = self.flat(weight_hh)
-        weights = [self.weight_ih_l0, weight_hh, self.bias_ih_l0, self.bias_hh_l0]
+        weight_ih: Tensor = self.weight_ih_l0
         autocast = torch.is_autocast_enabled(x.device.type)
-        if autocast and x.device.type == "cpu":  # on most CPUs torch has no recurrent kernel in half precision
+        if autocast and x.device.type == "cpu":  # the layers' own passes round factors only
+            factors = exact_or_bf16(raw)
+            weight_ih, weight_hh = weight_ih.to(factors), weight_hh.to(factors)
             autocast, x = False, x.to(raw.dtype)
+        weights = [weight_ih, weight_hh, self.bias_ih_l0, self.bias_hh_l0]
         with torch.autocast(x.device.type, enabled=autocast):
             return self.kernel(x, hidden, weights, self.training)
 

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from layers.mogrifier import (
     Mogrifier,
     before_rounds,
+    differentiate_rounds,
     gate_step,
     gate_step_backward,
-    over_steps,
     round_gradients,
     take_rounds,
 )
-from layers.recurrent import truncated_normal_
-from products import add_product, product
+from layers.recurrent import blocks_of_steps, truncated_normal_
+from products import add_product, over_steps, product
 
 
 class RLSTMScan(torch.autograd.Function):
@@ -44,11 +44,12 @@ class RLSTMScan(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, h: Tensor, c: Tensor, mask: Tensor | None, full: bool, *weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        (T, B, _), H, first = x.shape, h.size(1), (h, c)
+        (T, B, _), H, first = x.shape, h.size(1), h
         (weight_ih, weight_hh, weight_fu, weight_oc, bias), rounds = weights[:5], take_rounds(weights[5:], full)
         gates = x.new_empty(T, B, 3 * H)  # i, j, f
-        opened, cells, out = (x.new_empty(T, B, H) for _ in range(3))  # opened: o
-        sigmas = [x.new_empty(T, B, len(round.bias)) for round in rounds]
+        opened, cells, out = (x.new_empty(steps, B, H) for steps in (T, T + 1, T))  # opened: o
+        cells[0] = c
+        factors = [x.new_empty(T, B, len(round.bias)) for round in rounds]  # 2σ
         inner = [x.new_empty(T, B, len(round.b)) for round in rounds if not full]  # source · A
         gates[:, :, 2 * H :], opened[:] = bias[2 * H : 3 * H], bias[3 * H :]
         if not rounds:  # W·x of all steps in one product
@@ -56,7 +57,7 @@ class RLSTMScan(torch.autograd.Function):
         for t in range(T):
             h, y = h if mask is None else h * mask, gates[t]
             if rounds:
-                x_t, h = gate_step(rounds, x[t], h, [sigma[t] for sigma in sigmas], [u[t] for u in inner])
+                x_t, h = gate_step(rounds, x[t], h, [factor[t] for factor in factors], [u[t] for u in inner])
                 torch.addmm(bias[: 2 * H], x_t, weight_ih.T, out=y[:, : 2 * H])
             add_product(y, h, weight_hh.T)
             i, j, f = y.chunk(3, 1)
@@ -64,12 +65,12 @@ class RLSTMScan(torch.autograd.Function):
             j.tanh_()
             add_product(f, i * j, weight_fu.T)
             f.sigmoid_()
-            c = torch.mul(f, c, out=cells[t]).addcmul_(torch.minimum(i, 1 - f), j)
+            c = torch.mul(f, c, out=cells[t + 1]).addcmul_(torch.minimum(i, 1 - f), j)
             o = opened[t]
             add_product(o, c if mask is None else c * mask, weight_oc.T)
             o.sigmoid_()
             h = torch.mul(o, c.tanh(), out=out[t])
-        ctx.save_for_backward(x, *first, mask, gates, opened, cells, out, *sigmas, *inner, *weights)
+        ctx.save_for_backward(x, first, mask, gates, opened, cells, out, *factors, *inner, *weights)
         ctx.full, ctx.rounds = full, len(rounds)
         return out, c.clone()
 
@@ -77,44 +78,55 @@ class RLSTMScan(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_c: Tensor) -> tuple[Tensor | None, ...]:
         R, saved = ctx.rounds, iter(ctx.saved_tensors)
-        x, h_first, c_first, mask, gates, opened, cells, out = islice(saved, 8)
-        sigmas, inner = list(islice(saved, R)), list(islice(saved, 0 if ctx.full else R))
+        x, first, mask, gates, opened, cells, out = islice(saved, 7)
+        factors, inner = list(islice(saved, R)), list(islice(saved, 0 if ctx.full else R))
         weight_ih, weight_hh, weight_fu, weight_oc, _ = islice(saved, 5)
         rounds, H = take_rounds(list(saved), ctx.full), out.size(2)
-        before = torch.cat([h_first[None], out[:-1]])  # (T, B, H), h before each step
-        before, read = (before, cells) if mask is None else (before * mask, cells * mask)  # read: by the output gate
-        d_gates, d_opened, d_x = torch.empty_like(gates), torch.empty_like(out), torch.empty_like(x)
-        d_sums = [torch.empty_like(sigma) for sigma in sigmas]  # of the rounds' pre-activations
+        before, read = torch.cat([first[None], out[:-1]]), cells[1:]  # (T, B, H): h before each step; c for o
+        before, read = (before, read) if mask is None else (before.mul_(mask), read * mask)
+        xs, hs = before_rounds(x, before, factors)
+
+        # Derivatives for all steps, which the loop multiplies by the gradients of c, h and u = i ⊙ j: of c with respect
+        # to i, j and f, of u to i and j, of h to o, all before their σ or tanh, and of h with respect to c.
+        d_gates, d_opened, h_by_c = torch.empty_like(gates), torch.empty_like(out), torch.empty_like(out)
+        u_by_ij = torch.empty_like(gates[:, :, : 2 * H])
+        blocks = blocks_of_steps(gates, opened, cells[:-1], cells[1:], d_gates, d_opened, u_by_ij, h_by_c)
+        for y, o, c_before, c, d_y, d_o, d_u, d_h_c in blocks:
+            (i, j, f), (d_i, d_j, d_f), (u_i, u_j) = y.chunk(3, 2), d_y.chunk(3, 2), d_u.chunk(2, 2)
+            keep, tanh_c = 1 - f, c.tanh()
+            free = j * (i < keep)  # the gradient of min(i, 1 - f) goes to the smaller of the two
+            by_i, by_j = i * (1 - i), 1 - j * j
+            torch.mul(free, by_i, out=d_i)
+            torch.mul(torch.minimum(i, keep), by_j, out=d_j)
+            torch.mul(c_before + (free - j), f * keep, out=d_f)
+            torch.mul(j, by_i, out=u_i)
+            torch.mul(i, by_j, out=u_j)
+            torch.mul(tanh_c, o * (1 - o), out=d_o)
+            torch.mul(o, 1 - tanh_c * tanh_c, out=d_h_c)
+
+        d_x, d_h = torch.empty_like(x), torch.zeros_like(first)
+        f, u_by_ij = gates[:, :, 2 * H :], u_by_ij.unflatten(2, (2, H))
+        d_ijs, d_fs = d_gates[:, :, : 2 * H].unflatten(2, (2, H)), d_gates[:, :, 2 * H :]
+        d_sums = differentiate_rounds(xs, hs, factors)
         d_inner = [torch.empty_like(u) for u in inner]
-        d_h = torch.zeros_like(h_first)
         for t in reversed(range(len(x))):
-            i, j, f = gates[t].chunk(3, 1)
-            d_i, d_j, d_f = d_gates[t].chunk(3, 1)
-            o, c_before, tanh_c, keep = opened[t], cells[t - 1] if t else c_first, cells[t].tanh(), 1 - f
             d_h = d_h + d_out[t]
-            d_o = torch.mul(d_h * tanh_c, o * (1 - o), out=d_opened[t])
-            d_read = product(d_o, weight_oc)
-            d_c = torch.addcmul(d_c, d_h * o, 1 - tanh_c * tanh_c).add_(d_read if mask is None else d_read * mask)
-            d_input = d_c * j  # of min(i, 1 - f); the gradient goes to the smaller of the two
-            d_free = d_input * (i < keep)
-            torch.mul((d_c * c_before).add_(d_free).sub_(d_input), f * keep, out=d_f)
-            d_u = product(d_f, weight_fu)
-            torch.mul(d_free.addcmul_(d_u, j), i * (1 - i), out=d_i)
-            torch.mul((d_c * torch.minimum(i, keep)).addcmul_(d_u, i), 1 - j * j, out=d_j)
-            d_c, d_h = d_c * f, product(d_gates[t], weight_hh)
+            d_read = product(d_opened[t].mul_(d_h), weight_oc)
+            d_c = torch.addcmul(d_c, d_h, h_by_c[t]).add_(d_read if mask is None else d_read * mask)
+            d_u = product(d_fs[t].mul_(d_c), weight_fu)
+            d_ijs[t].mul_(d_c[:, None]).addcmul_(u_by_ij[t], d_u[:, None])
+            d_c, d_h = d_c * f[t], product(d_gates[t], weight_hh)
             if rounds:
                 d_x[t], d_h = gate_step_backward(
-                    rounds, x[t], before[t], [sigma[t] for sigma in sigmas],
-                    torch.mm(d_gates[t, :, : 2 * H], weight_ih), d_h,
+                    rounds, [factor[t] for factor in factors], torch.mm(d_gates[t, :, : 2 * H], weight_ih), d_h,
                     [d_sum[t] for d_sum in d_sums], [d_u[t] for d_u in d_inner],
                 )  # fmt: skip
             d_h = d_h if mask is None else d_h * mask
-        factors = d_gates.to(weight_ih.dtype)
-        d_ij, d_f = factors.split([2 * H, H], 2)
+        d_rounded = d_gates.to(weight_ih.dtype)
+        d_ij, d_f = d_rounded.split([2 * H, H], 2)
         if not rounds:
             d_x = product(d_ij.flatten(0, 1), weight_ih, out=d_x.flatten(0, 1)).view_as(x)
-        xs, hs = before_rounds(x, before, sigmas)
-        d_weights = [over_steps(d_ij, xs[-1]), over_steps(factors, hs[-1])]
+        d_weights = [over_steps(d_ij, xs[-1]), over_steps(d_rounded, hs[-1])]
         d_weights += [
             over_steps(d_f, gates[:, :, :H] * gates[:, :, H : 2 * H]),
             over_steps(d_opened.to(weight_oc.dtype), read),

@@ -13,8 +13,7 @@ from runner import run_cli
 from torch import Tensor
 from toys import KINDS, flags_of, options_of
 
-from layers.mogrifier import Mogrifier
-from layers.recurrent import GatedLayer
+from layers.recurrent import GatedLayer, RecurrentLayer
 from model import LSTM
 from mos import MixtureOfSoftmaxes
 from products import has_bf16
@@ -104,22 +103,23 @@ def test_the_bias_is_not_rounded_to_half_precision(how):
     )
 
 
-def run_layer(layer: Mogrifier, x: Tensor, amp: bool) -> list[Tensor]:
-    """The output (T, B, H), c after the last step, and the gradients of x and all weights."""
+def run_layer(layer: RecurrentLayer, x: Tensor, amp: bool) -> list[Tensor]:
+    """The output (T, B, H), the state after the last step, and the gradients of x and all weights."""
     x = x.detach().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-        out, (_, c) = layer(x, layer.init_hidden(x.size(1)))
+        out, state = layer(x, layer.init_hidden(x.size(1)))
     wanted = [x, *layer.parameters()]
     factors = torch.linspace(-1, 1, out.size(2), dtype=out.dtype)
-    return [out, c, *torch.autograd.grad((out * factors).sum(), wanted)]
+    return [out, *state, *torch.autograd.grad((out * factors).sum(), wanted)]
 
 
-@pytest.mark.parametrize("kind", ["Mogrifier", "rlstm"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "Mogrifier", "rlstm"])
 @pytest.mark.parametrize("T", [2, 30, 600])
-def test_melis_cells_in_bfloat16_are_float64s_to_eight_bits(kind, T):
+def test_gated_layers_in_bfloat16_are_float64s_to_eight_bits(kind, T):
     """However long the text is: the products' factors are rounded, the state is not."""
     torch.manual_seed(0)
-    layer = KINDS[kind](24, 32, 0.0, first=True, **options_of(kind) | {"rounds": 0}).double()
+    options = options_of(kind)
+    layer = KINDS[kind](24, 32, 0.0, first=True, **options | ({"rounds": 0} if options else {})).double()
     layer.reset_parameters()
     x = torch.randn(T, 3, 24).double()
     exact = run_layer(layer, x, amp=False)

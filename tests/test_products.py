@@ -10,7 +10,7 @@ from toys import KINDS, make_layer
 
 import products
 from layers.qrnn import QRNN
-from products import add_product, linear, outer, product, use_onednn
+from products import FEW_ROWS, add_product, linear, over_steps, product, use_onednn
 from splitcross import SplitCrossEntropyLoss
 
 N, K, M = 37, 19, 23
@@ -69,11 +69,12 @@ def test_products_in_half_precision_add_up_in_the_totals_own(library):
     assert total.item() == 1 + 1000 * 2.0**-9
 
 
-@pytest.mark.parametrize("T", [1, 5])
-def test_an_outer_product_is_the_product(T):
-    d, x = torch.randn(T, 30), torch.randn(T, 20)
-    same(outer(d, x), d.double().T @ x.double())
-    assert torch.equal(outer(d.double(), x.double()), d.double().T @ x.double())
+@pytest.mark.parametrize(("T", "B"), [(1, 1), (5, 1), (FEW_ROWS, 1), (FEW_ROWS, 2)])
+def test_the_gradient_of_a_weight_is_the_sum_over_all_steps(library, T, B):
+    d, x = torch.randn(T, B, 30), torch.randn(T, B, 20)
+    wanted = torch.einsum("tbn,tbm->nm", d.double(), x.double())
+    same(over_steps(d, x), wanted)
+    torch.testing.assert_close(over_steps(d.double(), x.double()), wanted, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("with_bias", [True, False])

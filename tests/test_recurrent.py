@@ -5,7 +5,7 @@ import torch
 from toys import draw, make_layer
 
 from layers.gru import COLUMNS, GRUScan
-from layers.lstm import STEPS, ShortLSTM
+from layers.lstm import STEPS, LSTMScan
 
 E, H = 5, 6
 
@@ -24,7 +24,7 @@ E, H = 5, 6
 )
 def test_output_state_and_gradients_are_torchs(monkeypatch, kind, T, B, taken):
     """From any state, by either pass; where no gradient is wanted, torch's pass is taken."""
-    own, torchs = {"LSTM": (ShortLSTM, torch.lstm), "GRU": (GRUScan, torch.gru)}[kind]
+    own, torchs = {"LSTM": (LSTMScan, torch.lstm), "GRU": (GRUScan, torch.gru)}[kind]
     calls, apply = [], own.apply
     monkeypatch.setattr(own, "apply", lambda *args: calls.append(1) or apply(*args))
     layer, x = make_layer(kind, E, H, True), draw(T, B, E)
@@ -42,6 +42,21 @@ def test_output_state_and_gradients_are_torchs(monkeypatch, kind, T, B, taken):
     with torch.no_grad():
         layer(x, state)
     assert len(calls) == taken
+
+
+def test_the_lstms_pass_over_several_columns_is_torchs():
+    """As it is taken in bfloat16, here without rounding."""
+    T, B = 11, 3
+    x, h, c = draw(T, B, E), draw(1, B, H), draw(1, B, H)
+    weights = [draw(4 * H, E), draw(4 * H, H), draw(4 * H), draw(4 * H)]
+    wanted, _, last = torch.lstm(x, (h, c), weights, True, 1, 0.0, True, False, False)
+    found, state = LSTMScan.apply(x, h[0], c[0], *weights[:2], weights[2] + weights[3])
+    torch.testing.assert_close((found, state), (wanted, last[0]), rtol=1e-12, atol=1e-12)
+    upstream, leaves = torch.randn_like(found), [x, h, c, *weights]
+    gradients = (
+        torch.autograd.grad((y * upstream).sum() + end.sum(), leaves) for y, end in ((found, state), (wanted, last))
+    )
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
 
 
 def test_a_grus_saturated_gates_have_no_gradient_and_no_nan():
