@@ -128,11 +128,10 @@ class MogrifierScan(torch.autograd.Function):
         if not rounds:  # W·x of all steps in one product
             gates = product(x.flatten(0, 1), weight_ih.T, bias, out=gates.view(T * B, -1)).view_as(gates)
         for t in range(T):
-            h = h if mask is None else h * mask
+            h, y = h if mask is None else h * mask, gates[t]
             if rounds:
                 x_t, h = gate_step(rounds, x[t], h, [factor[t] for factor in factors], [u[t] for u in inner])
-                torch.addmm(bias, x_t, weight_ih.T, out=gates[t])
-            y = gates[t]
+                y.copy_(product(x_t, weight_ih.T, bias, out=y))
             add_product(y, h, weight_hh.T)
             y[:, : 2 * H].sigmoid_()
             y[:, 2 * H : 3 * H].tanh_()
@@ -180,7 +179,7 @@ class MogrifierScan(torch.autograd.Function):
             d_c, d_h = d_c * f[t], product(d_gates[t], weight_hh)
             if rounds:
                 d_x[t], d_h = gate_step_backward(
-                    rounds, [factor[t] for factor in factors], torch.mm(d_gates[t], weight_ih), d_h,
+                    rounds, [factor[t] for factor in factors], product(d_gates[t], weight_ih), d_h,
                     [d_sum[t] for d_sum in d_sums], [d_u[t] for d_u in d_inner],
                 )  # fmt: skip
             d_h = d_h if mask is None else d_h * mask
@@ -284,9 +283,8 @@ class Mogrifier(RecurrentLayer):
         if self.training and self.dropoutr:
             mask = torch.empty_like(hidden[0][0]).bernoulli_(1 - self.dropoutr).div_(1 - self.dropoutr)  # (B, H)
         rounds = [tensor for round in self.rounds for tensor in cast(RoundWeights, round).tensors]
-        on_cpu = x.device.type == "cpu" and not rounds
-        factors = exact_or_bf16(self.bias) if on_cpu else self.bias.dtype
-        with torch.autocast(x.device.type, enabled=False):  # rounding errors of c would add up from step to step
+        factors = exact_or_bf16(self.bias) if x.device.type == "cpu" else self.bias.dtype
+        with torch.autocast(x.device.type, enabled=False):  # rounding errors of the state would add up
             h, c = (tensor[0].to(self.bias.dtype) for tensor in hidden)
             x, kernels = x.to(self.bias.dtype), None
             if self.persistent and self.training and self.scan is MogrifierScan and not self.rounds:

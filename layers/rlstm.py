@@ -58,7 +58,8 @@ class RLSTMScan(torch.autograd.Function):
             h, y = h if mask is None else h * mask, gates[t]
             if rounds:
                 x_t, h = gate_step(rounds, x[t], h, [factor[t] for factor in factors], [u[t] for u in inner])
-                torch.addmm(bias[: 2 * H], x_t, weight_ih.T, out=y[:, : 2 * H])
+                ij = y[:, : 2 * H]
+                ij.copy_(product(x_t, weight_ih.T, bias[: 2 * H], out=ij))
             add_product(y, h, weight_hh.T)
             i, j, f = y.chunk(3, 1)
             i.sigmoid_()
@@ -118,7 +119,7 @@ class RLSTMScan(torch.autograd.Function):
             d_c, d_h = d_c * f[t], product(d_gates[t], weight_hh)
             if rounds:
                 d_x[t], d_h = gate_step_backward(
-                    rounds, [factor[t] for factor in factors], torch.mm(d_gates[t, :, : 2 * H], weight_ih), d_h,
+                    rounds, [factor[t] for factor in factors], product(d_gates[t, :, : 2 * H], weight_ih), d_h,
                     [d_sum[t] for d_sum in d_sums], [d_u[t] for d_u in d_inner],
                 )  # fmt: skip
             d_h = d_h if mask is None else d_h * mask

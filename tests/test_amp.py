@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import SMALL, load
 from runner import run_cli
-from torch import Tensor
+from torch import Tensor, nn
 from toys import KINDS, flags_of, options_of
 
 from layers.recurrent import GatedLayer, RecurrentLayer
@@ -114,29 +114,51 @@ def run_layer(layer: RecurrentLayer, x: Tensor, amp: bool) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "Mogrifier", "rlstm"])
+@pytest.mark.parametrize("rounds", [0, 3])
 @pytest.mark.parametrize("T", [2, 30, 600])
-def test_gated_layers_in_bfloat16_are_float64s_to_eight_bits(kind, T):
-    """However long the text is: the products' factors are rounded, the state is not."""
+def test_gated_layers_in_bfloat16_are_float64s_to_eight_bits(kind, rounds, T):
+    """However long the text is; rounds multiply the error."""
     torch.manual_seed(0)
     options = options_of(kind)
-    layer = KINDS[kind](24, 32, 0.0, first=True, **options | ({"rounds": 0} if options else {})).double()
+    if rounds and not options:
+        pytest.skip("this kind has no rounds")
+    layer = KINDS[kind](24, 32, 0.0, first=True, **options | ({"rounds": rounds} if options else {})).double()
     layer.reset_parameters()
     x = torch.randn(T, 3, 24).double()
     exact = run_layer(layer, x, amp=False)
     found = run_layer(layer.float(), x.float(), amp=True)
     for a, b in zip(found, exact, strict=True):
         assert a.dtype == torch.float32
-        assert 1e-5 < ((a - b).norm() / b.norm()).item() < 2e-2
+        assert 1e-5 < ((a - b).norm() / b.norm()).item() < (5e-2 if rounds else 2e-2)
 
 
-@pytest.mark.parametrize(("kind", "amp"), [("Mogrifier", torch.bfloat16), ("rlstm", torch.float16)])
-def test_other_cells_of_mogrifiers_stay_in_float32(kind, amp):
-    """With rounds, whose errors would multiply, and in float16, whose range is too small."""
-    layer = KINDS[kind](24, 32, 0.0, first=True, rounds=2 if amp == torch.bfloat16 else 0)
+@pytest.mark.parametrize(
+    ("kind", "biases"),
+    [("LSTM", (-7, 7, 1, 0)), ("GRU", (0, 7, 1)), ("Mogrifier", (0, 7, 1, 0)), ("rlstm", (0, 1, 7, 0))],
+)
+def test_the_state_is_not_rounded_to_bfloat16(kind, biases):
+    """It moves by less than a thousandth per step: in bfloat16 it would soon stand still."""
+    layer = KINDS[kind](3, 4, 0.0, first=True, **options_of(kind))
+    for name, parameter in layer.named_parameters():
+        nn.init.zeros_(parameter)
+        if name in ("bias", "bias_ih_l0"):
+            parameter.data = torch.tensor(biases, dtype=torch.float32).repeat_interleave(4)
+    x = torch.randn(2000, 2, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = layer(x, layer.init_hidden(2))
+    expected, _ = layer.double()(x.double(), layer.init_hidden(2))
+    assert expected[-1].min() > 1.2 * expected[200].max()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "Mogrifier", "rlstm"])
+def test_gated_layers_on_a_cpu_stay_in_float32_under_float16(kind):
+    """Its range is too small."""
+    layer = KINDS[kind](24, 32, 0.0, first=True, **options_of(kind))
     layer.reset_parameters()
     x, state = torch.randn(6, 3, 24), layer.init_hidden(3)
     exact, _ = layer(x, state)
-    with torch.autocast("cpu", amp):
+    with torch.autocast("cpu", torch.float16):
         assert torch.equal(layer(x, state)[0], exact)
 
 
