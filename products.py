@@ -9,10 +9,11 @@
                     rows of another length             60 to 90   90 to 130
                     the second factor is transposed   30 to 110   50 to 130
 
-(AVX2: the first two lines for 256 rows and more, the third for 20 to 1,400.) So on AMD with AVX-512 oneDNN is used, on
-AMD with AVX2 the shape decides, elsewhere `torch.mm` is used. Processor and shape decide, never a timing: a resumed
-run repeats the bits of the run that was cut. oneDNN is called by the operator that torch's compiler uses; a build of
-torch without that operator uses `torch.mm`.
+(AVX2: the first two lines for 256 rows and more, the third for 20 to 1,400.) So on AMD with AVX-512 oneDNN is used,
+on AMD with AVX2 the shape decides, elsewhere `torch.mm` is used; only for the gradient of a weight over a few rows
+oneDNN is the faster one everywhere. Processor and shape decide, never a timing: a resumed run repeats the bits of the
+run that was cut. oneDNN is called by the operator that torch's compiler uses; a build of torch without that operator
+uses `torch.mm`.
 
 Shapes: N rows, I inputs and O outputs of a weight (O, I).
 """
@@ -27,7 +28,8 @@ from torch import Tensor, nn
 
 from utils import not_a_command
 
-FEW_ROWS = 32
+HALF = (torch.bfloat16, torch.float16)
+FEW_ROWS = 32  # of the factors of a weight's gradient: with fewer, oneDNN is faster on all processors
 LARGE = 2**19  # elements of the second factor; with fewer, neither library is faster
 
 
@@ -77,23 +79,24 @@ def use_onednn(a: Tensor, b: Tensor) -> bool:
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """a·b + bias: (N, K), (K, M), (M,) or None -> (N, M); `out`: memory that the result may be written to if it fits.
+    """a·b + bias: (N, K), (K, M), (M,) or None -> (N, M); `out`: memory that a·b may be written to, if its dtype fits.
 
-    a is converted to b's dtype. A float32 bias is added to a product in half precision in float32,
-    without rounding: the result is float32.
+    If b is in half precision, a and the result are rounded to it. A float32 bias is added to that in float32: then the
+    result is float32.
     """
-    a = a.to(b.dtype)
+    if b.dtype in HALF:
+        a = a.to(b.dtype)
     if out is not None and out.dtype != b.dtype:
         out = None
     if bias is not None and bias.dtype != a.dtype:
-        return product(a, b).to(bias.dtype).add_(bias)  # adding tensors of two dtypes is slower
+        return product(a, b, out=out).to(bias.dtype).add_(bias)  # adding tensors of two dtypes is slower
     if use_onednn(a, b):
         return torch.ops.mkldnn._linear_pointwise(a, b.T, bias, "none", [], "")
     return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None:
-    """total += a·b, in place and in `total`'s precision; `first`: total = a·b."""
+    """total += a·b, in place; `first`: total = a·b. The sum has `total`'s precision, the product has b's."""
     if b.dtype == total.dtype and not use_onednn(a, b):
         torch.addmm(total, a, b, beta=0 if first else 1, out=total)
     elif first:
@@ -102,15 +105,17 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> Non
         total.add_(product(a, b))
 
 
-def over_steps(d: Tensor, x: Tensor) -> Tensor:
+def over_steps(left: Tensor, right: Tensor) -> Tensor:
     """The gradient of a weight, summed over all steps by one product: (T, B, n), (T, B, m) -> (n, m).
 
-    With five rows oneDNN takes half of MKL's time on all processors.
+    `right` is rounded if `left` is in half precision. With five rows oneDNN takes half of MKL's time.
     """
-    d, x = d.flatten(0, 1), x.flatten(0, 1).to(d.dtype)
-    if len(d) <= FEW_ROWS and d.device.type == "cpu" and d.dtype == torch.float32 and has_onednn():
-        return torch.ops.mkldnn._linear_pointwise(d.T.contiguous(), x.T.contiguous(), None, "none", [], "")
-    return product(d.T, x)
+    left, right = left.flatten(0, 1), right.flatten(0, 1)
+    if left.dtype in HALF:
+        right = right.to(left.dtype)
+    if len(left) <= FEW_ROWS and left.device.type == "cpu" and left.dtype == torch.float32 and has_onednn():
+        return torch.ops.mkldnn._linear_pointwise(left.T.contiguous(), right.T.contiguous(), None, "none", [], "")
+    return product(left.T, right)
 
 
 class LinearProducts(torch.autograd.Function):

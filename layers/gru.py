@@ -1,4 +1,4 @@
-"""The GRU layer, and its training pass on the CPU: the loop over time as one autograd function.
+"""The GRU layer, and its pass on the CPU for training: the loop over time as one autograd function.
 
 torch's GRU builds some ten graph nodes per step on the CPU, and at every step adds a gradient of the recurrent matrix's
 size. Here the gradient of a weight is one product over all steps. A step of the loops has one product and a few
@@ -19,14 +19,14 @@ from torch import Tensor
 from layers.recurrent import GatedLayer, Hidden, blocks_of_steps
 from products import over_steps, product
 
-COLUMNS = 64  # the most for which this pass is used; with 80 torch is as fast, with 128 a tenth faster
+COLUMNS = 64  # the most for which this pass is used in float32; with 80 torch is as fast, with 128 a tenth faster
 
 
 class GRUScan(torch.autograd.Function):
     """x (T, B, E), h (B, H) -> out (T, B, H).
 
-    weight_ih (3H, E), weight_hh (3H, H), bias_ih and bias_hh (3H,): rows in the order r, z, n. The weights may be
-    in half precision: then products round their factors to it, and all else is in float32.
+    weight_ih (3H, E), weight_hh (3H, H), bias_ih and bias_hh (3H,): rows in the order r, z, n. If the weights
+    are in half precision, factors and results of products are rounded to it; the rest is in float32.
     """
 
     @staticmethod
@@ -70,9 +70,10 @@ class GRUScan(torch.autograd.Function):
             d_h = torch.addcmul(product(d_recurrent[t], weight_hh), d_hs[t], z[t])
         d_gates.unflatten(2, (3, -1)).mul_(d_hs[:, :, None])
 
-        factors, recurrent_factors = d_gates.to(weight_ih.dtype), d_recurrent.to(weight_hh.dtype)
-        d_x = product(factors.flatten(0, 1), weight_ih).view_as(x)
-        d_weight_ih, d_weight_hh = over_steps(factors, x), over_steps(recurrent_factors, before)
+        d_rounded = d_gates.to(weight_ih.dtype)
+        d_x = product(d_rounded.flatten(0, 1), weight_ih).view_as(x)
+        d_weight_ih = over_steps(d_rounded, x)
+        d_weight_hh = over_steps(d_recurrent.to(weight_hh.dtype), before)
         return d_x, d_h, d_weight_ih, d_weight_hh, d_gates.sum((0, 1)), d_recurrent.sum((0, 1))
 
 

@@ -2,8 +2,8 @@
 
 That is a few steps of a single column, as in dynamic evaluation: oneDNN's LSTM packs its weights at each call, which
 takes longer than five such steps, and torch's other kernel adds a gradient of the recurrent matrix's size at every
-step. And it is training in bfloat16, for which torch rounds the state too. Here a step is one product, and the gradient
-of a weight is one product over all steps.
+step. And it is training in bfloat16, where torch's LSTM would round the state c at every step. Here a step is one
+product, and the gradient of a weight is one product over all steps.
 
 Shapes: T time, B batch, E input features, H hidden.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from layers.recurrent import GatedLayer, Hidden, blocks_of_steps
 from products import add_product, over_steps, product
 
-STEPS = 32  # the most for which this pass is used; oneDNN is faster for longer segments
+STEPS = 32  # of a single column: the most for which this pass is used in float32; for more oneDNN is faster
 
 
 def is_single(h: Tensor, weight: Tensor) -> bool:
@@ -27,8 +27,8 @@ def is_single(h: Tensor, weight: Tensor) -> bool:
 class LSTMScan(torch.autograd.Function):
     """x (T, B, E), h and c (B, H) -> out (T, B, H), c (B, H); gates in the order i, f, g, o.
 
-    weight_ih (4H, E), weight_hh (4H, H), bias (4H,): the sum of both of torch's. The weights may be in half precision:
-    then products round their factors to it, and all else is in float32.
+    weight_ih (4H, E), weight_hh (4H, H), bias (4H,): the sum of both of torch's. If the weights are in half precision,
+    factors and results of products are rounded to it; state, sums and elementwise work are in float32.
     """
 
     @staticmethod
@@ -81,9 +81,10 @@ class LSTMScan(torch.autograd.Function):
             d_os[t].mul_(d_h)
             d_c = d_c * f[t]
             d_h = torch.mv(weight_hh.T, d_gates[t, 0])[None] if single else product(d_gates[t], weight_hh)
-        factors = d_gates.to(weight_ih.dtype)
-        d_x = product(factors.flatten(0, 1), weight_ih).view_as(x)
-        return d_x, d_h, d_c, over_steps(factors, x), over_steps(factors, before), d_gates.sum((0, 1))
+        del h_by_c
+        d_rounded = d_gates.to(weight_ih.dtype)
+        d_x = product(d_rounded.flatten(0, 1), weight_ih).view_as(x)
+        return d_x, d_h, d_c, over_steps(d_rounded, x), over_steps(d_rounded, before), d_gates.sum((0, 1))
 
 
 class LSTM(GatedLayer):

@@ -10,9 +10,9 @@ Per step, with x and h after their dropouts:
 
 Shapes: T time, B batch, E the layer's input features, H hidden, R rounds, K rank of A·B.
 
-The loop over time is one autograd function, without graph nodes per step. It keeps the results of products and
-sigmoids, and c. The backward pass first differentiates the gates of all steps, a block of steps at a time; then its
-loop only multiplies. The gradient of a weight is one product over all steps.
+The loop over time is one autograd function, without graph nodes per step. It keeps the gates, 2σ of the rounds, and c.
+The backward pass first differentiates the gates of all steps, a block of steps at a time; then its loop only
+multiplies. The gradient of a weight is one product over all steps.
 """
 
 from collections.abc import Sequence
@@ -43,40 +43,40 @@ def take_rounds(weights: Sequence[Tensor], full: bool) -> list[Round]:
 
 
 def gate_step(
-    rounds: list[Round], x: Tensor, h: Tensor, factors: Sequence[Tensor], inner: Sequence[Tensor]
+    rounds: list[Round], x: Tensor, h: Tensor, doubled: Sequence[Tensor], inner: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """All rounds of one step: x (B, E) and h (B, H) before -> after.
 
-    Writes what the backward pass needs: `factors` (B, to), 2σ, and of low-rank rounds `inner` (B, K), source · A.
+    Writes what the backward pass needs: `doubled` (B, to), 2σ, and of low-rank rounds `inner` (B, K), source · A.
     """
     for r, (a, b, bias) in enumerate(rounds):
         source = x if r % 2 else h
         source = source if a is None else torch.mm(source, a, out=inner[r])
-        factor = torch.addmm(bias, source, b, out=factors[r]).sigmoid_().mul_(2)
-        x, h = (x, h * factor) if r % 2 else (x * factor, h)
+        double = torch.addmm(bias, source, b, out=doubled[r]).sigmoid_().mul_(2)
+        x, h = (x, h * double) if r % 2 else (x * double, h)
     return x, h
 
 
-def before_rounds(x: Tensor, h: Tensor, factors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def before_rounds(x: Tensor, h: Tensor, doubled: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """x and h of all steps before every round and after the last one: R + 1 of each."""
     xs, hs = [x], [h]
-    for r, factor in enumerate(factors):
-        xs.append(xs[-1] if r % 2 else xs[-1] * factor)
-        hs.append(hs[-1] * factor if r % 2 else hs[-1])
+    for r, double in enumerate(doubled):
+        xs.append(xs[-1] if r % 2 else xs[-1] * double)
+        hs.append(hs[-1] * double if r % 2 else hs[-1])
     return xs, hs
 
 
-def differentiate_rounds(xs: list[Tensor], hs: list[Tensor], factors: list[Tensor]) -> list[Tensor]:
+def differentiate_rounds(xs: list[Tensor], hs: list[Tensor], doubled: list[Tensor]) -> list[Tensor]:
     """The derivatives of every round's result with respect to its pre-activation, of all steps: (T, B, to)."""
-    derivatives = [torch.empty_like(factor) for factor in factors]
-    for r, (factor, derivative) in enumerate(zip(factors, derivatives, strict=True)):
-        for value, y, d in blocks_of_steps((hs if r % 2 else xs)[r], factor, derivative):
+    derivatives = [torch.empty_like(double) for double in doubled]
+    for r, (double, derivative) in enumerate(zip(doubled, derivatives, strict=True)):
+        for value, y, d in blocks_of_steps((hs if r % 2 else xs)[r], double, derivative):
             torch.mul(value * y, 1 - y / 2, out=d)
     return derivatives
 
 
 def gate_step_backward(
-    rounds: list[Round], factors: list[Tensor], d_x: Tensor, d_h: Tensor, d_sums: list[Tensor], d_inner: list[Tensor]
+    rounds: list[Round], doubled: list[Tensor], d_x: Tensor, d_h: Tensor, d_sums: list[Tensor], d_inner: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """The gradients of x and h after all rounds of one step -> before them.
 
@@ -87,7 +87,7 @@ def gate_step_backward(
         d = d_h if r % 2 else d_x
         d_sum, (a, b, _) = d_sums[r].mul_(d), rounds[r]
         d_source = d_sum @ b.T if a is None else torch.mm(d_sum, b.T, out=d_inner[r]) @ a.T
-        d_gated = d * factors[r]
+        d_gated = d * doubled[r]
         d_x, d_h = (d_x + d_source, d_gated) if r % 2 else (d_gated, d_h + d_source)
     return d_x, d_h
 
@@ -112,7 +112,8 @@ class MogrifierScan(torch.autograd.Function):
 
     mask: (B, H), multiplied into h before each step; or None.
     full: the rounds' matrices have full rank.
-    weights: weight_ih (4H, E), weight_hh (4H, H), bias (4H,), then those of each round.
+    weights: weight_ih (4H, E), weight_hh (4H, H), bias (4H,), then those of each round. If the two matrices are in
+        half precision, factors and results of their products are rounded to it; all else is in float32.
     """
 
     @staticmethod
@@ -123,14 +124,14 @@ class MogrifierScan(torch.autograd.Function):
         rounds, first = take_rounds(weights[3:], full), h
         gates, cells, out = x.new_empty(T, B, 4 * H), x.new_empty(T + 1, B, H), x.new_empty(T, B, H)
         cells[0] = c
-        factors = [x.new_empty(T, B, len(round.bias)) for round in rounds]  # 2σ
+        doubled = [x.new_empty(T, B, len(round.bias)) for round in rounds]  # 2σ
         inner = [x.new_empty(T, B, len(round.b)) for round in rounds if not full]  # source · A
         if not rounds:  # W·x of all steps in one product
             gates = product(x.flatten(0, 1), weight_ih.T, bias, out=gates.view(T * B, -1)).view_as(gates)
         for t in range(T):
             h, y = h if mask is None else h * mask, gates[t]
             if rounds:
-                x_t, h = gate_step(rounds, x[t], h, [factor[t] for factor in factors], [u[t] for u in inner])
+                x_t, h = gate_step(rounds, x[t], h, [double[t] for double in doubled], [u[t] for u in inner])
                 y.copy_(product(x_t, weight_ih.T, bias, out=y))
             add_product(y, h, weight_hh.T)
             y[:, : 2 * H].sigmoid_()
@@ -139,7 +140,7 @@ class MogrifierScan(torch.autograd.Function):
             i, f, g, o = y.chunk(4, 1)
             c = torch.mul(f, c, out=cells[t + 1]).addcmul_(torch.minimum(i, 1 - f), g)
             h = torch.mul(o, c.tanh(), out=out[t])
-        ctx.save_for_backward(x, first, mask, gates, cells, out, *factors, *inner, *weights)
+        ctx.save_for_backward(x, first, mask, gates, cells, out, *doubled, *inner, *weights)
         ctx.full, ctx.rounds = full, len(rounds)
         return out, c.clone()
 
@@ -148,11 +149,11 @@ class MogrifierScan(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor, d_c: Tensor) -> tuple[Tensor | None, ...]:
         R, saved = ctx.rounds, iter(ctx.saved_tensors)
         x, first, mask, gates, cells, out = islice(saved, 6)
-        factors, inner = list(islice(saved, R)), list(islice(saved, 0 if ctx.full else R))
+        doubled, inner = list(islice(saved, R)), list(islice(saved, 0 if ctx.full else R))
         weights = list(saved)
         (weight_ih, weight_hh), rounds = weights[:2], take_rounds(weights[3:], ctx.full)
         before = torch.cat([first[None], out[:-1]])  # (T, B, H), h before each step
-        xs, hs = before_rounds(x, before if mask is None else before.mul_(mask), factors)
+        xs, hs = before_rounds(x, before if mask is None else before.mul_(mask), doubled)
 
         # The derivatives of c with respect to i, f and g, of h with respect to o, all before their σ or tanh, and of h
         # with respect to c. The loop multiplies them by the gradients of c and h.
@@ -169,7 +170,7 @@ class MogrifierScan(torch.autograd.Function):
 
         H, d_x, d_h = out.size(2), torch.empty_like(x), torch.zeros_like(first)
         f, d_ifg, d_os = gates[:, :, H : 2 * H], d_gates[:, :, : 3 * H].unflatten(2, (3, H)), d_gates[:, :, 3 * H :]
-        d_sums = differentiate_rounds(xs, hs, factors)
+        d_sums = differentiate_rounds(xs, hs, doubled)
         d_inner = [torch.empty_like(u) for u in inner]
         for t in reversed(range(len(x))):
             d_h = d_h + d_out[t]
@@ -179,10 +180,11 @@ class MogrifierScan(torch.autograd.Function):
             d_c, d_h = d_c * f[t], product(d_gates[t], weight_hh)
             if rounds:
                 d_x[t], d_h = gate_step_backward(
-                    rounds, [factor[t] for factor in factors], product(d_gates[t], weight_ih), d_h,
+                    rounds, [double[t] for double in doubled], product(d_gates[t], weight_ih), d_h,
                     [d_sum[t] for d_sum in d_sums], [d_u[t] for d_u in d_inner],
                 )  # fmt: skip
             d_h = d_h if mask is None else d_h * mask
+        del h_by_c
         d_rounded = d_gates.to(weight_ih.dtype)
         if not rounds:
             d_x = product(d_rounded.flatten(0, 1), weight_ih, out=d_x.flatten(0, 1)).view_as(x)
@@ -283,7 +285,7 @@ class Mogrifier(RecurrentLayer):
         if self.training and self.dropoutr:
             mask = torch.empty_like(hidden[0][0]).bernoulli_(1 - self.dropoutr).div_(1 - self.dropoutr)  # (B, H)
         rounds = [tensor for round in self.rounds for tensor in cast(RoundWeights, round).tensors]
-        factors = exact_or_bf16(self.bias) if x.device.type == "cpu" else self.bias.dtype
+        dtype = exact_or_bf16(self.bias) if x.device.type == "cpu" else self.bias.dtype
         with torch.autocast(x.device.type, enabled=False):  # rounding errors of the state would add up
             h, c = (tensor[0].to(self.bias.dtype) for tensor in hidden)
             x, kernels = x.to(self.bias.dtype), None
@@ -292,6 +294,6 @@ class Mogrifier(RecurrentLayer):
             if kernels:
                 out, c = persistent.melis(kernels, x, h, c, mask, self.cell_tensors)
             else:
-                cell = [tensor.to(factors) if tensor.dim() == 2 else tensor for tensor in self.cell_tensors]
+                cell = [tensor.to(dtype) if tensor.dim() == 2 else tensor for tensor in self.cell_tensors]
                 out, c = self.scan.apply(x, h, c, mask, self.rank == 0, *cell, *rounds)
         return out, (out[-1:].clone(), c[None])

@@ -155,9 +155,9 @@ class GatedLayer(RecurrentLayer):
             weight_hh = self.flat(weight_hh)
         weight_ih: Tensor = self.weight_ih_l0
         autocast = torch.is_autocast_enabled(x.device.type)
-        if autocast and x.device.type == "cpu":  # the layers' own passes round factors only
-            factors = exact_or_bf16(raw)
-            weight_ih, weight_hh = weight_ih.to(factors), weight_hh.to(factors)
+        if autocast and x.device.type == "cpu":  # the layers' own passes round products only, not the state
+            dtype = exact_or_bf16(raw)
+            weight_ih, weight_hh = weight_ih.to(dtype), weight_hh.to(dtype)
             autocast, x = False, x.to(raw.dtype)
         weights = [weight_ih, weight_hh, self.bias_ih_l0, self.bias_hh_l0]
         with torch.autocast(x.device.type, enabled=autocast):

@@ -37,7 +37,7 @@ class RLSTMScan(torch.autograd.Function):
     mask: (B, H), multiplied into h before each step, and into c for the output gate; or None.
     full: the rounds' matrices have full rank.
     weights: weight_ih (2H, E), weight_hh (3H, H), weight_fu (H, H), weight_oc (H, H), bias (4H,), then those of each
-        round.
+        round. If the four matrices are in half precision, factors and results of their products are rounded to it.
     """
 
     @staticmethod
@@ -49,7 +49,7 @@ class RLSTMScan(torch.autograd.Function):
         gates = x.new_empty(T, B, 3 * H)  # i, j, f
         opened, cells, out = (x.new_empty(steps, B, H) for steps in (T, T + 1, T))  # opened: o
         cells[0] = c
-        factors = [x.new_empty(T, B, len(round.bias)) for round in rounds]  # 2σ
+        doubled = [x.new_empty(T, B, len(round.bias)) for round in rounds]  # 2σ
         inner = [x.new_empty(T, B, len(round.b)) for round in rounds if not full]  # source · A
         gates[:, :, 2 * H :], opened[:] = bias[2 * H : 3 * H], bias[3 * H :]
         if not rounds:  # W·x of all steps in one product
@@ -57,7 +57,7 @@ class RLSTMScan(torch.autograd.Function):
         for t in range(T):
             h, y = h if mask is None else h * mask, gates[t]
             if rounds:
-                x_t, h = gate_step(rounds, x[t], h, [factor[t] for factor in factors], [u[t] for u in inner])
+                x_t, h = gate_step(rounds, x[t], h, [double[t] for double in doubled], [u[t] for u in inner])
                 ij = y[:, : 2 * H]
                 ij.copy_(product(x_t, weight_ih.T, bias[: 2 * H], out=ij))
             add_product(y, h, weight_hh.T)
@@ -71,7 +71,7 @@ class RLSTMScan(torch.autograd.Function):
             add_product(o, c if mask is None else c * mask, weight_oc.T)
             o.sigmoid_()
             h = torch.mul(o, c.tanh(), out=out[t])
-        ctx.save_for_backward(x, first, mask, gates, opened, cells, out, *factors, *inner, *weights)
+        ctx.save_for_backward(x, first, mask, gates, opened, cells, out, *doubled, *inner, *weights)
         ctx.full, ctx.rounds = full, len(rounds)
         return out, c.clone()
 
@@ -80,12 +80,12 @@ class RLSTMScan(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor, d_c: Tensor) -> tuple[Tensor | None, ...]:
         R, saved = ctx.rounds, iter(ctx.saved_tensors)
         x, first, mask, gates, opened, cells, out = islice(saved, 7)
-        factors, inner = list(islice(saved, R)), list(islice(saved, 0 if ctx.full else R))
+        doubled, inner = list(islice(saved, R)), list(islice(saved, 0 if ctx.full else R))
         weight_ih, weight_hh, weight_fu, weight_oc, _ = islice(saved, 5)
         rounds, H = take_rounds(list(saved), ctx.full), out.size(2)
         before, read = torch.cat([first[None], out[:-1]]), cells[1:]  # (T, B, H): h before each step; c for o
         before, read = (before, read) if mask is None else (before.mul_(mask), read * mask)
-        xs, hs = before_rounds(x, before, factors)
+        xs, hs = before_rounds(x, before, doubled)
 
         # Derivatives for all steps, which the loop multiplies by the gradients of c, h and u = i ⊙ j: of c with respect
         # to i, j and f, of u to i and j, of h to o, all before their σ or tanh, and of h with respect to c.
@@ -108,7 +108,7 @@ class RLSTMScan(torch.autograd.Function):
         d_x, d_h = torch.empty_like(x), torch.zeros_like(first)
         f, u_by_ij = gates[:, :, 2 * H :], u_by_ij.unflatten(2, (2, H))
         d_ijs, d_fs = d_gates[:, :, : 2 * H].unflatten(2, (2, H)), d_gates[:, :, 2 * H :]
-        d_sums = differentiate_rounds(xs, hs, factors)
+        d_sums = differentiate_rounds(xs, hs, doubled)
         d_inner = [torch.empty_like(u) for u in inner]
         for t in reversed(range(len(x))):
             d_h = d_h + d_out[t]
@@ -119,10 +119,11 @@ class RLSTMScan(torch.autograd.Function):
             d_c, d_h = d_c * f[t], product(d_gates[t], weight_hh)
             if rounds:
                 d_x[t], d_h = gate_step_backward(
-                    rounds, [factor[t] for factor in factors], product(d_gates[t, :, : 2 * H], weight_ih), d_h,
+                    rounds, [double[t] for double in doubled], product(d_gates[t, :, : 2 * H], weight_ih), d_h,
                     [d_sum[t] for d_sum in d_sums], [d_u[t] for d_u in d_inner],
                 )  # fmt: skip
             d_h = d_h if mask is None else d_h * mask
+        del h_by_c, u_by_ij
         d_rounded = d_gates.to(weight_ih.dtype)
         d_ij, d_f = d_rounded.split([2 * H, H], 2)
         if not rounds:

@@ -27,10 +27,16 @@ cell="--model Mogrifier --rounds 0 --nlayers 2 --batch_size 20 --bptt 70 --shuff
 chars="--emsize 200 --batch_size 32 --bptt 100 --optimizer adam --lr ${2:-3e-3} --alpha 0 --beta 0
        --dropout 0.1 --dropouth 0.1 --dropouti 0 --dropoute 0 --wdrop 0 --anneal 1 --epochs 4 --seed $seed"
 large="$cell --emsize 400 --nhid 400 --dropout 0.5 --dropouth 0.3 --dropouti 0.5 --dropoute 0.02 --dropoutr 0.25 --epochs 18"
+wide="$cell --emsize 512 --nhid 512 --batch_size 40 --bptt 35 --splits 2000 --amp bf16"
 name=${1:-} data=penn from= search= evaluate=yes setting= known=
 case $name in
     hour) flags="$large --anneal 6"
           search="--search --search_lrs 1.5e-5 3e-5 4e-5 --search_lambs 2e-3 4e-3 --search_tokens 8000" ;;
+    hour-wide) flags="$wide --dropout 0.5 --dropouth 0.3 --dropouti 0.5 --dropoute 0.02 --dropoutr 0.25 --anneal 5 --epochs 25"
+               search="--search --search_lrs 3e-5 5e-5 --search_lambs 4e-3 8e-3 1.6e-2 --search_tokens 5000
+                       --search_temperatures 0.9 0.95 1" ;;
+    sprint) flags="$wide --dropout 0.35 --dropouth 0.15 --dropouti 0.35 --dropoute 0.02 --dropoutr 0.15 --anneal 1 --epochs 8"
+            evaluate= ;;
     split) flags="$large --splits 2000 --anneal 2" search="--lr 4e-5 --lamb 4e-3" ;;
     split-tuned) flags="--lr ${2:-15} --epochs 3" from=split search="--lr 4e-5 --lamb 4e-3" ;;
     hour-epyc) flags="$cell --emsize 400 --nhid 400 --dropout 0.4 --dropouth 0.2 --dropouti 0.4 --dropoute 0.02 --dropoutr 0.2
@@ -57,8 +63,8 @@ case $name in
     ptb-lstm-tuned) flags="--lr ${2:-30} --epochs 500 --seed $seed" from=ptb-lstm setting=ptb-lstm evaluate=published ;;
     char-lstm) flags="$chars --nhid 450 --nlayers 2" data=pennchar evaluate= ;;
     char-qrnn) flags="$chars --model QRNN --nhid 400 --nlayers 4" data=pennchar evaluate= ;;
-    *) echo "results/run.sh: there is no run '$name'. Choose hour, hour-epyc, hour-epyc-tuned, split, split-tuned," \
-            "ten, base, gru, qrnn, shuffle, mos, awd-adam, melis, mogrifier, original, ptb-qrnn," \
+    *) echo "results/run.sh: there is no run '$name'. Choose hour, hour-wide, hour-epyc, hour-epyc-tuned, sprint, split," \
+            "split-tuned, ten, base, gru, qrnn, shuffle, mos, awd-adam, melis, mogrifier, original, ptb-qrnn," \
             "ptb-qrnn-tuned, ptb-lstm, ptb-lstm-tuned, char-lstm or char-qrnn" >&2; exit 2 ;;
 esac
 name=$tiny$name${2:+-$2}$again from=${from:+$tiny$from$again}

@@ -19,6 +19,8 @@ import pytest
 import torch
 from runner import Result, run_cli
 
+import layers.recurrent
+
 # The model and the batches of all runs here: small, and every epoch is some twenty steps of uneven length.
 SMALL = ["--emsize", 8, "--nhid", 10, "--nlayers", 2, "--batch_size", 4, "--bptt", 14]
 SMALL += ["--lr", 5, "--log-interval", 5, "--device", "cpu"]
@@ -88,6 +90,12 @@ def _no_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Tests without the mark `cuda` run on the CPU, whatever the machine has."""
     if not request.node.get_closest_marker("cuda"):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets texts of a few steps have more than one block of steps."""
+    monkeypatch.setattr(layers.recurrent, "BLOCK", 3)
 
 
 @pytest.fixture(scope="session")

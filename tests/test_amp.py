@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from conftest import SMALL, load
 from runner import run_cli
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from toys import KINDS, flags_of, options_of
 
 from layers.recurrent import GatedLayer, RecurrentLayer
@@ -18,6 +19,14 @@ from model import LSTM
 from mos import MixtureOfSoftmaxes
 from products import has_bf16
 from splitcross import SplitCrossEntropyLoss, linear_cross_entropy
+
+GATED = [
+    ("LSTM", {}),
+    ("GRU", {}),
+    ("Mogrifier", {"rounds": 0, "dropoutr": 0.5}),
+    ("rlstm", {"rounds": 0, "dropoutr": 0.5}),
+]
+WITH_ROUNDS = [(kind, {"rounds": 3, "rank": rank}) for kind in ("Mogrifier", "rlstm") for rank in (0, 2)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -34,7 +43,7 @@ def test_mixed_precision_learns_what_float32_learns(trained, kind):
         assert operator.ne(*steps) is (amp == "fp16" or has_bf16())
 
 
-@pytest.mark.parametrize(("kind", "amp"), [*((kind, "fp16") for kind in KINDS), ("LSTM", "bf16")])
+@pytest.mark.parametrize(("kind", "amp"), [*((kind, "fp16") for kind in KINDS), *((kind, "bf16") for kind, _ in GATED)])
 def test_runs_in_mixed_precision_resume_bit_for_bit(trained, corpus, tmp_path, kind, amp):
     """Stopped after five steps and resumed, weights and loss scale end where the whole run ends."""
     flags = (*flags_of(kind), "--amp", amp)
@@ -103,9 +112,24 @@ def test_the_bias_is_not_rounded_to_half_precision(how):
     )
 
 
+class DtypesOfProducts(TorchDispatchMode):
+    """Collects the dtypes of the factors of all products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.split("::")[1].rstrip("_")
+        if name in ("mm", "bmm", "mv", "addmm", "addmv", "_linear_pointwise"):
+            self.found |= {tensor.dtype for tensor in args[-2 if name.startswith("add") else 0 :][:2]}
+        return function(*args, **(kwargs or {}))
+
+
 def run_layer(layer: RecurrentLayer, x: Tensor, amp: bool) -> list[Tensor]:
     """The output (T, B, H), the state after the last step, and the gradients of x and all weights."""
     x = x.detach().requires_grad_()
+    torch.manual_seed(0)  # of the masks
     with torch.autocast("cpu", torch.bfloat16, enabled=amp):
         out, state = layer(x, layer.init_hidden(x.size(1)))
     wanted = [x, *layer.parameters()]
@@ -113,42 +137,47 @@ def run_layer(layer: RecurrentLayer, x: Tensor, amp: bool) -> list[Tensor]:
     return [out, *state, *torch.autograd.grad((out * factors).sum(), wanted)]
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU", "Mogrifier", "rlstm"])
-@pytest.mark.parametrize("rounds", [0, 3])
-@pytest.mark.parametrize("T", [2, 30, 600])
-def test_gated_layers_in_bfloat16_are_float64s_to_eight_bits(kind, rounds, T):
-    """However long the text is; rounds multiply the error."""
+@pytest.mark.parametrize(("kind", "options"), [*GATED, *WITH_ROUNDS])
+@pytest.mark.parametrize(("T", "B"), [(2, 3), (30, 1), (30, 70), (600, 1), (600, 3)])
+def test_gated_layers_in_bfloat16_are_float64s_to_eight_bits(kind, options, T, B):
+    """However long the text is; rounds multiply the error. Without rounds every product is in bfloat16."""
     torch.manual_seed(0)
-    options = options_of(kind)
-    if rounds and not options:
-        pytest.skip("this kind has no rounds")
-    layer = KINDS[kind](24, 32, 0.0, first=True, **options | ({"rounds": rounds} if options else {})).double()
+    layer = KINDS[kind](24, 32, 0.0, first=True, **options_of(kind) | options)
     layer.reset_parameters()
-    x = torch.randn(T, 3, 24).double()
-    exact = run_layer(layer, x, amp=False)
-    found = run_layer(layer.float(), x.float(), amp=True)
+    x = torch.randn(T, B, 24)
+    with DtypesOfProducts() as dtypes:
+        found = run_layer(layer, x, amp=True)
+    assert dtypes.found == ({torch.bfloat16, torch.float32} if options.get("rounds") else {torch.bfloat16})
+    torch.manual_seed(0)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x, layer.init_hidden(B))[0], found[0])
+    exact = run_layer(layer.double(), x.double(), amp=False)
+    assert found[0].dtype == torch.float32
     for a, b in zip(found, exact, strict=True):
-        assert a.dtype == torch.float32
-        assert 1e-5 < ((a - b).norm() / b.norm()).item() < (5e-2 if rounds else 2e-2)
+        assert ((a - b).norm() / b.norm()).item() < (5e-2 if options.get("rounds") else 2e-2)
 
 
 @pytest.mark.parametrize(
     ("kind", "biases"),
     [("LSTM", (-7, 7, 1, 0)), ("GRU", (0, 7, 1)), ("Mogrifier", (0, 7, 1, 0)), ("rlstm", (0, 1, 7, 0))],
 )
-def test_the_state_is_not_rounded_to_bfloat16(kind, biases):
-    """It moves by less than a thousandth per step: in bfloat16 it would soon stand still."""
+def test_the_state_and_its_gradient_are_not_rounded_to_bfloat16(kind, biases):
+    """They change by less than a thousandth per step: in bfloat16 they would stand still."""
     layer = KINDS[kind](3, 4, 0.0, first=True, **options_of(kind))
     for name, parameter in layer.named_parameters():
         nn.init.zeros_(parameter)
         if name in ("bias", "bias_ih_l0"):
             parameter.data = torch.tensor(biases, dtype=torch.float32).repeat_interleave(4)
-    x = torch.randn(2000, 2, 3)
-    with torch.autocast("cpu", torch.bfloat16):
-        found, _ = layer(x, layer.init_hidden(2))
-    expected, _ = layer.double()(x.double(), layer.init_hidden(2))
-    assert expected[-1].min() > 1.2 * expected[200].max()
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
+    x, results = torch.randn(2000, 2, 3), []
+    for exact in (False, True):
+        layer, x = (layer.double(), x.double()) if exact else (layer, x)
+        state = tuple(tensor.requires_grad_() for tensor in layer.init_hidden(2))
+        with torch.autocast("cpu", torch.bfloat16, enabled=not exact):
+            out, _ = layer(x, state)
+        results.append([out.double(), torch.autograd.grad(out[-1].sum(), state[-1])[0].double()])
+    found, expected = results
+    assert expected[0][-1].min() > 1.2 * expected[0][200].max()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "Mogrifier", "rlstm"])

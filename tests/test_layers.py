@@ -20,6 +20,8 @@ from layers.recurrent import RecurrentLayer
 from layers.weight_drop import drop_weight
 from utils import UserError
 
+pytestmark = pytest.mark.usefixtures("short_blocks")
+
 E, H = 3, 4
 # T and B. Layers have separate code for short texts of a single column, for up to 64 columns, and for all others.
 SIZES = [(1, 1), (9, 1), (40, 1), (1, 3), (9, 3), (2, 70)]

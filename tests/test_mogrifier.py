@@ -21,6 +21,8 @@ from mos import MixtureOfSoftmaxes, sampled
 from optim import make_optimizer
 from splitcross import SplitCrossEntropyLoss
 
+pytestmark = pytest.mark.usefixtures("short_blocks")
+
 E, H = 5, 6
 CELLS = [(rounds, rank) for rounds in (0, 1, 2, 5) for rank in (0, 3)]
 MELIS = ["--model", "Mogrifier", "--nhid", 8, "--optimizer", "adam", "--lr", 0.01]

@@ -18,6 +18,8 @@ from layers.mogrifier import Mogrifier
 from layers.rlstm import RLSTM, RLSTMScan
 from model import RNNModel, build
 
+pytestmark = pytest.mark.usefixtures("short_blocks")
+
 E, H = 5, 6
 CELLS = [(rounds, rank) for rounds in (0, 1, 2, 5) for rank in (0, 3)]
 
