@@ -77,7 +77,10 @@ def test_the_figures_in_the_tables_of_a_page_are_the_logs(page):
     assert not wrong
 
 
-@pytest.mark.parametrize(("page", "names"), [(PAGES[0], {"hour", "ten"}), (PAGES[1], {"sprint", "hour-wide", "hour", "ten", "base", "melis"})])
+@pytest.mark.parametrize(
+    ("page", "names"),
+    [(PAGES[0], {"hour-wide", "hour", "ten"}), (PAGES[1], {"sprint", "hour-wide", "hour", "ten", "base", "melis"})],
+)
 def test_the_tables_are_found(page, names):
     """Else the test above would pass by finding nothing."""
     found = list(figures(page))
