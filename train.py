@@ -83,7 +83,7 @@ class Run:
         self.length_generator = torch.Generator().manual_seed(args.seed)  # batch lengths; all ranks draw the same
         self.at = checkpoint.Position(lr=args.lr)
         for layer in self.model.layers:
-            layer.padded, layer.persistent = (device.type == "cuda" and on for on in (args.padded, args.persistent))
+            layer.padded, layer.persistent = (args.padded, args.persistent) if device.type == "cuda" else (False, False)
         self.mean: Mean | None = TwoTailedMean(self.weights) if args.average == TWO_TAILED else None
         reads_values = args.splits or self.scaler.is_enabled()  # from the device, in every step
         fits = args.graphs and device.type == "cuda" and ranks.size == 1 and not reads_values

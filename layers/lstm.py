@@ -19,11 +19,6 @@ from products import add_product, over_steps, product
 STEPS = 32  # of a single column: the most for which this pass is used in float32; for more oneDNN is faster
 
 
-def is_single(h: Tensor, weight: Tensor) -> bool:
-    """Whether a step is a product of a matrix and a vector: one column, and no conversion."""
-    return len(h) == 1 and h.dtype == weight.dtype
-
-
 class LSTMScan(torch.autograd.Function):
     """x (T, B, E), h and c (B, H) -> out (T, B, H), c (B, H); gates in the order i, f, g, o.
 
@@ -35,12 +30,13 @@ class LSTMScan(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, h: Tensor, c: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor
     ) -> tuple[Tensor, Tensor]:
-        (T, B, _), H, first, single = x.shape, h.size(1), h, is_single(h, weight_hh)
+        (T, B, _), H, first = x.shape, h.size(1), h
+        ctx.single = B == 1 and weight_hh.dtype == h.dtype  # a step is a product of a matrix and a vector
         gates = product(x.flatten(0, 1), weight_ih.T, bias).view(T, B, 4 * H)
         cells, out = x.new_empty(T + 1, B, H), x.new_empty(T, B, H)
         cells[0] = c
         for t, y in enumerate(gates):
-            if single:
+            if ctx.single:
                 y[0].addmv_(weight_hh, h[0])
             else:
                 add_product(y, h, weight_hh.T)
@@ -71,7 +67,6 @@ class LSTMScan(torch.autograd.Function):
             torch.mul(tanh_c, o * (1 - o), out=d_o)
             torch.mul(o, 1 - tanh_c * tanh_c, out=d_h_c)
 
-        single = is_single(first, weight_hh)
         f, d_ifg, d_os = gates[:, :, H : 2 * H], d_gates[:, :, : 3 * H].unflatten(2, (3, H)), d_gates[:, :, 3 * H :]
         d_h = torch.zeros_like(first)
         for t in reversed(range(len(x))):
@@ -80,7 +75,7 @@ class LSTMScan(torch.autograd.Function):
             d_ifg[t].mul_(d_c[:, None])
             d_os[t].mul_(d_h)
             d_c = d_c * f[t]
-            d_h = torch.mv(weight_hh.T, d_gates[t, 0])[None] if single else product(d_gates[t], weight_hh)
+            d_h = torch.mv(weight_hh.T, d_gates[t, 0])[None] if ctx.single else product(d_gates[t], weight_hh)
         del h_by_c
         d_rounded = d_gates.to(weight_ih.dtype)
         d_x = product(d_rounded.flatten(0, 1), weight_ih).view_as(x)

@@ -1,11 +1,8 @@
 """NVRTC and ptxas compile persistent.cu for the published sizes: the weights fit the registers, nothing is spilled."""
 
-import re
-import subprocess
-
 import pytest
 from test_persistent import CARDS
-from test_qrnn_cuda import ptxas
+from test_qrnn_cuda import ptxas_report
 
 from layers import nvrtc, persistent
 from layers.persistent import choose_sizes
@@ -23,15 +20,7 @@ def test_nothing_is_spilled(cell, H, B, name, tmp_path):
     card = CARDS[name]
     architecture = "".join(map(str, card.capability))
     ptx = nvrtc.compile_ptx(persistent.SOURCE, f"compute_{architecture}", choose_sizes(cell, H, B, card).options())
-    (tmp_path / "x.ptx").write_bytes(ptx.rstrip(b"\0"))
-    command = [ptxas(), "-v", f"-arch=sm_{architecture}", "x.ptx", "-o", "x.cubin"]
-    report = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stderr
-    entries = re.findall(
-        r"entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
-        r".*?Used (\d+) registers",
-        report,
-        re.DOTALL,
-    )
+    entries, report = ptxas_report(ptx, architecture, tmp_path)
     assert sorted(name for name, *_ in entries) == ["persistent_backward", "persistent_forward"]
     for kernel, *memory, registers in entries:
         assert memory == ["0", "0", "0"], kernel

@@ -271,14 +271,10 @@ def ptxas() -> str:
     return str(found)
 
 
-def check_ptx(ptx: bytes, architecture: int, folder: Path) -> None:
-    """All kernels are there, for this architecture; ptxas needs no stack, no spills, at most 168 registers.
-
-    Three blocks of 128 threads then fit a processor; B·H = 31,000 lanes bring two or three to each of 100.
-    """
-    assert f".target sm_{architecture}".encode() in ptx
-    (folder / "qrnn.ptx").write_bytes(ptx.rstrip(b"\0"))
-    command = [ptxas(), "-v", f"-arch=sm_{architecture}", "qrnn.ptx", "-o", "qrnn.cubin"]
+def ptxas_report(ptx: bytes, architecture: str | int, folder: Path) -> tuple[list[tuple[str, ...]], str]:
+    """(name, bytes of stack, of spill stores, of spill loads, registers) of each kernel; and all that ptxas says."""
+    (folder / "x.ptx").write_bytes(ptx.rstrip(b"\0"))
+    command = [ptxas(), "-v", f"-arch=sm_{architecture}", "x.ptx", "-o", "x.cubin"]
     report = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stderr
     entries = re.findall(
         r"entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
@@ -286,6 +282,16 @@ def check_ptx(ptx: bytes, architecture: int, folder: Path) -> None:
         report,
         re.DOTALL,
     )
+    return entries, report
+
+
+def check_ptx(ptx: bytes, architecture: int, folder: Path) -> None:
+    """All kernels are there, for this architecture; ptxas needs no stack, no spills, at most 168 registers.
+
+    Three blocks of 128 threads then fit a processor; B·H = 31,000 lanes bring two or three to each of 100.
+    """
+    assert f".target sm_{architecture}".encode() in ptx
+    entries, _ = ptxas_report(ptx, architecture, folder)
     assert sorted(name for name, *_ in entries) == sorted(KERNELS)
     for name, *memory, registers in entries:
         assert memory == ["0", "0", "0"], name
