@@ -5,6 +5,7 @@ arXiv 2209.12581, algorithm 1.
 """
 
 import copy
+import warnings
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -46,6 +47,7 @@ def make_optimizer(
         options["fused"] = device in ("cpu", "cuda") or None  # None: torch decides
     else:  # all weights together; for CUDA graphs the count of steps has to be on the device from the first step on
         options |= {"foreach": True, "capturable": device == "cuda"}
+        warnings.filterwarnings("ignore", ".*step\\(\\) is running without CUDA graph capture")
     return row.kind(parameters, lr=lr, weight_decay=wdecay, **options)
 
 
@@ -66,7 +68,7 @@ class Mean:
         torch._foreach_lerp_(list(self.weights.parameters()), list(weights.parameters()), 1 / self.count)
 
     def after_validation(self, loss: float, loss_of: Callable[[nn.ModuleDict], float]) -> float:
-        """The validation loss of the mean, which was `loss`, after what a validation changes: nothing here."""
+        """Called after each validation, which found `loss`; returns the loss of the mean as it is then: the same."""
         return loss
 
     def state(self) -> dict[str, Any]:
@@ -98,7 +100,7 @@ class TwoTailedMean(Mean):
     def after_validation(self, loss: float, loss_of: Callable[[nn.ModuleDict], float]) -> float:
         """The validation loss of the long mean, which was `loss`, after the two have been compared.
 
-        `loss_of` evaluates the short one, unless it is empty or, as long as the other, the same.
+        `loss_of` evaluates the short one. That is not needed if it is empty, or of the same steps as the long one.
         """
         short = self.short
         if not short.count:
@@ -106,7 +108,7 @@ class TwoTailedMean(Mean):
         short_loss = loss if short.count == self.count else loss_of(short.weights)
         if short_loss > loss:
             return loss
-        self.weights, short.weights = short.weights, self.weights  # what the empty one holds is never read
+        self.weights, short.weights = short.weights, self.weights  # the next update overwrites the empty one
         self.count, short.count = short.count, 0
         return short_loss
 

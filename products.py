@@ -40,7 +40,7 @@ def has_onednn() -> bool:
 
 
 def has_bf16() -> bool:
-    """Whether the CPU multiplies bfloat16 numbers (AVX-512 with bfloat16, AMX)."""
+    """Whether oneDNN multiplies bfloat16 numbers on this CPU: with AVX-512, though slowly if that has none of them."""
     return has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 

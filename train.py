@@ -22,7 +22,7 @@ import harness.checkpoint as checkpoint
 import harness.files as files
 from data import EVAL_BATCH_SIZE, Corpus, VariableLengthSampler, get_batch, rotate_columns
 from evaluate import evaluate, test
-from harness.graphs import CudaCapture, StepGraphs, StepResult
+from harness.graphs import CudaCapture, StepGraphs, StepResult, fits_graphs
 from harness.keep import Keeper
 from harness.log import RULE, EpochBar, RunLog, figures, say, say_or_drop, training_line, warn
 from harness.ranks import ALONE, ENDINGS, NO_TIME, Ranks, Stop, Stopper
@@ -85,8 +85,7 @@ class Run:
         for layer in self.model.layers:
             layer.padded, layer.persistent = (args.padded, args.persistent) if device.type == "cuda" else (False, False)
         self.mean: Mean | None = TwoTailedMean(self.weights) if args.average == TWO_TAILED else None
-        reads_values = args.splits or self.scaler.is_enabled()  # from the device, in every step
-        fits = args.graphs and device.type == "cuda" and ranks.size == 1 and not reads_values
+        fits = fits_graphs(args, device, ranks.size, self.scaler.is_enabled())
         self.graphs = StepGraphs(partial(gradient_step, self), self.optimizer, device, CudaCapture()) if fits else None
         self.grad_norm: Tensor | None = None  # of the last step, before clipping; still on the device
         self.unread_losses: list[Tensor] = []  # still on the device

@@ -91,7 +91,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def new_file_beside(target: str) -> Iterator[BinaryIO]:
-    """Opens a new file under a name of its own, TARGET.XXXXXXXX.tmp, that is removed when the block ends.
+    """Opens a new file under a temporary name, TARGET.XXXXXXXX.tmp, that is removed when the block ends.
 
     While it is open it is locked, so that what killed writers have left is told from what is being written: that is
     removed first.

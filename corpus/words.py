@@ -54,8 +54,8 @@ class WordCount:
     def start_epoch(self, ids: Tensor) -> None:
         """Counts an epoch whose columns are rotated (--shuffle).
 
-        Another row is then only a source, so the count can differ by B. Every epoch still counts as many words, so that
-        no mark falls between two epochs.
+        Another row is then only a source, so the epoch's count can differ by up to B words. Every epoch still counts as
+        many words, so that no mark falls between two epochs.
         """
         self.rows = self.count_rows(ids).clamp(max=self.total)
         self.rows[-1] = self.total

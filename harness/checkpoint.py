@@ -193,15 +193,16 @@ def save_state(run: SavedRun) -> None:
     Raises:
         RunError: a loss or weight is not finite, so no run could go on from it.
     """
+    write_pending_model(run)
     run.read_losses()
     if not all(parameter.isfinite().all() for parameter in run.parameters):
         raise run.at.not_finite("a weight is not finite", run.at.step)
     run.count_time()
-    write_pending_model(run)
-    path, state = f"{run.args.save}.state", collect_state(run)
+    path, state, written = f"{run.args.save}.state", collect_state(run), False
     if run.ranks.is_main:
-        try_to_write(run, path, lambda: files.save(path, state))
-    run.writing.state_s, run.writing.state_is_old, run.writing.has_state = time.monotonic(), False, True
+        written = try_to_write(run, path, lambda: files.save(path, state))
+    run.writing.has_state |= run.ranks.from_rank_0(written)
+    run.writing.state_s, run.writing.state_is_old = time.monotonic(), False
 
 
 def collect_state(run: SavedRun) -> dict[str, Any]:

@@ -12,6 +12,7 @@ While a step is captured its kernels are recorded, not executed. So the step mus
 """
 
 import contextlib
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -56,6 +57,12 @@ class CudaCapture:
         with torch.cuda.stream(self.stream):
             yield
         torch.cuda.current_stream().wait_stream(self.stream)
+
+
+def fits_graphs(args: Namespace, device: torch.device, ranks: int, scales_loss: bool) -> bool:
+    """Whether a run's steps go by graphs: one process on a GPU, and no value that the host has to read in a step."""
+    reads_values = args.splits or scales_loss
+    return args.graphs and device.type == "cuda" and ranks == 1 and not reads_values
 
 
 class StepGraphs:
@@ -107,7 +114,7 @@ class StepGraphs:
         losses: list[Tensor] = []
         source, target = source.clone(), target.clone()
         fused_adam = [group for group in self.optimizer.param_groups if group.get("capturable") is False]
-        for group in fused_adam:  # asks for it; its kernel needs nothing for it
+        for group in fused_adam:  # torch refuses to capture it without; the fused kernel ignores the flag
             group["capturable"] = True
         graph = self.capture(lambda: losses.append(self.step_in_place(source, target)))
         for group in fused_adam:

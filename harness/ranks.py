@@ -82,10 +82,10 @@ class Ranks:
         Raises:
             UserError: the environment does not give the address of rank 0.
         """
+        if device.type == "cuda" and device.index is not None:  # streams and graphs are of torch's current GPU
+            torch.cuda.set_device(device)
         if self.size == 1:
             return
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         check_torchrun()
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         # While torch waits for the other ranks no Python handler runs, so SIGTERM has to end the process by default.

@@ -79,7 +79,7 @@ def begin(script: str, given: dict[str, Any]) -> Iterator[Start]:
 
 
 def find_save(script: str, given: dict[str, Any]) -> str:
-    """The file that a run will write, as far as its flags say; "": it gets a name of its own."""
+    """The file that a run will write, as far as its flags say; "": the time becomes its name."""
     resumed = given.get("resume", "").removesuffix(".state")
     resumed = "" if resumed == "auto" else resumed or ("PTB.pt" if script == "finetune.py" else "")
     return given.get("output", given.get("save", resumed))

@@ -1,4 +1,4 @@
-"""The LSTM layer, with a pass of its own for the CPU where torch's is slow.
+"""The LSTM layer, with a second pass for the CPU where torch's is slow.
 
 That is a few steps of a single column, as in dynamic evaluation: oneDNN's LSTM packs its weights at each call, which
 takes longer than five such steps, and torch's other kernel adds a gradient of the recurrent matrix's size at every

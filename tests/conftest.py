@@ -10,14 +10,14 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 import json
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import pytest
 import torch
-from runner import Result, run_cli
+from runner import Result, end_all, run_cli
 
 import layers.recurrent
 
@@ -90,6 +90,13 @@ def _no_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Tests without the mark `cuda` run on the CPU, whatever the machine has."""
     if not request.node.get_closest_marker("cuda"):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture(autouse=True)
+def _no_run_left() -> Iterator[None]:
+    """A run that a failed test has not ended would slow down the tests after it."""
+    yield
+    end_all()
 
 
 @pytest.fixture

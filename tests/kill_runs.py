@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from conftest import load, read_log, write_corpus
-from runner import Result, Running, run_cli, start
+from runner import PRELUDE, Result, Running, run_cli, start
 from test_resume_cli import EPOCHS, RUNS, SHORT, WORSENING, differences, without_clock
 
 # MOMENT is the moment; the names of all operations go to a file of that name, from rank 0.
@@ -130,7 +130,7 @@ def make_base(folder: Path, corpus: Path) -> Path:
 def begin(case: Case, corpus: Path, folder: Path, moment: str) -> list[Running]:
     """Starts the command of a case, all ranks of it."""
     line = [f"MOMENT = {moment!r}\n{SABOTAGE}", case.script, "--data", corpus, *case.flags]
-    how = {"cwd": folder, "script": "tests/prelude.py"}
+    how = {"cwd": folder, "script": PRELUDE}
     if case.size == 1:
         return [start(*line, **how)]
     with socket.socket() as probe:

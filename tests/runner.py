@@ -24,6 +24,9 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEV
 PROCESSOR_S = 100  # the kernel ends it
 WALL_S = 500  # for one that waits for ever; pytest gives a test somewhat longer
 
+PRELUDE = "tests/prelude.py"  # a script: the code that it is given, then another script
+
+_started: list["Running"] = []
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["pytest", "torch", "torch._dynamo", "utils"])  # what torch.optim imports
 
@@ -61,7 +64,8 @@ class Running:
 
     def kill(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):  # it has just ended, and nobody waits for it any more
-            os.kill(self.process.pid, number)
+            if self.process.is_alive():  # else another process may have its number
+                os.kill(self.process.pid, number)
 
     def result(self) -> Result:
         self.process.join(WALL_S)
@@ -101,7 +105,31 @@ def start(
     with _environment():
         process = _context.Process(target=_run, args=(line, cwd, out, err, limits, permissions, environment or {}))
         process.start()
-    return Running(process, out, err)
+    running = Running(process, out, err)
+    _started.append(running)
+    return running
+
+
+def end_all() -> None:
+    """Kills what a test that failed has left running."""
+    while _started:
+        _started.pop().kill(signal.SIGKILL)
+
+
+def signal_itself(number: int, epoch: int, batch: int) -> str:
+    """Code for `PRELUDE`: the run sends itself a signal after this batch. One from a test could come after its end."""
+    return (
+        "import signal, train\nstep = train.train_step\n"
+        "def signalled(run, *batch):\n"
+        f"    if (run.at.epoch, run.at.batch) == ({epoch}, {batch}): signal.raise_signal({int(number)})\n"
+        "    return step(run, *batch)\n"
+        "train.train_step = signalled"
+    )
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether SIGSTOP has reached a process."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 def run_cli(*argv: object, cwd: Path, **how: object) -> Result:

@@ -4,6 +4,7 @@ else by an emulated graph.
 
 import contextlib
 import importlib
+from argparse import Namespace
 from functools import partial
 
 import pytest
@@ -16,7 +17,7 @@ import splitcross
 import train
 from data import Corpus
 from harness.flags import resolve_args
-from harness.graphs import StepGraphs
+from harness.graphs import StepGraphs, fits_graphs
 from optim import OPTIMIZERS
 from train import Run, gradient_step, train_step
 
@@ -168,6 +169,19 @@ def test_a_rate_that_is_a_number_would_be_frozen():
     assert total == 2
 
 
-def test_graphs_are_for_one_process_on_a_gpu_without_fp16_and_splits():
+@pytest.mark.parametrize(
+    ("device", "ranks", "scales_loss", "flags", "fits"),
+    [
+        ("cuda", 1, False, {}, True),
+        ("cuda", 1, False, {"graphs": False}, False),
+        ("cpu", 1, False, {}, False),
+        ("cuda", 2, False, {}, False),
+        ("cuda", 1, True, {}, False),  # fp16
+        ("cuda", 1, False, {"splits": [3]}, False),
+    ],
+)
+def test_graphs_are_for_one_process_on_a_gpu_without_fp16_and_splits(device, ranks, scales_loss, flags, fits):
     """Elsewhere --graphs changes nothing."""
+    args = Namespace(**{"graphs": True, "splits": []} | flags)
+    assert bool(fits_graphs(args, torch.device(device), ranks, scales_loss)) == fits
     assert make_run("LSTM", False, graphs=True).graphs is None

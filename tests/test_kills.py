@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import load
 from kill_runs import CASES, SABOTAGE, Whole, differs, kill, run, run_whole
-from runner import Result, run_cli, start
+from runner import PRELUDE, Result, run_cli, start
 
 from corpus.read import read_corpus
 from utils import UserError
@@ -103,7 +103,7 @@ def test_a_run_that_goes_on_elsewhere_goes_on_there(corpus, base, wholes, tmp_pa
 def sabotaged(moment: str, script: str, *argv: object, cwd: Path) -> Result:
     """A script that is killed at a moment."""
     line = f"MOMENT = {moment!r}\n{SABOTAGE}", script, *argv
-    result = start(*line, cwd=cwd, script="tests/prelude.py").result()
+    result = start(*line, cwd=cwd, script=PRELUDE).result()
     assert result.status == -signal.SIGKILL, result
     return result
 

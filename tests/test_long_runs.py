@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from conftest import load
-from runner import Running, assert_refused, run_cli, start
+from runner import PRELUDE, Running, assert_refused, is_stopped, run_cli, signal_itself, start
 from test_resume_cli import EPOCHS, RUNS, SHORT, assert_same_end, seen
 from toys import NO_DROPOUT_FLAGS, call
 
@@ -37,17 +37,18 @@ def temporaries(folder: Path) -> set[str]:
 
 @contextlib.contextmanager
 def stopped_between_writes(running: Running, folder: Path) -> Iterator[None]:
-    """Holds the run while it writes no file: one that it gave up would leave room on the disk."""
-    stat = Path(f"/proc/{running.process.pid}/stat")
-    while True:
-        running.kill(signal.SIGSTOP)
-        running.wait_for(lambda _: stat.read_text().rpartition(")")[2].split()[0] == "T")
-        if not temporaries(folder):
-            break
+    """Stops the run at a moment when it is writing no file. A file that it then gave up would free space."""
+    try:
+        while True:
+            running.kill(signal.SIGSTOP)
+            running.wait_for(lambda _: is_stopped(running.process.pid))
+            if not temporaries(folder):
+                break
+            running.kill(signal.SIGCONT)
+            time.sleep(0.005)
+        yield
+    finally:
         running.kill(signal.SIGCONT)
-        time.sleep(0.005)
-    yield
-    running.kill(signal.SIGCONT)
 
 
 class Disk:
@@ -227,10 +228,10 @@ def test_resume_auto_is_one_command_for_all_jobs(trained, corpus, tmp_path):
     own = RUNS["Adam QRNN"]
     flags = ["--data", corpus, *SHORT, *own, *EPOCHS, "--resume", "auto", *OFTEN]
     for batch in (9, 12):
-        running = start(*flags, cwd=tmp_path)
-        running.wait_for(seen(2 if batch == 9 else 3, batch))
-        running.kill(signal.SIGKILL)
-        text = running.result().out
+        killed = signal_itself(signal.SIGKILL, 2 if batch == 9 else 3, batch)
+        result = start(killed, "main.py", *flags, cwd=tmp_path, script=PRELUDE).result()
+        assert result.status == -signal.SIGKILL
+        text = result.out
         found = "no run of m.pt yet, starts one" if batch == 9 else "goes on with m.pt"
         assert text.splitlines()[0] == f"| --resume auto: {found}"
     result = run_cli(*flags, cwd=tmp_path)

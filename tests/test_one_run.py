@@ -13,7 +13,19 @@ from pathlib import Path
 
 import pytest
 from conftest import Trained, load, read_log
-from runner import ENVIRONMENT, ROOT, WALL_S, Result, Running, assert_refused, run_cli, start
+from runner import (
+    ENVIRONMENT,
+    PRELUDE,
+    ROOT,
+    WALL_S,
+    Result,
+    Running,
+    assert_refused,
+    is_stopped,
+    run_cli,
+    signal_itself,
+    start,
+)
 from test_parallel import run_ranks
 from test_resume_cli import EPOCHS, RUNS, SHORT, assert_same_end, seen
 from toys import call
@@ -25,7 +37,6 @@ import utils
 
 LONG = ["--epochs", 9000, "--log-interval", 1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-PRELUDE = "tests/prelude.py"
 
 
 @pytest.fixture(scope="module")
@@ -222,13 +233,11 @@ def test_a_place_that_cannot_be_written_is_bad_usage(flags, tmp_path):
 @pytest.mark.parametrize("epoch", [1, 3])
 def test_a_signal_writes_the_state(flags, whole, tmp_path, name, status, epoch):
     """Before the first model too: a line, the status of the signal, and an exact resume."""
-    running = start(*flags, *EPOCHS, "--log-interval", 1, cwd=tmp_path)
-    running.wait_for(seen(epoch, 3))
-    running.kill(getattr(signal, name))
-    result = running.result()
+    line = signal_itself(getattr(signal, name), epoch, 3), "main.py", *flags, *EPOCHS
+    result = start(*line, cwd=tmp_path, script=PRELUDE).result()
     assert (result.status, result.err) == (status, ""), result
     assert result.out.splitlines()[-1] == f"| stopped ({name}); --resume m.pt goes on"
-    assert load(tmp_path / "m.pt.state")["at"]["epoch"] >= epoch
+    assert load(tmp_path / "m.pt.state")["at"]["epoch"] == epoch
     assert_same_end(tmp_path, run_cli("--resume", "m.pt", cwd=tmp_path), whole)
 
 
@@ -270,13 +279,17 @@ def piped(*line: object, cwd: Path, **how: object) -> Iterator[subprocess.Popen]
 @pytest.mark.parametrize("unbuffered", [[], ["-u"]])
 def test_a_closed_stdout_writes_the_state(flags, whole, tmp_path, unbuffered):
     """`| head`: the next line that cannot be printed ends the run with the status of SIGPIPE and a line on stderr."""
-    line = sys.executable, *unbuffered, ROOT / "main.py", *flags, *EPOCHS, "--log-interval", 1
+    code = signal_itself(signal.SIGSTOP, 2, 3)
+    line = sys.executable, *unbuffered, ROOT / PRELUDE, code, "main.py", *flags, *EPOCHS, "--log-interval", 1
     with (tmp_path / "err").open("w") as err, piped(*line, cwd=tmp_path, stderr=err) as process:
-        while not seen(2, 2)(process.stdout.readline()):
+        while not is_stopped(process.pid):
             assert process.poll() is None
+            time.sleep(0.01)
+        process.stdout.close()
+        process.send_signal(signal.SIGCONT)
     assert process.returncode == 141
     assert (tmp_path / "err").read_text() == "main.py: warning: | stopped (SIGPIPE); --resume m.pt goes on\n"
-    assert load(tmp_path / "m.pt.state")["at"]["epoch"] >= 2
+    assert load(tmp_path / "m.pt.state")["at"]["epoch"] == 2
     assert_same_end(tmp_path, run_cli("--resume", "m.pt", cwd=tmp_path), whole)
 
 

@@ -11,11 +11,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 import torch
 from conftest import SMALL, Trained, load, read_log, write_corpus
-from runner import ENVIRONMENT, ROOT, WALL_S, Result, Running, start
+from runner import ENVIRONMENT, PRELUDE, ROOT, WALL_S, Result, Running, signal_itself, start
 from test_resume_cli import assert_same_end, differences, seen, without_clock
 from toys import KINDS, NO_DROPOUT_FLAGS, flags_of
 
@@ -193,9 +194,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(corpus, tmp_path):
     other = ("--data", "nowhere", "--seed", 7, "--lr", 1, "--model", "GRU", "--save", "x.pt", "--batch_size", 9)
     whole, cut = folders(tmp_path, "whole", "cut")
     result = run_ranks(2, *flags, cwd=whole)
-    ranks = start_ranks(2, *flags, cwd=cut, last=other)
-    ranks[0].wait_for(seen(3, 4))
-    ranks[1].kill(signal.SIGTERM)
+    code = f"import os\nif os.environ['RANK'] == '1':\n{indent(signal_itself(signal.SIGTERM, 3, 4), '    ')}"
+    ranks = start_ranks(2, code, "main.py", *flags, cwd=cut, last=other, script=PRELUDE)
     first, second = (rank.result() for rank in ranks)
     assert (first.status, second.status, second.out, second.err) == (143, 143, "", ""), (first, second)
     assert first.out.endswith("\n| stopped (SIGTERM); --resume m.pt goes on\n")
@@ -273,9 +273,9 @@ def test_a_rank_that_fails_says_why(tmp_path, bad):
 
 def test_a_disk_that_fills_under_rank_0(corpus, tmp_path):
     """No first model can be written, which rank 0 alone sees: Ctrl-C ends all ranks all the same."""
-    ranks = start_ranks(2, "--data", corpus, *EVERY, "--epochs", 500, cwd=tmp_path)
-    ranks[0].wait_for(seen(1, 2))
-    (tmp_path / "m.pt").mkdir()  # no file can be renamed to it
+    code = "import os, train; end = train.validate\n"  # no file can be renamed to a folder
+    code += "train.validate = lambda *a, **b: (os.makedirs('m.pt', exist_ok=True), end(*a, **b))[1]"
+    ranks = start_ranks(2, code, "main.py", "--data", corpus, *EVERY, "--epochs", 500, cwd=tmp_path, script=PRELUDE)
     ranks[0].wait_for(seen(2, 2))
     ranks[0].kill(signal.SIGINT)
     first, second = (rank.result() for rank in ranks)
@@ -324,6 +324,15 @@ def test_torchrun_goes_on_and_stops(corpus, tmp_path):
     step = load(tmp_path / "m.pt.state")["at"]["step"]
     result = run_ranks(2, "--resume", "m.pt", "--max_steps", step + 2, cwd=tmp_path)
     assert len(re.findall(r"(?m)^\| epoch ", result.out)) == 2
+
+
+def test_one_process_has_the_gpu_that_it_names_as_the_current_one(monkeypatch):
+    """Streams and graphs are of torch's current GPU."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for name in ("cpu", "cuda", "cuda:1"):
+        Ranks(0, 1).start(torch.device(name))
+    assert current == [torch.device("cuda:1")]
 
 
 def test_each_rank_has_the_gpu_of_its_own_number_on_its_machine(monkeypatch):

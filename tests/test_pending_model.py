@@ -78,11 +78,47 @@ def test_a_run_that_diverges_loses_no_model(corpus, written, tmp_path, monkeypat
     assert load(tmp_path / "m.pt")["metrics"]["epoch"] == 2
 
 
+def test_a_stop_after_the_weights_have_diverged_loses_no_model(corpus, written, tmp_path, monkeypatch, capsys):
+    """Before a loss has been read: the state is refused, and the model of the second epoch is on the disk."""
+    step = train.train_step
+
+    def stopped(run, *batch):
+        loss = step(run, *batch)
+        if run.at.epoch == 3 and run.at.batch == 2:
+            signal.raise_signal(signal.SIGTERM)
+            run.parameters[0].data[0] = torch.nan
+        return loss
+
+    monkeypatch.setattr(train, "train_step", stopped)
+    assert call(main, "--data", corpus, *SMALL, "--save", "m.pt", *SLOW) == 1
+    assert "a weight is not finite at epoch 3" in capsys.readouterr().err
+    assert load(tmp_path / "m.pt")["metrics"]["epoch"] == 2
+
+
 def test_a_copy_has_the_model_that_waits(corpus, written, tmp_path):
     """--when 2 keeps a copy of the best model, which is that of the second epoch."""
     flags = ["--data", corpus, *SMALL, "--save", "m.pt", *SLOW, "--when", 2]
     assert call(main, *flags) == 0
     assert load(tmp_path / "m.pt.e2")["metrics"]["epoch"] == 2
+
+
+def test_a_first_state_that_cannot_be_written_is_tried_again_before_the_next_model(
+    corpus, written, tmp_path, monkeypatch, capsys
+):
+    """Else a model could lie beside the state of an older run for as long as the clock allows."""
+    save, attempts = files.save, []
+
+    def full(path, contents):
+        attempts.append(path)
+        if path == "m.pt.state" and len(attempts) == 1:
+            raise files.NotWrittenError(path, "No space left on device")
+        save(path, contents)
+
+    monkeypatch.setattr(files, "save", full)
+    assert call(main, "--data", corpus, *SMALL, "--save", "m.pt", *SLOW) == 0
+    assert attempts[0] == "m.pt.state"
+    assert "m.pt.state" in attempts[1:-2]
+    assert capsys.readouterr().err.count("m.pt.state: cannot be written") == 1
 
 
 def test_a_model_that_cannot_be_written_is_not_the_one_to_beat(corpus, written, tmp_path, monkeypatch, capsys):
