@@ -44,7 +44,8 @@ NEEDS = [
     Need("dropoutl", lambda s: s.n_experts, without("--n_experts")),
     Need("beta1", lambda s: OPTIMIZERS[s.optimizer].moments, without("--optimizer adam or radam")),
     Need("average", lambda s: not s.no_average, "does not go with --no-average; give one of them"),
-    Need("nonmono", averages_after_stall, without("averaging after a stall (--optimizer sgd, or --average)")),
+    Need("nonmono", averages_after_stall, without("averaging after a stall (--optimizer "
+         "sgd without --average two-tailed, or --average alone)")),
     Need("anneal epochs", lambda s: not s.epochs or s.anneal < s.epochs, "the rate would fall from the end of "
          "epoch {anneal} (--anneal) to that of epoch {epochs} (--epochs); give a smaller --anneal, 0 to leave it out"),
     # evaluation

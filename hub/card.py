@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from harness.flags import BY_NAME, DEFAULTS
+from harness.flags import BY_NAME, DEFAULTS, FLAGS, MAIN
 from model import LAYERS
 
 AWD = "Merity, Keskar, Socher: Regularizing and Optimizing LSTM Language Models, arXiv 1708.02182"
@@ -53,9 +53,13 @@ def command_of(args: dict[str, Any], script: str) -> str:
     """The command, as far as the settings that differ from the defaults say it."""
     defaults = {**DEFAULTS, **LAYERS[args["model"]].defaults}
     words = [script, "--data", shown_path(args.get("data") or "")]
+    left_out = {"data", "tensorboard"}
+    if script == "finetune.py":  # it has the rest from the model that it starts from
+        words += ["--save", "MODEL.pt"]
+        left_out |= {flag.name for flag in FLAGS[MAIN]}
     for name, value in args.items():
         flag = BY_NAME.get(name)
-        if flag and flag.stored and name not in ("data", "tensorboard") and value != defaults[name]:
+        if flag and flag.stored and name not in left_out and value not in (defaults[name], []):
             words += words_of(name, value)
     return f"python {shlex.join(words)}"
 

@@ -21,6 +21,7 @@ import export
 from corpus.files import read_tokenizer
 from corpus.read import EOS, UNK
 from harness import files
+from harness.flags import MODEL, OPTIMISATION, REGULARISATION, RUN, ArgumentParser
 from hub.card import command_of
 from hub.folder import pack_tensors, read_back, unpack_tensors
 from hub.tokenizer import make_tokenizer
@@ -322,3 +323,11 @@ def test_the_command_of_the_card():
     )
     assert command_of(args, "main.py") == "python main.py --data penn --model GRU --untied --nhid 9 --when 3 5"
     build({**args, "nlayers": 1}, 5)
+
+
+def test_the_command_of_the_card_of_a_fine_tuned_model():
+    """The model's settings that finetune.py has no flags for are not in it."""
+    args = {"model": "LSTM", "data": "penn", "splits": [], "min_count": 2, "chrono": 20.0, "wdrop": 0.1}
+    command = command_of(args, "finetune.py")
+    assert command == "python finetune.py --data penn --save MODEL.pt --wdrop 0.1"
+    ArgumentParser("", RUN, MODEL, REGULARISATION, OPTIMISATION, saved=True).parse_args(command.split()[2:])
