@@ -5,7 +5,6 @@ arXiv 2209.12581, algorithm 1.
 """
 
 import copy
-import warnings
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -47,7 +46,6 @@ def make_optimizer(
         options["fused"] = device in ("cpu", "cuda") or None  # None: torch decides
     else:  # all weights together; for CUDA graphs the count of steps has to be on the device from the first step on
         options |= {"foreach": True, "capturable": device == "cuda"}
-        warnings.filterwarnings("ignore", ".*step\\(\\) is running without CUDA graph capture")
     return row.kind(parameters, lr=lr, weight_decay=wdecay, **options)
 
 
@@ -68,7 +66,7 @@ class Mean:
         torch._foreach_lerp_(list(self.weights.parameters()), list(weights.parameters()), 1 / self.count)
 
     def after_validation(self, loss: float, loss_of: Callable[[nn.ModuleDict], float]) -> float:
-        """Called after each validation, which found `loss`; returns the loss of the mean as it is then: the same."""
+        """Called after each validation, with its loss. Returns the mean's loss; here the mean is not changed."""
         return loss
 
     def state(self) -> dict[str, Any]:

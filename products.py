@@ -40,7 +40,7 @@ def has_onednn() -> bool:
 
 
 def has_bf16() -> bool:
-    """Whether oneDNN multiplies bfloat16 numbers on this CPU: with AVX-512, though slowly if that has none of them."""
+    """Whether oneDNN multiplies bfloat16 on this CPU: it needs AVX-512, and is slow without bfloat16 instructions."""
     return has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 

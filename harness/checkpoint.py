@@ -147,15 +147,15 @@ def save_model(run: SavedRun, loss: float, partial: bool = False) -> bool:
     corpus, (model, criterion) = run.corpus, run.best_weights()
     contents = files.model_contents(run.args, corpus.vocab, model, criterion, metrics, corpus.tokenizer)
     if partial or not waits(run):
-        return write_model(run, contents)
+        return write_file(run, run.args.save, contents)
     best_on_disk = run.writing.pending.best_on_disk if run.writing.pending else run.at.best_loss
     run.writing.pending = PendingModel(map_tensors(Tensor.clone, contents) if run.ranks.is_main else {}, best_on_disk)
     return True
 
 
-def write_model(run: SavedRun, contents: dict[str, Any]) -> bool:
-    """Writes a model; returns whether that went well. Collective."""
-    path, written = run.args.save, False
+def write_file(run: SavedRun, path: str, contents: dict[str, Any]) -> bool:
+    """Writes a model or a state; returns whether that went well. Collective."""
+    written = False
     if run.ranks.is_main:
         written = try_to_write(run, path, lambda: files.save(path, contents))
     return run.ranks.from_rank_0(written)
@@ -164,7 +164,7 @@ def write_model(run: SavedRun, contents: dict[str, Any]) -> bool:
 def write_pending_model(run: SavedRun) -> None:
     """Writes the model that waits on a GPU. If that fails, the loss to beat is that of the file on disk. Collective."""
     if run.writing.pending:
-        if not write_model(run, run.writing.pending.contents):
+        if not write_file(run, run.args.save, run.writing.pending.contents):
             run.at.best_loss = run.writing.pending.best_on_disk
         run.writing.pending = None
 
@@ -198,10 +198,7 @@ def save_state(run: SavedRun) -> None:
     if not all(parameter.isfinite().all() for parameter in run.parameters):
         raise run.at.not_finite("a weight is not finite", run.at.step)
     run.count_time()
-    path, state, written = f"{run.args.save}.state", collect_state(run), False
-    if run.ranks.is_main:
-        written = try_to_write(run, path, lambda: files.save(path, state))
-    run.writing.has_state |= run.ranks.from_rank_0(written)
+    run.writing.has_state |= write_file(run, f"{run.args.save}.state", collect_state(run))
     run.writing.state_s, run.writing.state_is_old = time.monotonic(), False
 
 

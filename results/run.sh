@@ -30,7 +30,8 @@ large="$cell --emsize 400 --nhid 400 --dropout 0.5 --dropouth 0.3 --dropouti 0.5
 wide="$cell --emsize 512 --nhid 512 --batch_size 40 --bptt 35 --splits 2000 --amp bf16"
 equal="--model Mogrifier --nlayers 2 --batch_size 40 --bptt 35 --shuffle --alpha 0 --beta 0 --wdecay 3.6e-6 --clip 0.143
        --splits 2000 --amp bf16 --dropout 0.2 --dropouth 0.1 --dropouti 0.2 --dropoute 0.02 --dropoutr 0.2 --seed $seed"
-adam="--optimizer adam --beta1 0"
+melis="--rounds 0 --emsize 272 --nhid 272" rlstm="--cell rlstm --rounds 0 --emsize 280 --nhid 280"
+adam="--optimizer adam --beta1 0" annealed="--optimizer adam --beta1 0 --anneal 1"
 name=${1:-} data=penn from= search= evaluate=yes setting= known=
 case $name in
     hour) flags="$large --anneal 6"
@@ -55,19 +56,16 @@ case $name in
     awd-adam) flags="$recipe --emsize 220 --nhid 440 --wdrop 0.2 --lr ${2:-4e-3}" ;;
     melis) flags="$recipe --model Mogrifier --rounds 0 --emsize 272 --nhid 272 --dropoutr 0.2 --lr ${2:-4e-3}" ;;
     mogrifier) flags="$recipe --model Mogrifier --rounds 5 --rank 40 --emsize 260 --nhid 260 --dropoutr 0.2 --lr ${2:-2e-3}" ;;
-    equal-melis) flags="$equal --rounds 0 --emsize 272 --nhid 272 $adam --lr ${2:-8e-3} --anneal 1 --epochs 8" evaluate= ;;
-    equal-rlstm) flags="$equal --cell rlstm --rounds 0 --emsize 280 --nhid 280 $adam --lr ${2:-4e-3} --anneal 1 --epochs 8"
-                 evaluate= ;;
-    equal-rlstm-chrono) flags="$equal --cell rlstm --rounds 0 --emsize 280 --nhid 280 $adam --lr ${2:-4e-3} --anneal 1
-                               --epochs 8 --chrono 20" evaluate= ;;
-    equal-rlstm-rounds) flags="$equal --cell rlstm --rounds 5 --rank 40 --emsize 270 --nhid 270 $adam --lr ${2:-4e-3}
-                               --anneal 1 --epochs 8" evaluate= ;;
-    equal-two-tailed) flags="$equal --rounds 0 --emsize 272 --nhid 272 $adam --lr ${2:-4e-3} --average two-tailed --epochs 8"
-                      evaluate= ;;
-    equal-sgd) flags="$equal --rounds 0 --emsize 272 --nhid 272 --lr ${2:-20} --epochs 8" evaluate= ;;
-    equal-short) flags="$equal --rounds 0 --emsize 272 --nhid 272 $adam --lr ${2:-8e-3} --anneal 1 --epochs 2" evaluate= ;;
-    equal-samples) flags="$equal --rounds 0 --emsize 272 --nhid 272 $adam --lr ${2:-8e-3} --anneal 1 --epochs 2 --samples 4"
-                   evaluate= ;;
+    equal-melis) flags="$equal $melis $annealed --lr ${2:-8e-3} --epochs 8" evaluate= ;;
+    equal-samples) flags="$equal $melis $annealed --lr ${2:-8e-3} --epochs 8 --samples 4" evaluate= ;;
+    equal-two-tailed) flags="$equal $melis $adam --lr ${2:-4e-3} --epochs 8 --average two-tailed" evaluate= ;;
+    equal-sgd) flags="$equal $melis --lr ${2:-20} --epochs 8" evaluate= ;;
+    equal-rlstm) flags="$equal $rlstm $annealed --lr ${2:-4e-3} --epochs 8" evaluate= ;;
+    equal-rlstm-chrono) flags="$equal $rlstm $annealed --lr ${2:-4e-3} --epochs 8 --chrono 20" evaluate= ;;
+    equal-rlstm-rounds) flags="$equal --cell rlstm --rounds 5 --rank 40 --emsize 270 --nhid 270 $annealed --lr ${2:-4e-3}
+                               --epochs 8" evaluate= ;;
+    equal-short) flags="$equal $melis $annealed --lr ${2:-8e-3} --epochs 2" evaluate= ;;
+    equal-samples-short) flags="$equal $melis $annealed --lr ${2:-8e-3} --epochs 2 --samples 4" evaluate= ;;
     original) flags="--emsize 200 --nhid 500 --nlayers 2 --batch_size 40 --dropouti 0.3 --dropouth 0.2 --dropout 0.3
                      --wdrop 0.4 --lr ${2:-30} --epochs 3 --seed $seed" evaluate= ;;
     ptb-qrnn) flags="--model QRNN --batch_size 20 --clip 0.2 --wdrop 0.1 --nhid 1550 --nlayers 4 --emsize 400 --dropouth 0.3
@@ -81,8 +79,8 @@ case $name in
     char-qrnn) flags="$chars --model QRNN --nhid 400 --nlayers 4" data=pennchar evaluate= ;;
     *) echo "results/run.sh: there is no run '$name'. Choose hour, hour-wide, hour-epyc, hour-epyc-tuned, sprint, split," \
             "split-tuned, ten, base, gru, qrnn, shuffle, mos, awd-adam, melis, mogrifier, equal-melis, equal-rlstm," \
-            "equal-rlstm-chrono, equal-rlstm-rounds, equal-two-tailed, equal-sgd, equal-short, equal-samples, original," \
-            "ptb-qrnn, ptb-qrnn-tuned, ptb-lstm, ptb-lstm-tuned, char-lstm or char-qrnn" >&2; exit 2 ;;
+            "equal-rlstm-chrono, equal-rlstm-rounds, equal-two-tailed, equal-sgd, equal-samples, equal-short," \
+            "equal-samples-short, original, ptb-qrnn, ptb-qrnn-tuned, ptb-lstm, ptb-lstm-tuned, char-lstm or char-qrnn" >&2; exit 2 ;;
 esac
 name=$tiny$name${2:+-$2}$again from=${from:+$tiny$from$again}
 if [ "$tiny" ]; then
